@@ -1,0 +1,1996 @@
+#!/usr/bin/env python3
+"""Give every photo of an Immich library a description.
+
+A vision model on the user's own machine looks at the preview that Immich made,
+and what it says is written back, so that search finds the photo by what is on it:
+
+    listing ──► preview ──► model host ──► description ──► Immich
+       └─ one stream, pulled by a few identical workers; each takes a photo
+          through all four steps alone, with connections of its own
+
+What still lacks a description is the work; there is no state besides Immich.
+Stopping means that the stream ends. The sections below follow the way of a photo,
+and each uses only the ones above it.
+
+Exit codes: 0 all well, or nothing to do · 1 some photos failed · 2 the settings or
+the surroundings are wrong and nothing will work · 128+n interrupted by signal n.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import functools
+import io
+import json
+import logging
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from http.cookiejar import DefaultCookiePolicy
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, Self, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+import configargparse
+import psycopg2
+import psycopg2.extensions
+import requests
+from PIL import Image
+from tqdm import tqdm
+
+__version__ = "0.1.0"
+
+T = TypeVar("T")
+log = logging.getLogger("immich_analyze")
+
+
+# ------------------------------------------------------------------------------
+# 1 Messages: texts for people, in their language. Knows no key's text.
+# ------------------------------------------------------------------------------
+
+LANGUAGES = ("en", "ru")
+CATALOGUE_FOLDERS = ("i18n", "immich_analyze_i18n")  # in a checkout, once installed
+_language = "en"
+
+
+@functools.cache
+def catalogue(language: str) -> dict[str, str]:
+    """Texts by key, from the file that lies beside this one."""
+    here = Path(__file__)
+    files = (here.with_name(folder) / f"{language}.json" for folder in CATALOGUE_FOLDERS)
+    file = next(file for file in files if file.is_file())
+    texts: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    return texts
+
+
+def use_language(code: str) -> None:
+    """Choose the language of all texts; called by main before any thread."""
+    global _language
+    _language = code
+
+
+def t(key: str, **fields: object) -> str:
+    """Text for people, in their language; English where a text is missing."""
+    text = catalogue(_language).get(key) or catalogue("en")[key]
+    return text.format(**fields)
+
+
+# ------------------------------------------------------------------------------
+# 2 Errors: who is to blame decides what happens next. They carry keys, not text.
+# ------------------------------------------------------------------------------
+
+
+class AnalyzeError(Exception):
+    """Anything that went wrong, as a message key with its fields."""
+
+    def __init__(self, key: str, **fields: object) -> None:
+        super().__init__(key)
+        self.key = key
+        self.fields = fields
+
+    def __str__(self) -> str:
+        return t(self.key, **self.fields)
+
+
+class Retryable(AnalyzeError):
+    """This photo, another try may work: after `pause` seconds, if that is known."""
+
+    def __init__(self, key: str, *, pause: float | None = None, **fields: object) -> None:
+        super().__init__(key, **fields)
+        self.pause = pause
+
+
+class HostDown(Retryable):
+    """Not the photo's fault: whoever should have answered is away or overloaded."""
+
+
+class Permanent(AnalyzeError):
+    """This photo will never work; the others may."""
+
+
+class Gone(AnalyzeError):
+    """The photo was deleted, locked or taken away meanwhile: nothing left to do."""
+
+
+class Fatal(AnalyzeError):
+    """Nothing will work (at this host) until a person acts."""
+
+
+class Stopped(AnalyzeError):
+    """Asked to stop while waiting."""
+
+
+# ------------------------------------------------------------------------------
+# 3 Settings: flags, environment and file become one frozen record. Opens nothing
+#   but the configuration file and files that hold a secret.
+# ------------------------------------------------------------------------------
+
+
+class Mode(StrEnum):
+    """Which photos are looked at."""
+
+    BATCH = "batch"
+    MONITOR = "monitor"
+    COMBINED = "combined"
+
+
+class Access(StrEnum):
+    """How the library is reached."""
+
+    DATABASE = "database"
+    API = "immich-api"
+
+
+class Policy(StrEnum):
+    """Which photos get a text."""
+
+    NONE = "none"  # only those without one: nothing is overwritten
+    ALL = "all"
+
+
+PROMPT = (
+    "Create a detailed description for the image for proper image search functionality."
+    " In the response, provide only the description without introductory words."
+    " Also specify the image format (Wallpaper, Screenshot, Drawing, City photo, Selfie, etc.)."
+    " The format must be correct."
+    " If in doubt, name the most likely option and don't think too long."
+)
+INTERFACES = ("ollama", "llamacpp")
+CONFIG_FILES = ("/etc/immich-analyze.conf", "~/.config/immich-analyze.conf")
+OTHER_NAMES = {
+    "IMMICH_ANALYZE_IMMICH_API_URL": "IMMICH_API_URL",
+    "IMMICH_ANALYZE_IMMICH_API_KEYS": "IMMICH_API_KEY",
+    "IMMICH_ANALYZE_IMMICH_API_KEYS_FILE": "IMMICH_API_KEY_FILE",
+}
+DB_KEYWORDS = {  # Immich's own variables: keyword of libpq and default
+    "DB_HOSTNAME": ("host", "database"),
+    "DB_PORT": ("port", "5432"),
+    "DB_USERNAME": ("user", "postgres"),
+    "DB_PASSWORD": ("password", ""),
+    "DB_DATABASE_NAME": ("dbname", "immich"),
+    "DB_SSL_MODE": ("sslmode", ""),
+}
+LOG_LEVELS = {
+    "error": logging.ERROR,
+    "warn": logging.WARNING,
+    "warning": logging.WARNING,
+    "info": logging.INFO,
+    "debug": logging.DEBUG,
+    "trace": logging.DEBUG,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What was asked. Durations are seconds; secrets never show in its repr."""
+
+    mode: Mode
+    policy: Policy
+    access: Access
+    access_ambiguous: bool  # both libraries were given, the database was taken
+    immich_root: Path
+    postgres_url: str = field(repr=False)
+    immich_api_url: str = field(repr=False)
+    immich_api_keys: tuple[str, ...] = field(repr=False)
+    api_poll_interval: float
+    interface: str
+    model_name: str
+    hosts: tuple[str, ...] = field(repr=False)
+    api_key: str = field(repr=False)
+    prompt: str
+    think: bool
+    max_tokens: int
+    max_image_size: int  # pixels of the longer side, 0 = as Immich made it
+    max_concurrent: int
+    timeout: float
+    max_retries: int  # 0 = no limit
+    retry_delay_seconds: float
+    unavailable_duration: float
+    file_write_timeout: float
+    file_check_interval: float
+    event_cooldown: float
+    wait_for_immich: bool
+    wait_timeout: float  # 0 = no limit
+    wait_retry_interval: float
+    grace: float
+    final_output: bool
+    lang: str
+    log_level: int | None  # None = by where the output goes
+
+
+def language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
+    """Language of the texts, needed before the options can be parsed."""
+    chosen = environ.get("IMMICH_ANALYZE_LANG", "")
+    for argument, following in zip(argv, [*argv[1:], ""], strict=False):
+        if argument == "--lang":
+            chosen = following
+        elif argument.startswith("--lang="):
+            chosen = argument.removeprefix("--lang=")
+    if chosen in LANGUAGES:
+        return chosen
+    locale = next((v for n in ("LC_ALL", "LC_MESSAGES", "LANG") if (v := environ.get(n))), "")
+    return locale[:2] if locale[:2] in LANGUAGES else "en"
+
+
+def number(least: float, *, whole: bool = False, above: bool = False) -> Callable[[str], float]:
+    """Converter for a finite number from `least` on (or strictly above it)."""
+
+    def convert(text: str) -> float:
+        try:
+            value = int(text) if whole else float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least or (above and value == least):
+            key = "not_a_whole_number" if whole else "not_a_number"
+            raise argparse.ArgumentTypeError(t(key, value=text, least=f"{least:g}"))
+        return value
+
+    return convert
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    """Converter for a word out of a list."""
+
+    def convert(text: str) -> str:
+        if text.lower() not in names:
+            raise argparse.ArgumentTypeError(t("not_one_of", value=text, names=", ".join(names)))
+        return text.lower()
+
+    return convert
+
+
+def public(url: str) -> str:
+    """A URL as it may be shown: without user, password and query."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def web_address(text: str) -> str:
+    """Converter for an http(s) address; `http://` may be left out."""
+    url = text.strip() if "://" in text else f"http://{text.strip()}"
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:
+        valid = False
+    if not valid or re.search(r"\s", url):
+        # what stands before an @ may be a password
+        raise argparse.ArgumentTypeError(t("not_an_address", value=text.rpartition("@")[2]))
+    return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Converter for a comma-separated list; repeats are dropped."""
+    return tuple(dict.fromkeys(word for part in text.split(",") if (word := part.strip())))
+
+
+def web_addresses(text: str) -> tuple[str, ...]:
+    """Converter for a comma-separated list of addresses."""
+    addresses = tuple(dict.fromkeys(web_address(word) for word in words(text)))
+    if not addresses:
+        raise argparse.ArgumentTypeError(t("not_an_address", value=""))
+    return addresses
+
+
+def opposite(switch: str) -> str:
+    """The other setting of a switch given by word; nonsense stays, to be complained about."""
+    words = {"true": "no", "yes": "no", "on": "no", "1": "no"}
+    return (words | dict.fromkeys(("false", "no", "off", "0"), "yes")).get(switch.lower(), switch)
+
+
+class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
+    """`key = value` lines; a list may be written [a, b].
+
+    An error names no line's text, as it may hold a secret.
+    """
+
+    def parse(self, stream: Any) -> dict[str, str]:
+        try:
+            items = super().parse(stream)
+        except (configargparse.ConfigFileParserException, UnicodeDecodeError) as error:
+            raise Fatal("bad_config_file", file=stream.name) from error
+        settings = {}
+        for key, value in items.items():
+            text = ",".join(map(str, value)) if isinstance(value, list) else value
+            negated = key.removeprefix("no-") != key
+            settings[key.removeprefix("no-")] = opposite(text) if negated else text
+        return settings
+
+
+class Parser(configargparse.ArgumentParser):  # type: ignore[misc]
+    """Reports a wrong setting as Fatal, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Fatal("bad_setting", problem=message.removeprefix("argument "))
+
+
+def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
+    """The table of options: name, variable, converter, default."""
+    parser = Parser(
+        prog="immich-analyze",
+        usage=argparse.SUPPRESS,  # as long as the table itself
+        description=t("help_description"),
+        epilog=t("help_epilog"),
+        add_help=False,
+        allow_abbrev=False,
+        add_config_file_help=False,
+        add_env_var_help=False,
+        default_config_files=CONFIG_FILES,
+        config_file_parser_class=FileParser,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
+    )
+
+    def add(group: Any, *flags: str, env: str | None = None, **more: Any) -> None:
+        """Add an option; its variable is IMMICH_ANALYZE_<OPTION> unless named."""
+        option = flags[0].lstrip("-").replace("-", "_")
+        variable = f"IMMICH_ANALYZE_{option.upper()}" if env is None else env
+        text = t(f"help_{option}")
+        if more.get("default") not in (None, False, argparse.SUPPRESS):
+            text += f" ({more['default']})".replace("%", "%%")
+        text += f" [{variable}]" if variable else ""
+        group.add_argument(*flags, env_var=variable, help=text, **more)
+
+    switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    seconds = number(0, above=True)
+
+    work = parser.add_argument_group(t("help_group_work"))
+    mode = work.add_mutually_exclusive_group()
+    add(mode, "--mode", type=one_of(list(Mode)), default=Mode.BATCH.value, metavar="MODE")
+    for flag, value in (("-m", Mode.MONITOR), ("-c", Mode.COMBINED)):
+        name = {"const": value.value, "default": argparse.SUPPRESS}
+        add(mode, f"--{value}", flag, env="", action="store_const", dest="mode", **name)
+    add(work, "--overwrite-existing", "-o", default=False, **switch)
+    add(work, "--prompt", default=PROMPT, metavar="TEXT")
+
+    library = parser.add_argument_group(t("help_group_library"))
+    add(library, "--data-access-mode", "-d", type=one_of(list(Access)), metavar="ACCESS")
+    add(library, "--immich-root", type=Path, default=Path("/var/lib/immich"), metavar="FOLDER")
+    url = library.add_mutually_exclusive_group()
+    add(url, "--postgres-url", metavar="URL")
+    add(url, "--postgres-url-file", metavar="FILE")
+    add(library, "--immich-api-url", env="IMMICH_API_URL", type=web_address, metavar="URL")
+    keys = library.add_mutually_exclusive_group()
+    add(keys, "--immich-api-keys", env="IMMICH_API_KEY", metavar="KEYS")
+    add(keys, "--immich-api-keys-file", env="IMMICH_API_KEY_FILE", metavar="FILE")
+    add(library, "--api-poll-interval", type=seconds, default=10.0, metavar="S")
+    add(library, "--wait-for-immich", default=True, **switch)
+    add(library, "--wait-timeout", type=number(0), default=120.0, metavar="S")
+    add(library, "--wait-retry-interval", type=seconds, default=5.0, metavar="S")
+
+    model = parser.add_argument_group(t("help_group_model"))
+    add(model, "--interface", type=one_of(INTERFACES), default=INTERFACES[0], metavar="NAME")
+    hosts = "http://localhost:11434"
+    add(model, "--hosts", type=web_addresses, default=hosts, metavar="URLS")
+    add(model, "--model-name", default="qwen3-vl:4b-thinking-q4_K_M", metavar="NAME")
+    key = model.add_mutually_exclusive_group()
+    add(key, "--api-key", metavar="KEY")
+    add(key, "--api-key-file", metavar="FILE")
+    add(model, "--max-concurrent", type=number(1, whole=True), default=4, metavar="N")
+    add(model, "--timeout", type=seconds, default=300.0, metavar="S")
+    add(model, "--max-tokens", type=number(1, whole=True), default=4096, metavar="N")
+    add(model, "--think", default=False, **switch)
+    add(model, "--max-image-size", type=number(0, whole=True), default=0, metavar="PIXELS")
+    add(model, "--max-retries", type=number(0, whole=True), default=0, metavar="N")
+    add(model, "--retry-delay-seconds", type=number(0), default=5.0, metavar="S")
+    add(model, "--unavailable-duration", type=seconds, default=60.0, metavar="S")
+
+    files = parser.add_argument_group(t("help_group_files"))
+    add(files, "--file-write-timeout", type=seconds, default=30.0, metavar="S")
+    add(files, "--file-check-interval", type=seconds, default=500.0, metavar="MS")
+    add(files, "--event-cooldown", type=number(0), default=2.0, metavar="S")
+
+    output = parser.add_argument_group(t("help_group_output"))
+    add(output, "--lang", type=one_of(LANGUAGES), metavar="LANG")
+    add(output, "--log-level", type=one_of(LOG_LEVELS), metavar="LEVEL")
+    add(output, "--final-output", default=True, **switch)
+    add(output, "--grace", type=number(0), default=30.0, metavar="S")
+    add(output, "--config", env="", is_config_file=True, metavar="FILE")
+    add(output, "--help", "-h", env="", action="help")
+    add(output, "--version", "-V", env="", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+def known_names(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without empty variables, and with older names translated."""
+    known = {name: value for name, value in environ.items() if value.strip()}
+    for other, name in OTHER_NAMES.items():
+        if other in known:
+            known.setdefault(name, known[other])
+    if hidden := known.get("IMMICH_ANALYZE_NO_FINAL_OUTPUT"):
+        known["IMMICH_ANALYZE_FINAL_OUTPUT"] = opposite(hidden)
+    # RUST_LOG is "level" or "target=level,…"; a level for another program is not ours
+    for part in known.get("RUST_LOG", "").lower().split(","):
+        target, _, level = part.rpartition("=")
+        if target in ("", "immich_analyze") and level in LOG_LEVELS:
+            known.setdefault("IMMICH_ANALYZE_LOG_LEVEL", level)
+    return known
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    """Read flags, environment and file, in this order of precedence.
+
+    Raises Fatal with one line that names the wrong setting, and never a secret.
+    """
+    known, parser = known_names(environ), build_parser()
+
+    def read() -> argparse.Namespace:
+        options: argparse.Namespace
+        options, unknown = parser.parse_known_args(list(argv), env_vars=known)
+        if unknown:
+            # only the option's name: what stands beside it may be a secret
+            names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+            raise Fatal("unknown_option", option=(names or ["…"])[0])
+        return options
+
+    try:
+        options = read()
+        old_hosts = f"IMMICH_ANALYZE_{options.interface}_HOSTS".upper()
+        if old_hosts in known and "IMMICH_ANALYZE_HOSTS" not in known:
+            known["IMMICH_ANALYZE_HOSTS"] = known[old_hosts]
+            options = read()
+    except OSError as error:
+        raise Fatal("unreadable_file", file=error.filename, why=error.strerror) from error
+    return config_from(options, known)
+
+
+def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Config:
+    """Apply the rules that span several options."""
+    given = vars(options)
+    url, database_url = secret(given, "postgres_url"), postgres_url_from(environ)
+    keys = words(secret(given, "immich_api_keys"))
+    api_url = options.immich_api_url or ""
+    database_given, api_given = bool(url or database_url), bool(api_url or keys)
+    access = options.data_access_mode or (
+        Access.API if api_given and not database_given else Access.DATABASE
+    )
+    if access == Access.API and not (api_url and keys):
+        raise Fatal("api_key_missing" if api_url else "api_url_missing")
+    return Config(
+        **{name: given[name] for name in given.keys() & Config.__slots__}
+        | {
+            "mode": Mode(options.mode),
+            "policy": Policy.ALL if options.overwrite_existing else Policy.NONE,
+            "access": Access(access),
+            "access_ambiguous": database_given and api_given and not options.data_access_mode,
+            "postgres_url": url or database_url or "host=localhost user=postgres dbname=immich",
+            "immich_api_url": api_url and api_url.removesuffix("/api") + "/api",
+            "immich_api_keys": tuple(header_safe(key, "--immich-api-keys") for key in keys),
+            "api_key": header_safe(secret(given, "api_key"), "--api-key"),
+            "file_check_interval": options.file_check_interval / 1000,
+            "lang": options.lang or language((), environ),
+            "log_level": LOG_LEVELS.get(options.log_level),
+        }
+    )
+
+
+def secret(given: Mapping[str, str | None], name: str, twin: str = "_file") -> str:
+    """A setting given directly, or by the file that its twin names; "" for neither."""
+    file = given.get(name + twin)
+    if not file:
+        return (given.get(name) or "").strip()
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise Fatal("unreadable_file", file=file, why=why) from error
+
+
+def header_safe(key: str, option: str) -> str:
+    """A key that can be sent as a header."""
+    if not re.fullmatch(r"[!-~]*", key):
+        raise Fatal("bad_key", option=option)
+    return key
+
+
+def postgres_url_from(environ: Mapping[str, str]) -> str:
+    """The connection by Immich's own DB_* variables, in libpq's keywords; "" without any.
+
+    Each has a twin, DB_*_FILE, as in Immich itself.
+    """
+    names = ("DB_URL", *DB_KEYWORDS)
+    given = {name: text for name in names if (text := secret(environ, name, "_FILE"))}
+    if not given or "DB_URL" in given:
+        return given.get("DB_URL", "")
+    return " ".join(
+        "{}='{}'".format(keyword, text.replace("\\", "\\\\").replace("'", "\\'"))
+        for name, (keyword, default) in DB_KEYWORDS.items()
+        if (text := given.get(name, default))
+    )
+
+
+# ------------------------------------------------------------------------------
+# 4 Records and text: what flows, and pure functions on it. No I/O.
+# ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """A photo as the listing showed it."""
+
+    id: str
+    name: str
+    description: str
+    source: str  # how its library gets at it: number of the key (API), path of the preview (SQL)
+    ready: bool = True  # Immich made its preview already
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A preview ready to be sent; its base64 is made once for all tries."""
+
+    mime: str
+    base64: str
+
+
+def wants(description: str, policy: Policy) -> bool:
+    """Whether a photo with this description is to be described."""
+    return policy is Policy.ALL or not description.strip()
+
+
+def picture_type(data: bytes) -> str | None:
+    """MIME type by the first bytes; None for what is no picture we know."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "image/webp"
+    return None
+
+
+def is_whole(data: bytes, mime: str) -> bool:
+    """Whether the file has its end: previews are rewritten in place, and seen cut then."""
+    tail = data[-64:]
+    match mime:
+        case "image/jpeg":
+            return b"\xff\xd9" in tail
+        case "image/png":
+            return b"IEND" in tail
+        case _:
+            return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+
+
+def prepared(data: bytes, max_size: int) -> Picture:
+    """Check a preview by its first and last bytes and make it ready to be sent.
+
+    Decoding costs four times all the rest, so it is done only to shrink a picture to
+    `max_size` pixels, or to turn WebP into JPEG: llama.cpp cannot read WebP, nor can
+    the releases of Ollama that hand it on unchanged.
+
+    Raises Retryable for a file that is being written, Permanent for no picture.
+    """
+    mime = picture_type(data)
+    if not data or (mime and not is_whole(data, mime)):
+        raise Retryable("preview_cut", pause=0.2)
+    if not mime:
+        raise Permanent("preview_unknown")
+    if mime == "image/webp" or max_size:
+        mime, data = "image/jpeg", as_jpeg(data, max_size)
+    return Picture(mime, base64.b64encode(data).decode("ascii"))
+
+
+def as_jpeg(data: bytes, max_size: int) -> bytes:
+    """Decode a picture and write it as JPEG, shrunk to `max_size` unless that is 0."""
+    target = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            picture = image.convert("RGB")
+            if max_size:
+                picture.thumbnail((max_size, max_size))
+            picture.save(target, "JPEG", quality=90)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Permanent("preview_broken") from error
+    return target.getvalue()
+
+
+THINKING = re.compile(r"^.*</think(?:ing)?>|<think(?:ing)?>.*$", re.DOTALL | re.IGNORECASE)
+LEAD_IN = re.compile(
+    r"""^(?:(?:sure|certainly|of\ course|okay|конечно|хорошо)\b[^\w\n]{0,3}\s*)?
+        (?:(?:here(?:[’']s|\ is)|this\ is|below\ is|вот|ниже)\b[^.:\n]{0,60}?
+           \b(?:description|caption|summary|описание|подпись)\b[^.:\n]{0,60}
+         |(?:the\ )?(?:(?:image|photo|full)\ )?(?:description|caption)
+         |описание(?:\ (?:изображения|фотографии|фото))?
+        )\W{0,2}:[*_\s]*""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def clean(answer: str) -> str:
+    """What a model said, as a description: no thoughts, lead-ins or control characters.
+
+    Immich keeps text trimmed, and PostgreSQL cannot hold U+0000.
+    """
+    text = THINKING.sub("", answer.replace("\r\n", "\n"))
+    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
+    text = LEAD_IN.sub("", text.strip(" \n\t*_#"), count=1) if ":" in text[:200] else text
+    text = text.strip()
+    if len(text) > 1 and text[0] + text[-1] in ('""', "“”", "«»") and text[0] not in text[1:-1]:
+        text = text[1:-1].strip()
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def description_in(answer: object) -> str:
+    """The description in a model's answer.
+
+    Raises Retryable when there is none: empty, a bare number (Immich would store 1.50
+    as 1.5), or one phrase again and again, which shows in how well it compresses.
+    """
+    text = clean(answer) if isinstance(answer, str) else ""
+    if not any(c.isalpha() for c in text):
+        raise Retryable("answer_empty")
+    data = text.encode()
+    if len(data) > 200 and len(data) > 6 * len(zlib.compress(data)):
+        raise Retryable("answer_repeats")
+    return text
+
+
+def dig(data: object, *path: str | int) -> Any:
+    """The value at a path into JSON; None where it does not lead anywhere."""
+    for step in path:
+        if isinstance(step, int):
+            data = data[step] if isinstance(data, list) and len(data) > step else None
+        else:
+            data = data.get(step) if isinstance(data, dict) else None
+    return data
+
+
+# ------------------------------------------------------------------------------
+# 5 Wire: the only place that meets exceptions of requests and psycopg2, and that
+#   says who is to blame for a status. Does not try again.
+# ------------------------------------------------------------------------------
+
+CONNECT_TIMEOUT = 10.0
+REPLY_LIMIT = 64 * 2**20  # bytes; a page of 1,000 photos has about 1.3 MB
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An HTTP answer with its body read."""
+
+    url: str  # without user, password and query
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        """The body's JSON; Retryable for anything else, such as a proxy's page."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError) as error:
+            raise Retryable("not_json", url=self.url) from error
+
+    def complaint(self) -> str:
+        """What the server says is wrong: one line, "" if it says nothing to people."""
+        text = self.body[:4000].decode("utf-8", "replace").strip()
+        for _ in range(3):  # Ollama hands on llama.cpp's JSON as a string in its own
+            try:
+                said = json.loads(text)
+            except (ValueError, RecursionError):
+                break
+            inner = dig(said, "error", "message") or dig(said, "message") or dig(said, "error")
+            text = "; ".join(map(str, inner)) if isinstance(inner, list) else str(inner or "")
+        return "" if text.startswith("<") else " ".join(text.split())[:300]
+
+
+def new_session() -> requests.Session:
+    """A session for one worker; it keeps no cookies, as a stale one outranks an API key."""
+    session = requests.Session()
+    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
+    session.headers["User-Agent"] = f"immich-analyze/{__version__}"
+    return session
+
+
+def http(
+    session: requests.Session,
+    method: str,
+    url: str,
+    *,
+    blame: Callable[[Reply], AnalyzeError],
+    timeout: float,
+    limit: int = REPLY_LIMIT,
+    **options: Any,
+) -> Reply:
+    """Send one request and read the answer, `limit` bytes at most.
+
+    A status other than 2xx is raised as the error that `blame` makes of it. Redirects
+    are not followed: a POST would arrive as a GET, and the key at another server.
+    """
+    shown = public(url)
+    try:
+        with session.request(
+            method,
+            url,
+            timeout=(min(timeout, CONNECT_TIMEOUT), timeout),
+            allow_redirects=False,
+            stream=True,
+            **options,
+        ) as response:
+            body = bytearray()
+            for chunk in response.iter_content(2**16):
+                body += chunk
+                if len(body) > limit:
+                    raise Retryable("reply_too_large", url=shown)
+            reply = Reply(shown, response.status_code, response.headers, bytes(body))
+    except requests.exceptions.ReadTimeout as error:
+        raise Retryable("timed_out", url=shown, seconds=f"{timeout:g}") from error
+    except requests.exceptions.SSLError as error:
+        raise Fatal("tls_failed", url=shown, why=innermost(error)) from error
+    except requests.exceptions.ConnectionError as error:
+        raise connection_error(error, shown) from error
+    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
+        raise Fatal("not_an_address", value=shown) from error
+    except requests.exceptions.RequestException as error:
+        raise Retryable("connection_cut", url=shown) from error
+    if 200 <= reply.status < 300:
+        return reply
+    if 300 <= reply.status < 400:
+        raise Fatal("redirected", url=shown, target=public(reply.headers.get("Location", "")))
+    raise blame(reply)
+
+
+def connection_error(error: requests.exceptions.ConnectionError, shown: str) -> Retryable:
+    """Tell a server that cannot be reached from one that hung up on a request.
+
+    The second may be the picture's doing, so it counts as a try of the picture.
+    """
+    cause = error.args[0] if error.args else None
+    if isinstance(error, requests.exceptions.ConnectTimeout) or hasattr(cause, "reason"):
+        return HostDown("unreachable", url=shown, why=innermost(error))
+    if "timed out" in str(error):  # while the body was read
+        return Retryable("timed_out_reading", url=shown)
+    return Retryable("connection_cut", url=shown)
+
+
+def innermost(error: BaseException) -> str:
+    """The reason at the bottom of a chain of exceptions, in the system's words."""
+    seen = [error]
+    while (inner := seen[-1].__cause__ or seen[-1].__context__) and inner not in seen:
+        seen.append(inner)
+    reasons = (getattr(e, "verify_message", getattr(e, "strerror", None)) for e in reversed(seen))
+    return next((reason for reason in reasons if isinstance(reason, str)), type(error).__name__)
+
+
+def retry_after(reply: Reply) -> float | None:
+    """Seconds the server asks to be left alone; the date form is not used by any of ours."""
+    text = reply.headers.get("Retry-After", "")
+    return min(float(text), 3600.0) if text.isdecimal() else None
+
+
+BUSY = {408, 429, 502, 503, 504}
+BLIND = re.compile(r"image input is not supported|missing data required for image input", re.I)
+
+
+def model_host_error(reply: Reply) -> AnalyzeError:
+    """Who is to blame for a model host's status (Ollama, llama.cpp, OpenAI-compatible)."""
+    url, why = reply.url, reply.complaint()
+    match reply.status:
+        case _ if BLIND.search(why):
+            return Fatal("model_blind", url=url)
+        case 401 | 403:
+            return Fatal("host_key_refused", url=url, status=reply.status)
+        case 404 | 405 if "model" in why.lower():
+            return Fatal("model_missing", url=url, why=why)
+        case 404 | 405:
+            return Fatal("host_wrong", url=url, status=reply.status)
+        case status if status in BUSY:
+            return HostDown("host_busy", pause=retry_after(reply), url=url, status=status, why=why)
+        case status if status >= 500:
+            return Retryable("host_failed", url=url, status=status, why=why)
+        case status:
+            return Permanent("picture_refused", url=url, status=status, why=why)
+
+
+def immich_error(reply: Reply) -> AnalyzeError:
+    """Who is to blame for a status of Immich.
+
+    Immich says 400 for a photo that is not there, and 404 "Cannot …" to everything
+    while it is in maintenance.
+    """
+    url, why = reply.url, reply.complaint()
+    match reply.status:
+        case 400 if why.startswith("Not found or no "):
+            return Gone("photo_gone")
+        case 401 if "Elevated permission" in why:
+            return Gone("photo_gone")
+        case 401:
+            return Fatal("immich_key_refused", why=why)
+        case 403:
+            return Fatal("immich_permission_missing", permission=why.rpartition(": ")[2])
+        case 404 if why == "Asset media not found":
+            return Permanent("preview_missing")
+        case 404 if why.startswith("Cannot "):
+            return HostDown("immich_maintenance", url=url)
+        case 404 | 405:
+            return Fatal("immich_wrong", url=url, status=reply.status)
+        case status if status in BUSY or status >= 500:
+            return HostDown("immich_failed", pause=retry_after(reply), url=url, status=status)
+        case status:
+            return Permanent("immich_refused", status=status, why=why)
+
+
+# libpq gives no code when it cannot connect, only the server's words
+WAIT_AND_SEE = re.compile(r"starting up|shutting down|recovery|not yet accepting|too many", re.I)
+REFUSED = re.compile(r"FATAL|invalid|SSL|certificate|GSS", re.I)
+
+
+@contextmanager
+def sql() -> Iterator[None]:
+    """Turn what psycopg2 raises into our errors."""
+    try:
+        yield
+    except psycopg2.OperationalError as error:
+        why = " ".join(str(error).split())
+        if not error.pgcode and REFUSED.search(why) and not WAIT_AND_SEE.search(why):
+            raise Fatal("database_refused", why=why) from error
+        raise HostDown("database_down", why=why) from error
+    except psycopg2.InterfaceError as error:
+        raise HostDown("database_down", why=" ".join(str(error).split())) from error
+    except psycopg2.DataError as error:
+        raise Permanent("database_refused", why=" ".join(str(error).split())) from error
+    except psycopg2.Error as error:  # no such column, no such right, a read-only server
+        raise Fatal("database_refused", why=" ".join(str(error).split())) from error
+
+
+# ------------------------------------------------------------------------------
+# 6 AI: who describes. Knows nothing of Immich.
+# ------------------------------------------------------------------------------
+
+ANSWER_LIMIT = 4 * 2**20  # bytes
+CHECK_TIMEOUT = 15.0
+PICTURE_TRIES = 3  # of one picture; a host that is away costs none of them
+THINK_REFUSED = re.compile(r"think|chat_template_kwargs", re.I)
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What one kind of model server wants and says: facts, no code path of their own."""
+
+    root: str  # what its paths begin with; people often give it with the address
+    chat: str
+    question: Callable[[str, str, Picture, int], dict[str, Any]]  # model, prompt, picture, tokens
+    thinking: Callable[[bool], dict[str, Any]]  # the switch to add to a question
+    text: tuple[str | int, ...]  # where the answer is
+    finish: tuple[str | int, ...]  # where it says why it ended; "length" = cut
+    sees: Callable[[Callable[..., Any], str], bool | None]  # is the model there, and can it see?
+
+
+def ollama_question(model: str, prompt: str, picture: Picture, tokens: int) -> dict[str, Any]:
+    """Body of POST /api/chat; images are bare base64 there."""
+    message = {"role": "user", "content": prompt, "images": [picture.base64]}
+    options = {"num_predict": tokens}
+    return {"model": model, "messages": [message], "stream": False, "options": options}
+
+
+def ollama_sees(ask: Callable[..., Any], model: str) -> bool | None:
+    """POST /api/show is 404 for a model that is not there; `capabilities` are newer."""
+    capabilities = dig(ask("POST", "/api/show", json={"model": model}), "capabilities")
+    return "vision" in capabilities if isinstance(capabilities, list) else None
+
+
+def openai_question(model: str, prompt: str, picture: Picture, tokens: int) -> dict[str, Any]:
+    """Body of POST /v1/chat/completions."""
+    image = {"url": f"data:{picture.mime};base64,{picture.base64}"}
+    content = [{"type": "text", "text": prompt}, {"type": "image_url", "image_url": image}]
+    message = {"role": "user", "content": content}
+    return {"model": model, "messages": [message], "stream": False, "max_tokens": tokens}
+
+
+def openai_sees(ask: Callable[..., Any], model: str) -> bool | None:
+    """GET /v1/models lists the models; llama.cpp answers by any name if it serves one.
+
+    Only llama.cpp tells whether a model can see: `input_modalities`, in older builds
+    `modalities` of GET /props.
+    """
+    listed = dig(ask("GET", "/v1/models"), "data")
+    models = {str(m.get("id")): m for m in listed or () if isinstance(m, dict)}
+    alone = len(models) == 1 and dig(listed, 0, "owned_by") == "llamacpp"
+    if alone:
+        known = dig(listed, 0)
+    else:
+        aliased = (m for m in models.values() if model in (dig(m, "aliases") or ()))
+        known = models.get(model) or next(aliased, None)
+        if models and not known:
+            raise Fatal("model_not_listed", model=model, models=", ".join(sorted(models)[:10]))
+    modalities = dig(known, "architecture", "input_modalities")
+    if isinstance(modalities, list):
+        return "image" in modalities
+    vision = dig(ask("GET", "/props"), "modalities", "vision") if alone else None
+    return vision if isinstance(vision, bool) else None
+
+
+DIALECTS = {
+    "ollama": Dialect(
+        root="/api",
+        chat="/api/chat",
+        question=ollama_question,
+        thinking=lambda think: {"think": think},
+        text=("message", "content"),
+        finish=("done_reason",),
+        sees=ollama_sees,
+    ),
+    "llamacpp": Dialect(
+        root="/v1",
+        chat="/v1/chat/completions",
+        question=openai_question,
+        thinking=lambda think: {"chat_template_kwargs": {"enable_thinking": think}},
+        text=("choices", 0, "message", "content"),
+        finish=("choices", 0, "finish_reason"),
+        sees=openai_sees,
+    ),
+}
+
+
+@dataclass(slots=True)
+class Host:
+    """What is known of one model host."""
+
+    url: str
+    in_flight: int = 0
+    used: int = 0  # when it was picked last, counted in picks
+    rests_until: float = 0.0
+
+
+class Hosts:
+    """Which model host is asked next, shared by all workers.
+
+    It is the one with the fewest of our requests in flight, the longest unused among
+    equals, so equal hosts get equal work and a fast one gets more. A host in trouble
+    rests; one with a wrong key or without the model is struck off.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        places: int,
+        rest: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._lock = threading.Lock()
+        self._places = threading.BoundedSemaphore(places)
+        self._hosts = {url: Host(url) for url in urls}
+        self._rest = rest
+        self._clock = clock
+        self._picks = 0
+
+    @contextmanager
+    def place(self, stop: threading.Event) -> Iterator[str]:
+        """Hold one of the places for a request, at the host to ask."""
+        with self._places:
+            url, seconds = self.pick()
+            while seconds and not stop.wait(seconds):
+                url, seconds = self.pick()
+            if stop.is_set():
+                raise Stopped("stopped")
+            try:
+                yield url
+            finally:
+                self._leave(url)
+
+    def pick(self) -> tuple[str, float]:
+        """The host to ask; with seconds to wait first while all of them rest."""
+        with self._lock:
+            now = self._clock()
+            awake = [host for host in self._hosts.values() if host.rests_until <= now]
+            if not awake:
+                soonest = min(self._hosts.values(), key=lambda host: host.rests_until)
+                return soonest.url, soonest.rests_until - now
+            host = min(awake, key=lambda host: (host.in_flight, host.used))
+            self._picks += 1
+            host.in_flight, host.used = host.in_flight + 1, self._picks
+            return host.url, 0.0
+
+    def _leave(self, url: str) -> None:
+        with self._lock:
+            if url in self._hosts:
+                self._hosts[url].in_flight -= 1
+
+    def __len__(self) -> int:
+        return len(self._hosts)
+
+    def down(self, url: str, error: Retryable) -> None:
+        """Let a host rest, for as long as it asks or the setting says."""
+        seconds = self._rest if error.pause is None else error.pause
+        with self._lock:
+            host = self._hosts.get(url)
+            first = host is not None and host.rests_until <= self._clock()
+            if host:
+                host.rests_until = self._clock() + seconds
+        if first:
+            log.warning("%s", t("host_rests", why=error, seconds=f"{seconds:g}"))
+
+    def strike(self, url: str, error: Fatal) -> None:
+        """Ask this host never again; raise the error if it was the last one."""
+        with self._lock:
+            known = url in self._hosts
+            last = len(self._hosts) == 1
+            if known and not last:
+                del self._hosts[url]
+        if known and last:
+            raise error
+        if known:
+            log.error("%s", t("host_struck", why=error))
+
+
+class Ai:
+    """Describes pictures; one for each worker, all on the same Hosts."""
+
+    def __init__(self, config: Config, hosts: Hosts, stop: threading.Event) -> None:
+        self._config = config
+        self._dialect = DIALECTS[config.interface]
+        self._hosts = hosts
+        self._stop = stop
+        self._session = new_session()
+        self._no_switch: set[str] = set()  # hosts that refuse the switch for thinking
+        if config.api_key:
+            # as a function, since .netrc would outrank a plain header
+            self._session.auth = self._sign
+
+    def _sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self._config.api_key}"
+        return request
+
+    def describe(self, picture: Picture) -> str:
+        """Ask until a host gave a usable description.
+
+        A sick host is waited for (`--max-retries` bounds that), a sick picture given up
+        on. Raises Retryable or Permanent for the picture, Fatal when no host is left,
+        Stopped.
+        """
+        most_waits = self._config.max_retries or math.inf
+        tries = min(PICTURE_TRIES, most_waits + 1)
+        waits = 0
+        while True:
+            with self._hosts.place(self._stop) as url:
+                try:
+                    return self._ask(url, picture)
+                except HostDown as error:
+                    self._hosts.down(url, error)
+                    waits += 1
+                    if waits > most_waits:
+                        raise
+                    continue
+                except Retryable as error:
+                    log.debug("%s", error)
+                    tries -= 1
+                    if tries <= 0:
+                        raise
+                except Fatal as error:
+                    self._hosts.strike(url, error)
+                    continue
+            if self._stop.wait(self._config.retry_delay_seconds):
+                raise Stopped("stopped")
+
+    def _ask(self, url: str, picture: Picture) -> str:
+        """One question to one host; asked again without the switch it refuses."""
+        config, dialect = self._config, self._dialect
+        question = dialect.question(config.model_name, config.prompt, picture, config.max_tokens)
+        switch = {} if url in self._no_switch else dialect.thinking(config.think)
+        try:
+            answer = self._call(url, "POST", dialect.chat, json=question | switch)
+        except Permanent as error:
+            if not switch or not THINK_REFUSED.search(str(error)):
+                raise
+            self._no_switch.add(url)
+            answer = self._call(url, "POST", dialect.chat, json=question)
+        if dig(answer, *dialect.finish) == "length":
+            raise Retryable("answer_cut", tokens=config.max_tokens)
+        return description_in(dig(answer, *dialect.text))
+
+    def _call(self, url: str, method: str, path: str, **options: Any) -> Any:
+        return http(
+            self._session,
+            method,
+            url.removesuffix(self._dialect.root) + path,
+            blame=model_host_error,
+            timeout=options.pop("timeout", self._config.timeout),
+            limit=ANSWER_LIMIT,
+            **options,
+        ).json()
+
+    def check(self) -> None:
+        """Ask each host for the model once, before the first photo.
+
+        A host that is busy, or still loads its model, is there. Raises Fatal when no
+        host is, or when the last one cannot do the work.
+        """
+        away: list[Retryable] = []
+        for url in self._config.hosts:
+            ask = functools.partial(self._call, url, timeout=CHECK_TIMEOUT)
+            try:
+                if self._dialect.sees(ask, self._config.model_name) is False:
+                    raise Fatal("model_blind", url=public(url))
+            except Fatal as error:
+                self._hosts.strike(url, error)
+            except Retryable as error:
+                if error.key != "host_busy":
+                    away.append(error)
+                    self._hosts.down(url, error)
+        if len(away) == len(self._hosts):
+            raise Fatal("no_host", why="; ".join(map(str, away)))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+
+# ------------------------------------------------------------------------------
+# 7 Library: where photos come from and descriptions go. Two of a kind, with one
+#   protocol; each worker has its own. Knows nothing of the AI, starts no thread.
+# ------------------------------------------------------------------------------
+
+PAGE = 1000  # photos a listing asks for at once; the most that Immich gives
+IMMICH_TIMEOUT = 60.0  # with Redis hung, Immich answers a write late but has done it
+PREVIEW_LIMIT = 64 * 2**20  # bytes
+
+Cursor = Any  # where a listing stands; only the library that made it looks inside
+
+
+class Library(Protocol):
+    """What the pipeline asks of a library; every method raises only our errors."""
+
+    def page(self, cursor: Cursor | None) -> tuple[list[Asset], Cursor | None]:
+        """The next photos of the listing, and where it goes on; None at its end.
+
+        Only live photos (no videos, nothing hidden, locked, trashed or offline).
+        """
+
+    def total(self) -> int | None:
+        """About how many photos the whole listing brings; None if that is not told."""
+
+    def preview(self, asset: Asset) -> bytes:
+        """The preview's file as it is."""
+
+    def write(self, asset: Asset, text: str) -> bool:
+        """Store a description in place of the listed one.
+
+        False, and nothing written, if there is another one by now. May be called
+        again after an error: a text that is there already counts as written.
+        """
+
+    def close(self) -> None:
+        """Close the connections; twice is fine."""
+
+
+@dataclass(slots=True)
+class Account:
+    """One user's API key. Only the listing changes it, and one worker at a time lists."""
+
+    key: str = field(repr=False)
+    number: int  # of the key in the setting, for messages
+    user_id: str | None  # None until known, as some keys may not ask for it
+    strangers: set[str] = field(default_factory=set)  # partners, who share their photos
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """Where a listing through the API stands.
+
+    It walks by date, newest first: each step asks for photos not newer than `before`,
+    which is four times as fast as page numbers at 50,000 photos, and loses none where
+    releases before 3.1.0 shuffle those of one date between pages.
+    """
+
+    part: int = 0  # which key and visibility
+    before: datetime | None = None
+    page: int = 1  # more only while a whole page lies within one millisecond
+    seen: Mapping[str, datetime] = field(default_factory=dict)  # what can be listed again
+    quiet: int = 0  # pages in a row that brought nothing new
+
+
+FAR_FUTURE = datetime(9999, 1, 1, tzinfo=UTC)
+MILLISECOND = timedelta(milliseconds=1)  # answers carry these, the database microseconds
+
+
+def moment(text: object) -> datetime | None:
+    """A date of Immich's; None for one that Python's calendar does not have."""
+    try:
+        return datetime.fromisoformat(str(text)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
+def onward(walk: Walk, listed: Mapping[str, datetime], more: bool, stable: bool) -> Walk | None:
+    """The step after one that listed these photos; None at the end of the part.
+
+    `stable`: the server orders photos of one date the same way each time. Where it
+    does not, pages within one millisecond are gone through until they bring nothing new.
+    """
+    quiet = 0 if listed.keys() - walk.seen.keys() else walk.quiet + 1
+    seen = {**walk.seen, **listed}
+    bound = min(listed.values(), default=FAR_FUTURE) + MILLISECOND
+    if more and walk.before and bound >= walk.before:
+        return replace(walk, page=walk.page + 1, seen=seen, quiet=quiet)
+    if walk.page > 1 and not stable and quiet < 2 * walk.page:
+        return replace(walk, page=1, seen=seen, quiet=quiet)
+    if not more:
+        return None
+    again = {asset_id: date for asset_id, date in seen.items() if date <= bound}
+    return Walk(walk.part, bound, seen=again)
+
+
+class ApiLibrary:
+    """Immich's REST API, 1.132 to 3.3.
+
+    Every photo is read and written with the key of its owner, and JSON is read
+    leniently: an odd field never costs more than that field.
+    """
+
+    def __init__(
+        self, url: str, version: tuple[int, int, int], accounts: Sequence[Account]
+    ) -> None:
+        self._url = url
+        self._version = version
+        self._accounts = accounts
+        self._parts = [(a, v) for a in accounts for v in ("timeline", "archive")]
+        self._session = new_session()
+
+    def _call(self, account: Account, method: str, path: str, **options: Any) -> Reply:
+        headers = {"x-api-key": account.key}
+        return http(
+            self._session,
+            method,
+            self._url + path,
+            blame=immich_error,
+            timeout=IMMICH_TIMEOUT,
+            headers=headers,
+            **options,
+        )
+
+    def page(self, cursor: Walk | None) -> tuple[list[Asset], Walk | None]:
+        """POST /search/metadata, in the flat shape that all releases understand."""
+        walk = cursor or Walk()
+        account, visibility = self._parts[walk.part]
+        query = {"size": PAGE, "page": walk.page, "order": "desc", "withExif": True}
+        if walk.before:
+            before = walk.before.isoformat(timespec="milliseconds")
+            query["takenBefore"] = before.replace("+00:00", "Z")
+        body = query | self._filter(visibility)
+        found = dig(self._call(account, "POST", "/search/metadata", json=body).json(), "assets")
+        items = [item for item in dig(found, "items") or () if dig(item, "id")]
+        listed: dict[str, datetime] = {}
+        date = walk.before or FAR_FUTURE
+        for item in items:
+            date = moment(dig(item, "fileCreatedAt")) or date
+            listed[item["id"]] = date
+        fresh = [item for item in items if item["id"] not in walk.seen]
+        assets = [asset for item in fresh if (asset := self._asset(item, account))]
+        more, stable = dig(found, "nextPage") is not None, self._version >= (3, 1, 0)
+        step = onward(walk, listed, more, stable)
+        if step is None and walk.part + 1 < len(self._parts):
+            step = Walk(walk.part + 1)
+        return assets, step
+
+    def _filter(self, visibility: str) -> dict[str, Any]:
+        """Always an explicit visibility: what goes without saying differs by release."""
+        if self._version >= (1, 133, 0):
+            return {"type": "IMAGE", "visibility": visibility}
+        return {"type": "IMAGE", "isArchived": visibility == "archive", "isVisible": True}
+
+    def _asset(self, item: dict[str, Any], account: Account) -> Asset | None:
+        """A photo out of the listing, unless it is none to be described."""
+        unwanted = dig(item, "isTrashed") is True or dig(item, "isOffline") is True
+        hidden = dig(item, "visibility") in ("hidden", "locked")
+        if unwanted or hidden or dig(item, "type") != "IMAGE" or not self._owns(account, item):
+            return None
+        description = dig(item, "exifInfo", "description")
+        return Asset(
+            id=item["id"],
+            name=str(dig(item, "originalFileName") or item["id"]),
+            description=description if isinstance(description, str) else "",
+            source=str(self._accounts.index(account)),
+            ready=bool(dig(item, "thumbhash")),
+        )
+
+    def _owns(self, account: Account, item: dict[str, Any]) -> bool:
+        """Whether the key's user owns a photo: searches list those of partners too.
+
+        A key without user.read does not know its user; then one photo of each owner
+        tells, since only its owner may update it. The update is empty.
+        """
+        owner = dig(item, "ownerId")
+        if account.user_id is None and owner not in account.strangers:
+            path = f"/assets/{item['id']}"
+            try:
+                self._call(account, "PUT", path, json={})
+                account.user_id = owner
+            except Gone:
+                self._call(account, "GET", path)  # there still, so it is somebody else's
+                account.strangers.add(owner)
+        return bool(owner == account.user_id)
+
+    def total(self) -> int | None:
+        """POST /search/statistics, if the key has asset.statistics."""
+        path, counts = "/search/statistics", []
+        for account, visibility in self._parts:
+            try:
+                reply = self._call(account, "POST", path, json=self._filter(visibility))
+            except AnalyzeError:
+                return None
+            counts.append(dig(reply.json(), "total"))
+        return sum(count for count in counts if isinstance(count, int))
+
+    def preview(self, asset: Asset) -> bytes:
+        """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
+        account = self._accounts[int(asset.source)]
+        query = {"size": "preview", "edited": "true"}
+        path = f"/assets/{asset.id}/thumbnail"
+        return self._call(account, "GET", path, params=query, limit=PREVIEW_LIMIT).body
+
+    def write(self, asset: Asset, text: str) -> bool:
+        """GET and PUT /assets/{id}: there is no write on condition, so read just before.
+
+        The GET also tells whether a write that timed out was done after all. A second
+        PUT close to the first could be lost.
+        """
+        account = self._accounts[int(asset.source)]
+        path = f"/assets/{asset.id}"
+        current = self._call(account, "GET", path).json()
+        stored = dig(current, "exifInfo", "description") or ""
+        if stored == text:
+            return True
+        if dig(current, "isTrashed") is True:
+            raise Gone("photo_gone")
+        if stored != asset.description:
+            return False
+        self._call(account, "PUT", path, json={"description": text})
+        return True
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+
+NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")
+
+
+def open_api(config: Config) -> tuple[Callable[[], Library], bool]:
+    """Check Immich's address and each key; one that is refused is left out."""
+    url = config.immich_api_url
+    accounts: list[Account] = []
+    refused: list[Fatal] = []
+    with closing(new_session()) as session:
+
+        def ask(key: str, method: str, path: str) -> Any:
+            headers = {"x-api-key": key} if key else {}
+            timeout, blame = CHECK_TIMEOUT, immich_error
+            return http(
+                session, method, url + path, blame=blame, timeout=timeout, headers=headers
+            ).json()
+
+        version = immich_version(functools.partial(ask, ""), url)
+        for i, key in enumerate(config.immich_api_keys, 1):
+            try:
+                account = Account(key, i, user_of(functools.partial(ask, key), version))
+            except Fatal as error:
+                refused.append(Fatal("key_refused", number=i, why=error))
+                continue
+            if account.user_id is None or account.user_id not in [a.user_id for a in accounts]:
+                accounts.append(account)
+    if not accounts:
+        raise refused[0]
+    for trouble in refused:
+        log.error("%s", trouble)
+    return functools.partial(ApiLibrary, url, version, accounts), not refused
+
+
+def immich_version(ask: Callable[[str, str], Any], url: str) -> tuple[int, int, int]:
+    """GET /server/version, which needs no key and answers in maintenance too."""
+    try:
+        told = ask("GET", "/server/version")
+    except HostDown:
+        raise
+    except Retryable as error:
+        raise Fatal("immich_wrong", url=public(url), status=200) from error
+    version = tuple(dig(told, part) for part in ("major", "minor", "patch"))
+    if not all(isinstance(part, int) for part in version):
+        raise Fatal("immich_wrong", url=public(url), status=200)
+    major, minor, patch = version
+    return major, minor, patch
+
+
+def user_of(ask: Callable[[str, str], Any], version: tuple[int, int, int]) -> str | None:
+    """The id of a key's user, None if it may not ask; Fatal for a key that cannot work."""
+    if version >= (1, 139, 0):
+        permissions = dig(ask("GET", "/api-keys/me"), "permissions") or []
+        missing = [p for p in NEEDED_PERMISSIONS if not {p, "all"} & set(permissions)]
+        if missing:
+            raise Fatal("immich_permission_missing", permission=", ".join(missing))
+    else:
+        ask("POST", "/auth/validateToken")
+    try:
+        user_id = dig(ask("GET", "/users/me"), "id")
+    except Fatal as error:
+        if error.key != "immich_permission_missing":
+            raise
+        return None
+    return str(user_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Statements:
+    """The SQL for one generation of Immich's tables."""
+
+    listing: str  # after, limit → id, name, description, path of the preview
+    count: str
+    write: str  # id, text, listed
+    read: str  # id → description
+    samples: str  # → paths of some previews
+    locks: bool  # a description can be kept from being extracted anew (2.4 on)
+    reads: tuple[str, ...]  # tables to read from
+    exif: str  # table to write to
+    columns: tuple[str, ...]  # columns to write
+
+
+def statements(tables: Mapping[str, set[str]], policy: Policy) -> Statements:
+    """Choose SQL by the tables and columns that are there, not by version.
+
+    Raises Fatal where they are not Immich's.
+    """
+    newer = "asset_exif" in tables  # 1.136 renamed them
+    names = ("asset", "asset_exif", "asset_file") if newer else ("assets", "exif", "asset_files")
+    asset, exif, file = names
+    if not {*names, "asset_job_status"} <= tables.keys():
+        raise Fatal("no_immich_tables")
+    edited = 'ORDER BY "isEdited" DESC' if "isEdited" in tables[file] else ""
+    shown = (
+        "a.visibility IN ('timeline', 'archive')"
+        if "visibility" in tables[asset]
+        else 'a."isVisible"'
+    )
+    live = f"""a."deletedAt" IS NULL AND a.status = 'active' AND NOT a."isOffline"
+        AND {shown} AND a.type = 'IMAGE' AND j."metadataExtractedAt" IS NOT NULL"""
+    empty = "AND coalesce(e.description, '') !~ '[^[:space:]]'" if policy is Policy.NONE else ""
+    source = f"""
+        FROM {asset} a
+        JOIN {exif} e ON e."assetId" = a.id
+        JOIN asset_job_status j ON j."assetId" = a.id
+        JOIN LATERAL (SELECT path FROM {file} WHERE "assetId" = a.id AND type = 'preview'
+                      {edited} LIMIT 1) f ON true
+        WHERE {live} {empty}"""  # noqa: S608 - names come from the two lists above
+    locks = "lockedProperties" in tables[exif]
+    lock = (
+        """, "lockedProperties" = (SELECT array_agg(DISTINCT p) FROM unnest(
+            coalesce(e."lockedProperties", '{}') || ARRAY['description']::varchar[]) p)"""
+        if locks
+        else ""
+    )
+    return Statements(
+        listing=f"""SELECT a.id, a."originalFileName", coalesce(e.description, ''), f.path
+            {source} AND a.id > %(after)s::uuid ORDER BY a.id LIMIT %(limit)s""",
+        count=f"SELECT count(*) {source}",
+        write=f"""UPDATE {exif} e SET description = %(text)s {lock}
+            FROM {asset} a JOIN asset_job_status j ON j."assetId" = a.id
+            WHERE e."assetId" = %(id)s::uuid AND a.id = e."assetId" AND {live}
+            AND coalesce(e.description, '') = %(listed)s""",  # noqa: S608
+        read=f"""SELECT coalesce(e.description, '') FROM {exif} e
+            JOIN {asset} a ON a.id = e."assetId" JOIN asset_job_status j ON j."assetId" = a.id
+            WHERE e."assetId" = %(id)s::uuid AND {live}""",  # noqa: S608
+        samples=f"SELECT path FROM {file} WHERE type = 'preview' LIMIT 5",  # noqa: S608
+        locks=locks,
+        reads=(*names, "asset_job_status"),
+        exif=exif,
+        columns=("description", "lockedProperties") if locks else ("description",),
+    )
+
+
+TABLES = """
+    SELECT c.relname, array_agg(a.attname::text)
+    FROM pg_catalog.pg_class c
+    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    WHERE n.nspname = current_schema() AND c.relkind IN ('r', 'p')
+    GROUP BY c.relname"""
+MISSING_GRANTS = """
+    SELECT 'SELECT ON ' || name FROM unnest(%(reads)s) name
+    WHERE NOT has_any_column_privilege(quote_ident(name)::regclass, 'SELECT')
+    UNION ALL
+    SELECT format('UPDATE (%%I) ON %%I', name, %(exif)s) FROM unnest(%(columns)s) name
+    WHERE NOT has_column_privilege(quote_ident(%(exif)s)::regclass, name, 'UPDATE')"""
+NO_ID = "00000000-0000-0000-0000-000000000000"
+
+
+class Database:
+    """One connection, opened when it is first needed and again after it was lost."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._connection: psycopg2.extensions.connection | None = None
+
+    def rows(self, statement: str, **parameters: object) -> list[tuple[Any, ...]]:
+        """Run one statement as a transaction of its own; the rows, if it gives any."""
+        try:
+            with sql(), self._open().cursor() as cursor:
+                cursor.execute(statement, parameters)
+                return cursor.fetchall() if cursor.description else [()] * cursor.rowcount
+        except HostDown:
+            self.close()
+            raise
+
+    def _open(self) -> psycopg2.extensions.connection:
+        if self._connection is None or self._connection.closed:
+            connection = psycopg2.connect(
+                self._url, connect_timeout=10, fallback_application_name="immich-analyze"
+            )
+            connection.autocommit = True
+            connection.set_client_encoding("UTF8")
+            with connection.cursor() as cursor:
+                cursor.execute("SET lock_timeout = '10s'; SET statement_timeout = '5min'")
+            self._connection = connection
+        return self._connection
+
+    def close(self) -> None:
+        """Close the connection; twice is fine."""
+        if self._connection:
+            with sql():
+                self._connection.close()
+            self._connection = None
+
+
+class DbLibrary:
+    """Immich's own tables, 1.132 to 3.3, on PostgreSQL 14 and newer.
+
+    Only one row is ever changed, and only while it holds what was listed.
+    """
+
+    def __init__(self, database: Database, statements: Statements, root: Path) -> None:
+        self._database = database
+        self._statements = statements
+        self._root = root
+
+    def page(self, cursor: str | None) -> tuple[list[Asset], str | None]:
+        """One page by id: only photos with work to do, each with its preview's path."""
+        listing, after = self._statements.listing, cursor or NO_ID
+        rows = self._database.rows(listing, after=after, limit=PAGE)
+        assets = [Asset(str(i), name, text, path) for i, name, text, path in rows]
+        return assets, assets[-1].id if len(assets) == PAGE else None
+
+    def total(self) -> int | None:
+        """The exact number of photos that the listing brings."""
+        return int(self._database.rows(self._statements.count)[0][0])
+
+    def preview(self, asset: Asset) -> bytes:
+        """Read the file that `asset_file.path` names."""
+        return read_file(inside(self._root, asset.source))
+
+    def write(self, asset: Asset, text: str) -> bool:
+        """UPDATE the row if it still holds what was listed, and lock the property."""
+        statements = self._statements
+        if self._database.rows(statements.write, id=asset.id, text=text, listed=asset.description):
+            return True
+        stored = self._database.rows(statements.read, id=asset.id)
+        if not stored:
+            raise Gone("photo_gone")
+        return bool(stored[0][0] == text)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._database.close()
+
+
+def inside(root: Path, path: str) -> Path:
+    """Where a preview lies on this machine.
+
+    Immich's paths begin with the folder as its container sees it (/data, /usr/src/app/
+    upload, or none), but all previews lie under `thumbs/`. Permanent for one outside.
+    """
+    _, thumbs, rest = path.rpartition("thumbs/")
+    real = (root / thumbs / rest).resolve()
+    if not thumbs or not real.is_relative_to(root.resolve()):
+        raise Permanent("preview_outside", path=path)
+    return real
+
+
+def read_file(path: Path) -> bytes:
+    """A regular file's content; Permanent if it cannot be had."""
+    try:
+        if not path.is_file():  # opening a named pipe would wait for ever
+            raise Permanent("preview_missing")
+        with path.open("rb") as file:
+            return file.read(PREVIEW_LIMIT)
+    except OSError as error:
+        raise Permanent("unreadable_file", file=path, why=error.strerror) from error
+
+
+def open_database(config: Config) -> tuple[Callable[[], Library], bool]:
+    """Check the connection, tables, rights and the folder of the previews."""
+    root = config.immich_root
+    with closing(Database(postgres_url(config.postgres_url))) as database:
+        tables = {name: set(columns) for name, columns in database.rows(TABLES)}
+        chosen = statements(tables, config.policy)
+        needs = {"reads": list(chosen.reads), "exif": chosen.exif, "columns": list(chosen.columns)}
+        if missing := database.rows(MISSING_GRANTS, **needs):
+            raise Fatal("grants_missing", grants=", ".join(grant for (grant,) in missing))
+        samples = [path for (path,) in database.rows(chosen.samples)]
+    if not (root / "thumbs").is_dir():
+        raise Fatal("root_wrong", root=root)
+    if samples and not any(is_preview(root, path) for path in samples):
+        raise Fatal("root_empty", root=root, path=samples[0])
+    if not chosen.locks:
+        log.warning("%s", t("no_lock"))
+    url = config.postgres_url
+    return lambda: DbLibrary(Database(url), chosen, root), True
+
+
+def is_preview(root: Path, path: str) -> bool:
+    """Whether the file that a path of the database names can be read here."""
+    try:
+        return os.access(inside(root, path), os.R_OK)
+    except Permanent:
+        return False
+
+
+def postgres_url(url: str) -> str:
+    """Check a connection string, as libpq's own complaints could quote the password."""
+    try:
+        parts = psycopg2.extensions.parse_dsn(url)
+    except psycopg2.ProgrammingError as error:
+        raise Fatal("bad_postgres_url") from error
+    ports = str(parts.get("port", "")).replace(",", "")
+    if "@" in parts.get("host", "") or (ports and not ports.isdecimal()):
+        raise Fatal("bad_postgres_url")
+    return url
+
+
+def open_library(config: Config) -> tuple[Callable[[], Library], bool]:
+    """Check the library once; then what makes one for each worker, and if all can be reached."""
+    return OPEN[config.access](config)
+
+
+OPEN = {Access.DATABASE: open_database, Access.API: open_api}
+
+
+# ------------------------------------------------------------------------------
+# 8 Pipeline: the way of a photo. Knows no HTTP, no SQL, no signals.
+# ------------------------------------------------------------------------------
+
+LIBRARY_TRIES = 3  # of a call that fails by itself; a library that is away costs none
+
+
+class Outcome(StrEnum):
+    """What became of a photo."""
+
+    DESCRIBED = "described"
+    SKIPPED = "skipped"  # has a description, got one meanwhile, or is gone
+    NOT_READY = "not_ready"  # Immich has not made its preview yet
+    FAILED = "failed"
+
+
+class Tally:
+    """What became of every photo, shared by all workers."""
+
+    def __init__(self, show: Callable[[Counter[Outcome]], None] | None = None) -> None:
+        self._lock = threading.Lock()
+        self._taken: set[str] = set()
+        self._show = show
+        self.counts: Counter[Outcome] = Counter()
+
+    def take(self, asset: Asset) -> bool:
+        """Claim a photo to describe; False if it was listed and taken before."""
+        with self._lock:
+            fresh = asset.id not in self._taken
+            self._taken.add(asset.id)
+            return fresh
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one photo."""
+        with self._lock:
+            self.counts[outcome] += 1
+        if self._show:
+            self._show(self.counts)
+
+
+class Shared:
+    """Lets threads take turns pulling from one iterator.
+
+    The lock is held while the iterator looks or waits for work, on purpose: whoever
+    waits behind it has nothing else to do.
+    """
+
+    def __init__(self, assets: Iterator[Asset]) -> None:
+        self._assets = assets
+        self._turn = threading.Lock()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Asset:
+        with self._turn:
+            return next(self._assets)
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Calls again on trouble that may pass.
+
+    Who is sick is waited for, `longest` seconds; a call that fails by itself is given
+    up after some tries. Raises the last error, or Stopped.
+    """
+
+    stop: threading.Event
+    pause: float
+    longest: float
+
+    def __call__(self, call: Callable[[], T]) -> T:
+        """What the call gives."""
+        began: float | None = None
+        tries = LIBRARY_TRIES
+        while True:
+            try:
+                return call()
+            except HostDown as error:
+                trouble: Retryable = error
+                began = time.monotonic() if began is None else began
+                if time.monotonic() - began + self.pause > self.longest:
+                    raise
+                log.info("%s", t("waiting", why=error))
+            except Retryable as error:
+                trouble = error
+                tries -= 1
+                if tries <= 0:
+                    raise
+            if self.stop.wait(self.pause if trouble.pause is None else trouble.pause):
+                raise Stopped("stopped") from trouble
+
+
+def backlog(library: Library, patience: Patience, stop: threading.Event) -> Iterator[Asset]:
+    """The whole listing, page by page; ends early when stopped.
+
+    Where it stands is kept here, so trouble with one page repeats that page only.
+    """
+    cursor: Cursor | None = None
+    while not stop.is_set():
+        try:
+            assets, cursor = patience(functools.partial(library.page, cursor))
+        except (Retryable, Permanent, Gone) as error:
+            raise Fatal("listing_failed", why=error) from error
+        for asset in assets:
+            if stop.is_set():
+                return
+            yield asset
+        if cursor is None:
+            return
+
+
+def sift(assets: Iterable[Asset], policy: Policy, tally: Tally) -> Iterator[Asset]:
+    """The photos that need a description; counts the others, at no request each."""
+    for asset in assets:
+        if not asset.ready:
+            tally.add(Outcome.NOT_READY)
+        elif not wants(asset.description, policy):
+            tally.add(Outcome.SKIPPED)
+        elif tally.take(asset):
+            yield asset
+
+
+def analyze(
+    asset: Asset, library: Library, ai: Ai, patience: Patience, max_image_size: int
+) -> Outcome:
+    """The whole story of one photo."""
+    picture = patience(lambda: prepared(library.preview(asset), max_image_size))
+    text = ai.describe(picture)
+    written = patience(lambda: library.write(asset, text))
+    return Outcome.DESCRIBED if written else Outcome.SKIPPED
+
+
+def work(assets: Iterable[Asset], analyze: Callable[[Asset], Outcome], tally: Tally) -> None:
+    """Analyze photos until there are no more; one that fails does not stop the others."""
+    for asset in assets:
+        try:
+            outcome = analyze(asset)
+        except Stopped:
+            return
+        except Fatal:
+            raise
+        except Gone as error:
+            log.debug("%s: %s", asset.id, error)
+            outcome = Outcome.SKIPPED
+        except AnalyzeError as error:
+            log.error("%s", t("photo_failed", name=asset.name, id=asset.id, why=error))
+            outcome = Outcome.FAILED
+        except Exception:  # a bug that one photo meets must not cost the others
+            log.exception("%s", t("photo_failed", name=asset.name, id=asset.id, why=t("bug")))
+            outcome = Outcome.FAILED
+        tally.add(outcome)
+
+
+def run(worker: Callable[[], None], workers: int, stop: threading.Event) -> None:
+    """Run the workers until the stream ends; the first error of one ends it for all."""
+    with ThreadPoolExecutor(workers, "worker") as pool:
+        jobs = [pool.submit(worker) for _ in range(workers)]
+        wait(jobs, return_when=FIRST_EXCEPTION)
+        stop.set()
+    for job in jobs:
+        job.result()
+
+
+# ------------------------------------------------------------------------------
+# 9 Process: signals, output, main. The only place that reads the environment.
+# ------------------------------------------------------------------------------
+
+
+class Signals:
+    """The first SIGINT or SIGTERM ends the stream; the second, or `grace`, the process.
+
+    They are waited for by a thread: setting an Event in a signal handler can deadlock.
+    Made before any other thread, as those inherit what is blocked.
+    """
+
+    def __init__(self, stop: threading.Event) -> None:
+        self.number = 0  # of the signal that came
+        self.grace = 30.0
+        self._stop = stop
+        self._wanted = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._wanted)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def _listen(self) -> None:
+        self.number = signal.sigwait(self._wanted)
+        log.warning("%s", t("finishing", signal=signal.Signals(self.number).name))
+        self._stop.set()
+        timer = threading.Timer(self.grace, self._leave, (self.number,))
+        timer.daemon = True
+        timer.start()
+        self._leave(signal.sigwait(self._wanted))
+
+    @staticmethod
+    def _leave(number: int) -> None:
+        logging.shutdown()
+        os._exit(128 + number)
+
+
+class Lines(logging.Handler):
+    """Writes log lines to standard error, above the progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+class OneLine(logging.Formatter):
+    """Keeps file names and servers' words from faking lines or steering a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The message with control characters replaced; tracebacks come after it."""
+        record.message = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", record.message)
+        return super().formatMessage(record)
+
+
+def set_up_logging(config: Config) -> None:
+    """Messages for people on a terminal; silence from cron when all is well."""
+    handler = Lines()
+    handler.setFormatter(OneLine())
+    log.addHandler(handler)
+    log.propagate = False
+    by_place = logging.INFO if sys.stderr.isatty() else logging.WARNING
+    log.setLevel(config.log_level or by_place)
+
+
+class Progress:
+    """A bar on a terminal: photos done, rate and time left. Skipped ones are no progress."""
+
+    def __init__(self, total: int | None) -> None:
+        self._total = total
+        self._bar = tqdm(total=total, unit=" " + t("photos"), dynamic_ncols=True, leave=False)
+
+    def show(self, counts: Counter[Outcome]) -> None:
+        """Move on to what the counts say."""
+        left_out = counts[Outcome.SKIPPED] + counts[Outcome.NOT_READY]
+        with self._bar.get_lock():
+            if self._total is not None:
+                self._bar.total = max(0, self._total - left_out)
+            done = counts[Outcome.DESCRIBED] + counts[Outcome.FAILED]
+            self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()
+
+
+def describe_library(config: Config, stop: threading.Event) -> tuple[Counter[Outcome], bool]:
+    """Check everything, then describe the backlog; the counts, and if all could be reached."""
+    wait_timeout = config.wait_timeout or math.inf
+    waiting = Patience(
+        stop, config.wait_retry_interval, wait_timeout if config.wait_for_immich else 0.0
+    )
+    patience = Patience(stop, max(1.0, config.retry_delay_seconds), wait_timeout)
+    hosts = Hosts(config.hosts, config.max_concurrent, config.unavailable_duration)
+    try:
+        new_library, complete = waiting(lambda: open_library(config))
+    except Retryable as error:
+        raise Fatal("library_away", why=error) from error
+    with closing(Ai(config, hosts, stop)) as ai:
+        ai.check()
+    with closing(new_library()) as listing:
+        progress = Progress(patience(listing.total)) if sys.stderr.isatty() else None
+        tally = Tally(progress.show if progress else None)
+        assets = Shared(sift(backlog(listing, patience, stop), config.policy, tally))
+
+        def worker() -> None:
+            with closing(new_library()) as library, closing(Ai(config, hosts, stop)) as ai:
+                one = functools.partial(
+                    analyze,
+                    library=library,
+                    ai=ai,
+                    patience=patience,
+                    max_image_size=config.max_image_size,
+                )
+                work(assets, one, tally)
+
+        # more workers than places at the hosts: the next pictures are fetched meanwhile
+        workers = config.max_concurrent + max(2, config.max_concurrent // 4)
+        try:
+            run(worker, workers, stop)
+        finally:
+            if progress:
+                progress.close()
+    return tally.counts, complete
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is one of those at the top of this file."""
+    stop = threading.Event()
+    signals = Signals(stop)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    began = time.monotonic()
+    try:
+        use_language(language(arguments, os.environ))
+        config = parse(arguments, os.environ)
+        use_language(config.lang)
+        set_up_logging(config)
+        signals.grace = config.grace
+        if config.mode is not Mode.BATCH:
+            raise Fatal("mode_missing", mode=config.mode)
+        if config.access_ambiguous:
+            log.info("%s", t("both_given"))
+        counts, complete = describe_library(config, stop)
+    except Fatal as error:
+        log.critical("%s", error)
+        return 2
+    except Stopped:
+        return 128 + signals.number
+    if config.final_output:
+        level = logging.WARNING if counts[Outcome.FAILED] else logging.INFO
+        fields = {outcome.value: counts[outcome] for outcome in Outcome}
+        spent = timedelta(seconds=round(time.monotonic() - began))
+        log.log(level, "%s", t("tally", time=spent, **fields))
+    if signals.number:
+        return 128 + signals.number
+    return 0 if complete and not counts[Outcome.FAILED] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
