@@ -619,26 +619,35 @@ def as_jpeg(data: bytes, max_size: int) -> bytes:
 
 THINKING = re.compile(r"^.*</think(?:ing)?>|<think(?:ing)?>.*$", re.DOTALL | re.IGNORECASE)
 LEAD_IN = re.compile(
-    r"""^(?:(?:sure|certainly|of\ course|okay|конечно|хорошо)\b[^\w\n]{0,3}\s*)?
-        (?:(?:here(?:[’']s|\ is)|this\ is|below\ is|вот|ниже)\b[^.:\n]{0,60}?
-           \b(?:description|caption|summary|описание|подпись)\b[^.:\n]{0,60}
-         |(?:the\ )?(?:(?:image|photo|full)\ )?(?:description|caption)
-         |описание(?:\ (?:изображения|фотографии|фото))?
-        )\W{0,2}:[*_\s]*""",
+    r"""^[\s*_#]*
+        (?:(?:sure|certainly|of\ course|okay|конечно|хорошо)\b\W{0,3})?
+        (?:(?:here(?:[’']s|\ is)|this\ is|below\ is)\s+
+           (?:(?:an?|the|your|my|detailed|concise|short|brief|full|possible|image|photo)\s+){0,4}
+           (?:description|caption|summary)\b[^.:\n]{0,60}
+         |(?:вот|ниже)\s+
+           (?:(?:приведено|ваше|подробное|детальное|краткое|полное)\s+){0,3}
+           описание\b[^.:\n]{0,60}
+         |(?:the\s+)?(?:(?:image|photo|full)\s+)?(?:description|caption)
+         |описание(?:\s+(?:изображения|фотографии|фото|снимка))?
+        )[*_]*:[\s*_]*""",
     re.VERBOSE | re.IGNORECASE,
 )
+
+
+def is_storable(character: str) -> bool:
+    """Whether Immich, its XMP files and PostgreSQL can all hold a character."""
+    bad = unicodedata.category(character) in ("Cc", "Cs") or character in "\ufffe\uffff"
+    return not bad or character in "\n\t"
 
 
 def clean(answer: str) -> str:
     """What a model said, as a description: no thoughts, lead-ins or control characters.
 
-    Immich keeps text trimmed, and PostgreSQL cannot hold U+0000.
+    Trimmed, as Immich trims what it stores.
     """
     text = THINKING.sub("", answer.replace("\r\n", "\n"))
-    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
-    text = LEAD_IN.sub("", text.strip(" \n\t*_#"), count=1) if ":" in text[:200] else text
-    text = text.strip()
-    if len(text) > 1 and text[0] + text[-1] in ('""', "“”", "«»") and text[0] not in text[1:-1]:
+    text = LEAD_IN.sub("", "".join(filter(is_storable, text))).strip()
+    if text[:1] + text[-1:] in ('""', "“”", "«»") and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -785,12 +794,13 @@ def innermost(error: BaseException) -> str:
 
 
 def retry_after(reply: Reply) -> float | None:
-    """Seconds the server asks to be left alone; the date form is not used by any of ours."""
+    """Seconds the server asks to be left alone, an hour at most; None for none or a date."""
     text = reply.headers.get("Retry-After", "")
-    return min(float(text), 3600.0) if text.isdecimal() else None
+    return min(max(float(text), 1.0), 3600.0) if text.isdecimal() else None
 
 
 BUSY = {408, 429, 502, 503, 504}
+NO_MODEL = re.compile(r"model\b.*\b(not found|not exist)|no such model", re.I)
 BLIND = re.compile(r"image input is not supported|missing data required for image input", re.I)
 
 
@@ -802,7 +812,7 @@ def model_host_error(reply: Reply) -> AnalyzeError:
             return Fatal("model_blind", url=url)
         case 401 | 403:
             return Fatal("host_key_refused", url=url, status=reply.status)
-        case 404 | 405 if "model" in why.lower():
+        case 400 | 404 if NO_MODEL.search(why):
             return Fatal("model_missing", url=url, why=why)
         case 404 | 405:
             return Fatal("host_wrong", url=url, status=reply.status)
@@ -1102,7 +1112,7 @@ class Ai:
         try:
             answer = self._call(url, "POST", dialect.chat, json=question | switch)
         except Permanent as error:
-            if not switch or not THINK_REFUSED.search(str(error)):
+            if not switch or not THINK_REFUSED.search(str(error.fields["why"])):
                 raise
             self._no_switch.add(url)
             answer = self._call(url, "POST", dialect.chat, json=question)
@@ -1156,6 +1166,9 @@ PAGE = 1000  # photos a listing asks for at once; the most that Immich gives
 IMMICH_TIMEOUT = 60.0  # with Redis hung, Immich answers a write late but has done it
 PREVIEW_LIMIT = 64 * 2**20  # bytes
 
+NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")
+
+Version = tuple[int, int, int]
 Cursor = Any  # where a listing stands; only the library that made it looks inside
 
 
@@ -1190,7 +1203,6 @@ class Account:
     """One user's API key. Only the listing changes it, and one worker at a time lists."""
 
     key: str = field(repr=False)
-    number: int  # of the key in the setting, for messages
     user_id: str | None  # None until known, as some keys may not ask for it
     strangers: set[str] = field(default_factory=set)  # partners, who share their photos
 
@@ -1242,6 +1254,39 @@ def onward(walk: Walk, listed: Mapping[str, datetime], more: bool, stable: bool)
     return Walk(walk.part, bound, seen=again)
 
 
+class Immich:
+    """Immich's REST interface at one address, by a session of its own."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._session = new_session()
+
+    def call(
+        self,
+        key: str,
+        method: str,
+        path: str,
+        timeout: float = IMMICH_TIMEOUT,
+        limit: int = REPLY_LIMIT,
+        **options: Any,
+    ) -> Reply:
+        """Send one request with a user's key; without one for "", where none is needed."""
+        return http(
+            self._session,
+            method,
+            self._url + path,
+            blame=immich_error,
+            timeout=timeout,
+            limit=limit,
+            headers={"x-api-key": key} if key else {},
+            **options,
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+
 class ApiLibrary:
     """Immich's REST API, 1.132 to 3.3.
 
@@ -1249,37 +1294,24 @@ class ApiLibrary:
     leniently: an odd field never costs more than that field.
     """
 
-    def __init__(
-        self, url: str, version: tuple[int, int, int], accounts: Sequence[Account]
-    ) -> None:
-        self._url = url
+    def __init__(self, immich: Immich, version: Version, accounts: Sequence[Account]) -> None:
+        self._immich = immich
         self._version = version
         self._accounts = accounts
-        self._parts = [(a, v) for a in accounts for v in ("timeline", "archive")]
-        self._session = new_session()
-
-    def _call(self, account: Account, method: str, path: str, **options: Any) -> Reply:
-        headers = {"x-api-key": account.key}
-        return http(
-            self._session,
-            method,
-            self._url + path,
-            blame=immich_error,
-            timeout=IMMICH_TIMEOUT,
-            headers=headers,
-            **options,
-        )
+        self._parts = [(n, v) for n in range(len(accounts)) for v in ("timeline", "archive")]
 
     def page(self, cursor: Walk | None) -> tuple[list[Asset], Walk | None]:
         """POST /search/metadata, in the flat shape that all releases understand."""
         walk = cursor or Walk()
-        account, visibility = self._parts[walk.part]
+        number, visibility = self._parts[walk.part]
+        account = self._accounts[number]
         query = {"size": PAGE, "page": walk.page, "order": "desc", "withExif": True}
         if walk.before:
             before = walk.before.isoformat(timespec="milliseconds")
             query["takenBefore"] = before.replace("+00:00", "Z")
         body = query | self._filter(visibility)
-        found = dig(self._call(account, "POST", "/search/metadata", json=body).json(), "assets")
+        told = self._immich.call(account.key, "POST", "/search/metadata", json=body).json()
+        found = dig(told, "assets")
         items = [item for item in dig(found, "items") or () if dig(item, "id")]
         listed: dict[str, datetime] = {}
         date = walk.before or FAR_FUTURE
@@ -1287,7 +1319,8 @@ class ApiLibrary:
             date = moment(dig(item, "fileCreatedAt")) or date
             listed[item["id"]] = date
         fresh = [item for item in items if item["id"] not in walk.seen]
-        assets = [asset for item in fresh if (asset := self._asset(item, account))]
+        wanted = (item for item in fresh if is_photo(item) and self._owns(account, item))
+        assets = [photo_listed(item, str(number)) for item in wanted]
         more, stable = dig(found, "nextPage") is not None, self._version >= (3, 1, 0)
         step = onward(walk, listed, more, stable)
         if step is None and walk.part + 1 < len(self._parts):
@@ -1300,21 +1333,6 @@ class ApiLibrary:
             return {"type": "IMAGE", "visibility": visibility}
         return {"type": "IMAGE", "isArchived": visibility == "archive", "isVisible": True}
 
-    def _asset(self, item: dict[str, Any], account: Account) -> Asset | None:
-        """A photo out of the listing, unless it is none to be described."""
-        unwanted = dig(item, "isTrashed") is True or dig(item, "isOffline") is True
-        hidden = dig(item, "visibility") in ("hidden", "locked")
-        if unwanted or hidden or dig(item, "type") != "IMAGE" or not self._owns(account, item):
-            return None
-        description = dig(item, "exifInfo", "description")
-        return Asset(
-            id=item["id"],
-            name=str(dig(item, "originalFileName") or item["id"]),
-            description=description if isinstance(description, str) else "",
-            source=str(self._accounts.index(account)),
-            ready=bool(dig(item, "thumbhash")),
-        )
-
     def _owns(self, account: Account, item: dict[str, Any]) -> bool:
         """Whether the key's user owns a photo: searches list those of partners too.
 
@@ -1325,30 +1343,32 @@ class ApiLibrary:
         if account.user_id is None and owner not in account.strangers:
             path = f"/assets/{item['id']}"
             try:
-                self._call(account, "PUT", path, json={})
+                self._immich.call(account.key, "PUT", path, json={})
                 account.user_id = owner
             except Gone:
-                self._call(account, "GET", path)  # there still, so it is somebody else's
+                self._immich.call(account.key, "GET", path)  # there still, so it is somebody else's
                 account.strangers.add(owner)
         return bool(owner == account.user_id)
 
     def total(self) -> int | None:
         """POST /search/statistics, if the key has asset.statistics."""
-        path, counts = "/search/statistics", []
-        for account, visibility in self._parts:
+        count = 0
+        for number, visibility in self._parts:
+            key, body = self._accounts[number].key, self._filter(visibility)
             try:
-                reply = self._call(account, "POST", path, json=self._filter(visibility))
-            except AnalyzeError:
+                told = self._immich.call(key, "POST", "/search/statistics", json=body).json()
+            except Fatal:
                 return None
-            counts.append(dig(reply.json(), "total"))
-        return sum(count for count in counts if isinstance(count, int))
+            count += int(dig(told, "total") or 0)
+        return count
 
     def preview(self, asset: Asset) -> bytes:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
-        account = self._accounts[int(asset.source)]
         query = {"size": "preview", "edited": "true"}
         path = f"/assets/{asset.id}/thumbnail"
-        return self._call(account, "GET", path, params=query, limit=PREVIEW_LIMIT).body
+        return self._immich.call(
+            self._key(asset), "GET", path, params=query, limit=PREVIEW_LIMIT
+        ).body
 
     def write(self, asset: Asset, text: str) -> bool:
         """GET and PUT /assets/{id}: there is no write on condition, so read just before.
@@ -1356,9 +1376,8 @@ class ApiLibrary:
         The GET also tells whether a write that timed out was done after all. A second
         PUT close to the first could be lost.
         """
-        account = self._accounts[int(asset.source)]
-        path = f"/assets/{asset.id}"
-        current = self._call(account, "GET", path).json()
+        key, path = self._key(asset), f"/assets/{asset.id}"
+        current = self._immich.call(key, "GET", path).json()
         stored = dig(current, "exifInfo", "description") or ""
         if stored == text:
             return True
@@ -1366,12 +1385,34 @@ class ApiLibrary:
             raise Gone("photo_gone")
         if stored != asset.description:
             return False
-        self._call(account, "PUT", path, json={"description": text})
+        self._immich.call(key, "PUT", path, json={"description": text})
         return True
+
+    def _key(self, asset: Asset) -> str:
+        return self._accounts[int(asset.source)].key
 
     def close(self) -> None:
         """Close the connections."""
-        self._session.close()
+        self._immich.close()
+
+
+def is_photo(item: Mapping[str, Any]) -> bool:
+    """Whether a listed item is a photo to be described, whatever the search let through."""
+    unwanted = dig(item, "isTrashed") is True or dig(item, "isOffline") is True
+    hidden = dig(item, "visibility") in ("hidden", "locked")
+    return dig(item, "type") == "IMAGE" and not unwanted and not hidden
+
+
+def photo_listed(item: Mapping[str, Any], source: str) -> Asset:
+    """A photo as POST /search/metadata lists it; no preview was made if thumbhash is null."""
+    description = dig(item, "exifInfo", "description")
+    return Asset(
+        id=item["id"],
+        name=str(dig(item, "originalFileName") or item["id"]),
+        description=description if isinstance(description, str) else "",
+        source=source,
+        ready=bool(dig(item, "thumbhash")),
+    )
 
 
 NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")
@@ -1380,64 +1421,51 @@ NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")
 def open_api(config: Config) -> tuple[Callable[[], Library], bool]:
     """Check Immich's address and each key; one that is refused is left out."""
     url = config.immich_api_url
-    accounts: list[Account] = []
+    accounts: dict[str, Account] = {}  # by user, as two keys may be of one
     refused: list[Fatal] = []
-    with closing(new_session()) as session:
-
-        def ask(key: str, method: str, path: str) -> Any:
-            headers = {"x-api-key": key} if key else {}
-            timeout, blame = CHECK_TIMEOUT, immich_error
-            return http(
-                session, method, url + path, blame=blame, timeout=timeout, headers=headers
-            ).json()
-
-        version = immich_version(functools.partial(ask, ""), url)
-        for i, key in enumerate(config.immich_api_keys, 1):
+    with closing(Immich(url)) as immich:
+        version = immich_version(immich, public(url))
+        for number, key in enumerate(config.immich_api_keys, 1):
             try:
-                account = Account(key, i, user_of(functools.partial(ask, key), version))
+                user_id = user_of(immich, key, version)
+                accounts.setdefault(user_id or key, Account(key, user_id))
             except Fatal as error:
-                refused.append(Fatal("key_refused", number=i, why=error))
-                continue
-            if account.user_id is None or account.user_id not in [a.user_id for a in accounts]:
-                accounts.append(account)
+                refused.append(Fatal("key_refused", number=number, why=error))
     if not accounts:
         raise refused[0]
     for trouble in refused:
         log.error("%s", trouble)
-    return functools.partial(ApiLibrary, url, version, accounts), not refused
+    return lambda: ApiLibrary(Immich(url), version, list(accounts.values())), not refused
 
 
-def immich_version(ask: Callable[[str, str], Any], url: str) -> tuple[int, int, int]:
+def immich_version(immich: Immich, shown: str) -> Version:
     """GET /server/version, which needs no key and answers in maintenance too."""
     try:
-        told = ask("GET", "/server/version")
-    except HostDown:
-        raise
-    except Retryable as error:
-        raise Fatal("immich_wrong", url=public(url), status=200) from error
-    version = tuple(dig(told, part) for part in ("major", "minor", "patch"))
-    if not all(isinstance(part, int) for part in version):
-        raise Fatal("immich_wrong", url=public(url), status=200)
-    major, minor, patch = version
+        told = immich.call("", "GET", "/server/version", timeout=CHECK_TIMEOUT).json()
+        major, minor, patch = (int(dig(told, part)) for part in ("major", "minor", "patch"))
+    except (Retryable, TypeError, ValueError) as error:
+        if isinstance(error, Retryable) and error.key != "not_json":
+            raise
+        raise Fatal("immich_wrong", url=shown, status=200) from error
     return major, minor, patch
 
 
-def user_of(ask: Callable[[str, str], Any], version: tuple[int, int, int]) -> str | None:
+def user_of(immich: Immich, key: str, version: Version) -> str | None:
     """The id of a key's user, None if it may not ask; Fatal for a key that cannot work."""
+    ask = functools.partial(immich.call, key, timeout=CHECK_TIMEOUT)
     if version >= (1, 139, 0):
-        permissions = dig(ask("GET", "/api-keys/me"), "permissions") or []
+        permissions = dig(ask("GET", "/api-keys/me").json(), "permissions") or ()
         missing = [p for p in NEEDED_PERMISSIONS if not {p, "all"} & set(permissions)]
         if missing:
             raise Fatal("immich_permission_missing", permission=", ".join(missing))
     else:
         ask("POST", "/auth/validateToken")
     try:
-        user_id = dig(ask("GET", "/users/me"), "id")
+        return str(ask("GET", "/users/me").json()["id"])
     except Fatal as error:
         if error.key != "immich_permission_missing":
             raise
         return None
-    return str(user_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1753,10 +1781,11 @@ class Patience:
                 return call()
             except HostDown as error:
                 trouble: Retryable = error
-                began = time.monotonic() if began is None else began
+                first, began = began is None, began or time.monotonic()
                 if time.monotonic() - began + self.pause > self.longest:
                     raise
-                log.info("%s", t("waiting", why=error))
+                if first:
+                    log.info("%s", t("waiting", why=error))
             except Retryable as error:
                 trouble = error
                 tries -= 1

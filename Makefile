@@ -1,0 +1,40 @@
+# Runs from a checkout with Python 3.11 or newer; everything else comes from the package registry
+# into .venv.
+#
+#   make demo    describe a throwaway library with a tiny model; see tests/sandbox.py
+#   make demo HOSTS=http://127.0.0.1:11434 ARGS="--interface ollama --model-name NAME"
+#   make test    what CI runs
+#   make bench   measure; see tests/bench.py
+#   make clean   remove .venv and what the tools leave behind
+
+PYTHON ?= python3
+IN_VENV = .venv/bin/python
+
+.PHONY: demo test bench clean
+
+demo: .venv/sandbox
+	@$(IN_VENV) tests/sandbox.py $(ARGS)
+
+test: .venv/dev
+	$(IN_VENV) -m ruff check
+	$(IN_VENV) -m ruff format --check
+	$(IN_VENV) -m mypy
+	$(IN_VENV) -m coverage run --parallel-mode -m pytest $(ARGS)
+	$(IN_VENV) -m coverage combine --quiet
+	$(IN_VENV) -m coverage report
+
+bench: .venv/dev
+	@$(IN_VENV) tests/bench.py $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache
+
+# One stamp for each extra of pyproject.toml.
+.venv/sandbox .venv/dev: pyproject.toml
+	@$(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	{ echo "make: $(PYTHON) is not Python 3.11 or newer with venv (Debian: python3-venv);" \
+	"name another one: make PYTHON=..." >&2; exit 1; }
+	@echo "Installing into .venv ..."
+	@$(PYTHON) -m venv .venv
+	@$(IN_VENV) -m pip install --quiet --disable-pip-version-check --editable ".[$(@F)]"
+	@touch $@

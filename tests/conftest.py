@@ -1,0 +1,162 @@
+"""Fixtures and the rules that hold in every test.
+
+No test sees the settings of whoever runs it, waits for real time, or leaves a thread behind.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sandbox
+import servers
+
+import immich_analyze as ia
+
+ROOT = Path(__file__).parent.parent
+FOREIGN = ("IMMICH_", "DB_", "RUST_LOG", "LC_", "LANG", "JOURNAL_STREAM", "NOTIFY_SOCKET")
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Settings of the person or service that runs the tests stay out of them."""
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("LANG", "C.UTF-8")
+    monkeypatch.setattr(ia, "_language", "en")
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    """Every thread that a test starts has ended when it is over."""
+    before = set(threading.enumerate())
+    yield
+    left = [thread for thread in threading.enumerate() if thread not in before]
+    for thread in left:
+        thread.join(5)
+    assert not [thread for thread in left if thread.is_alive()]
+
+
+class FakeStop(threading.Event):
+    """A stop event whose time is invented: waiting is noted and over at once.
+
+    Its `clock` moves by what was waited for. `after` sets it at the end of that many waits.
+    """
+
+    def __init__(self, after: int | None = None) -> None:
+        super().__init__()
+        self.waits: list[float] = []
+        self.now = 1000.0
+        self._after = after
+
+    def clock(self) -> float:
+        return self.now
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None, "would wait for ever"
+        self.waits.append(timeout)
+        self.now += timeout
+        if len(self.waits) == self._after:
+            self.set()
+        return self.is_set()
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> FakeStop:
+    """A stop event that does not wait; the module's clock is its own."""
+    fake = FakeStop()
+    monkeypatch.setattr(ia.time, "monotonic", fake.clock)
+    return fake
+
+
+@pytest.fixture
+def config() -> Callable[..., ia.Config]:
+    """Makes a Config as the command line does: config("--think", environ={…})."""
+
+    def make(*argv: str, environ: dict[str, str] | None = None) -> ia.Config:
+        return ia.parse(argv, environ or {})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[sandbox.Postgres]:
+    """A real PostgreSQL for the whole session; each test makes databases of its own."""
+    with sandbox.Postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def photos(postgres: sandbox.Postgres, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Makes filled databases: photos("2.7.5") is an empty library of that release."""
+    opened: list[tuple[str, sandbox.PhotoLibrary]] = []
+
+    def make(version: str = sandbox.NEWEST, **options: Any) -> sandbox.PhotoLibrary:
+        uri = postgres.database(version)
+        root = tmp_path / f"library-{len(opened)}"
+        library = sandbox.PhotoLibrary(uri, root, **options)
+        library.uri, library.root = uri, root
+        opened.append((uri, library))
+        return library
+
+    yield make
+    for uri, library in opened:
+        library.close()
+        postgres.drop(uri)
+
+
+@pytest.fixture
+def immich() -> Iterator[servers.FakeImmich]:
+    """A fake Immich 3.1.0 with one user; what was said to it is checked at the end."""
+    with servers.FakeImmich() as server:
+        yield server
+    server.check()
+
+
+@pytest.fixture
+def ollama() -> Iterator[servers.FakeOllama]:
+    """A fake Ollama with one vision model, `tiny-vlm`."""
+    with servers.FakeOllama() as server:
+        yield server
+    server.check()
+
+
+@pytest.fixture
+def llamacpp() -> Iterator[servers.FakeLlamaCpp]:
+    """A fake llama.cpp server with one vision model."""
+    with servers.FakeLlamaCpp() as server:
+        yield server
+    server.check()
+
+
+@pytest.fixture(scope="session")
+def real_llamacpp() -> Iterator[sandbox.LlamaCpp]:
+    """llama.cpp's own server on the tiny model."""
+    with sandbox.LlamaCpp() as server:
+        yield server
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the real command line to its end, without a terminal."""
+
+    def run(*argv: str, timeout: float = 60, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "immich_analyze.py"), *argv],
+            cwd=tmp_path,
+            env=os.environ | environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,174 @@
+"""The parts of the sandbox keep their promises: what other tests build on."""
+
+import base64
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg2
+import pytest
+import requests
+import sandbox
+import tiny_vlm
+
+
+@pytest.fixture(scope="module")
+def server():
+    with sandbox.Postgres() as postgres:
+        yield postgres
+
+
+@pytest.fixture(scope="module")
+def llamacpp():
+    with sandbox.LlamaCpp() as running:
+        yield running
+
+
+@pytest.fixture
+def photos(server, tmp_path, request):
+    uri = server.database(getattr(request, "param", sandbox.NEWEST))
+    with sandbox.PhotoLibrary(uri, tmp_path) as library:
+        yield library
+    server.drop(uri)
+
+
+def every_generation(test):
+    return pytest.mark.parametrize("photos", sandbox.VERSIONS, indirect=True)(test)
+
+
+def ask(server, picture=None):
+    content = [{"type": "text", "text": "Describe this photo."}]
+    if picture:
+        url = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+        content.append({"type": "image_url", "image_url": {"url": url}})
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 50}
+    reply = requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+    reply.raise_for_status()
+    return reply.json()["choices"][0]
+
+
+# the tiny model
+
+
+def test_answers_name_the_colour_of_the_picture(llamacpp):
+    def answered(colour):
+        return ask(llamacpp, sandbox.draw(colour))["message"]["content"]
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(answered, tiny_vlm.COLOURS))
+    assert answers == [sandbox.answer(colour) for colour in tiny_vlm.COLOURS]
+    assert answers[0] == "A photo dominated by red tones with even lighting."
+
+
+def test_without_a_picture_the_model_says_so(llamacpp):
+    assert ask(llamacpp)["message"]["content"] == tiny_vlm.BLIND
+
+
+def test_same_arguments_same_bytes(tmp_path):
+    first, second = (
+        [file.read_bytes() for file in tiny_vlm.write_model(folder)]
+        for folder in (tmp_path, tmp_path)
+    )
+    assert first == second
+
+
+def test_a_thinking_model_keeps_its_thoughts_apart():
+    with sandbox.LlamaCpp(think=True) as server:
+        message = ask(server, sandbox.draw("green"))["message"]
+    assert message["content"] == sandbox.answer("green")
+    assert message["reasoning_content"] == "The user wants a description"
+
+
+def test_an_endless_model_stops_at_the_limit():
+    with sandbox.LlamaCpp(endless=True) as server:
+        assert ask(server, sandbox.draw("blue"))["finish_reason"] == "length"
+
+
+def test_a_server_can_be_blind_and_ask_for_a_key():
+    with sandbox.LlamaCpp(vision=False) as server, pytest.raises(requests.HTTPError, match="500"):
+        ask(server, sandbox.draw("red"))
+    with sandbox.LlamaCpp(api_key="key") as server, pytest.raises(requests.HTTPError, match="401"):
+        ask(server)
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path):
+    broken = tmp_path / "broken.gguf"
+    broken.write_text("not a model")
+    with pytest.raises(sandbox.SandboxError, match="did not start"):
+        sandbox.LlamaCpp(str(broken)).__enter__()
+
+
+# the library
+
+
+@every_generation
+def test_every_generation_can_be_filled(photos):
+    plain = photos.add("plain.jpg", colour="yellow")
+    told = photos.add("told.jpg", description="by a person", visibility="archive")
+    photos.add("bin.jpg", trashed=True)
+    photos.add("gone.jpg", offline=True, preview=False)
+    photos.add("raw.jpg", exif=False, extracted=False)
+    photos.add_person(plain, "Ann")
+    photos.add_tag(plain, "Holidays/Sea")
+    texts = photos.descriptions()
+    assert len(texts) == 4
+    assert (texts[plain], texts[told]) == ("", "by a person")
+    assert photos.preview_file(plain).read_bytes() == sandbox.draw("yellow")
+    assert photos.locked(plain) == []
+    assert photos.notes(plain) == {}
+
+
+@every_generation
+def test_an_update_is_stamped_by_the_trigger(photos):
+    id = photos.add()
+    stamp = 'SELECT "updatedAt", "updateId" FROM {exif} WHERE "assetId" = %s'
+    [before] = photos.run(stamp, id)
+    photos.describe(id, "changed")
+    [after] = photos.run(stamp, id)
+    assert after > before
+    assert photos.description(id) == "changed"
+
+
+@every_generation
+def test_the_restricted_role_writes_descriptions_and_nothing_else(photos):
+    id = photos.add()
+    uri = photos.restricted_role("describer", "it's secret")
+    exif, asset = photos.tables["exif"], photos.tables["asset"]
+    with sandbox.connected(uri) as cursor:
+        cursor.execute(f'UPDATE "{exif}" SET "description" = %s', ("written",))
+        assert photos.description(id) == "written"
+        for statement in (
+            f'UPDATE "{exif}" SET "city" = NULL',
+            f'UPDATE "{asset}" SET "isFavorite" = true',
+            f'DELETE FROM "{asset}"',
+            f'INSERT INTO "{exif}" ("assetId") VALUES (gen_random_uuid())',
+            "SELECT * FROM system_metadata",
+        ):
+            with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+                cursor.execute(statement)
+
+
+def test_an_edited_picture_has_two_previews(photos):
+    id = photos.add(colour="red", edited_preview="cyan")
+    rows = photos.run('SELECT "isEdited", "path" FROM {file} ORDER BY 1')
+    assert [edited for edited, _ in rows] == [False, True]
+    assert rows[1][1].endswith(f"{id}_preview_edited.jpeg")
+    assert photos.preview_file(id).read_bytes() == sandbox.draw("red")
+
+
+def test_many_assets_at_once(photos):
+    ids = photos.add_many(500, files=False)
+    assert set(photos.descriptions()) == set(ids)
+
+
+@pytest.mark.skipif(not sandbox.Postgres().own, reason="the server is not ours to stop")
+def test_the_library_outlives_a_restart(server, photos):
+    server.restart()
+    photos.add()
+    assert len(photos.descriptions()) == 1
+
+
+@pytest.mark.skipif(not sandbox.Postgres().own, reason="the server's address is given")
+def test_over_tcp_a_password_is_asked_for():
+    with sandbox.Postgres(tcp=True) as postgres:
+        psycopg2.connect(postgres.uri("postgres")).close()
+        with pytest.raises(psycopg2.OperationalError, match="password"):
+            psycopg2.connect(postgres.uri("postgres", "postgres", "wrong"))
