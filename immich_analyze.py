@@ -36,7 +36,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -275,7 +275,10 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
 
 def public(url: str) -> str:
     """A URL as it may be shown: without user, password and query."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
@@ -844,9 +847,7 @@ def immich_error(reply: Reply) -> AnalyzeError:
             return Permanent("preview_missing")
         case 404 if why.startswith("Cannot "):
             return HostDown("immich_maintenance", url=url)
-        case 404 | 405:
-            return Fatal("immich_wrong", url=url, status=reply.status)
-        case status if status in BUSY or status >= 500:
+        case status if status in BUSY | {404, 405} or status >= 500:  # 404 of a proxy, in between
             return HostDown("immich_failed", pause=retry_after(reply), url=url, status=status)
         case status:
             return Permanent("immich_refused", status=status, why=why)
@@ -1181,8 +1182,8 @@ class Library(Protocol):
         Only live photos (no videos, nothing hidden, locked, trashed or offline).
         """
 
-    def total(self) -> int | None:
-        """About how many photos the whole listing brings; None if that is not told."""
+    def total(self) -> int:
+        """About how many photos the whole listing brings; an extra, so not all may ask."""
 
     def preview(self, asset: Asset) -> bytes:
         """The preview's file as it is."""
@@ -1312,7 +1313,7 @@ class ApiLibrary:
         body = query | self._filter(visibility)
         told = self._immich.call(account.key, "POST", "/search/metadata", json=body).json()
         found = dig(told, "assets")
-        items = [item for item in dig(found, "items") or () if dig(item, "id")]
+        items = [i for i in dig(found, "items") or () if isinstance(dig(i, "id"), str)]
         listed: dict[str, datetime] = {}
         date = walk.before or FAR_FUTURE
         for item in items:
@@ -1341,24 +1342,22 @@ class ApiLibrary:
         """
         owner = dig(item, "ownerId")
         if account.user_id is None and owner not in account.strangers:
-            path = f"/assets/{item['id']}"
+            ask = functools.partial(self._immich.call, account.key, path=f"/assets/{item['id']}")
             try:
-                self._immich.call(account.key, "PUT", path, json={})
+                ask("PUT", json={})
                 account.user_id = owner
             except Gone:
-                self._immich.call(account.key, "GET", path)  # there still, so it is somebody else's
-                account.strangers.add(owner)
-        return bool(owner == account.user_id)
+                with suppress(Gone):
+                    ask("GET")  # it is there still, so it is somebody else's
+                    account.strangers.add(owner)
+        return bool(owner) and owner == account.user_id
 
-    def total(self) -> int | None:
-        """POST /search/statistics, if the key has asset.statistics."""
+    def total(self) -> int:
+        """POST /search/statistics, which needs asset.statistics."""
         count = 0
         for number, visibility in self._parts:
             key, body = self._accounts[number].key, self._filter(visibility)
-            try:
-                told = self._immich.call(key, "POST", "/search/statistics", json=body).json()
-            except Fatal:
-                return None
+            told = self._immich.call(key, "POST", "/search/statistics", json=body).json()
             count += int(dig(told, "total") or 0)
         return count
 
@@ -1415,9 +1414,6 @@ def photo_listed(item: Mapping[str, Any], source: str) -> Asset:
     )
 
 
-NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")
-
-
 def open_api(config: Config) -> tuple[Callable[[], Library], bool]:
     """Check Immich's address and each key; one that is refused is left out."""
     url = config.immich_api_url
@@ -1444,9 +1440,10 @@ def immich_version(immich: Immich, shown: str) -> Version:
         told = immich.call("", "GET", "/server/version", timeout=CHECK_TIMEOUT).json()
         major, minor, patch = (int(dig(told, part)) for part in ("major", "minor", "patch"))
     except (Retryable, TypeError, ValueError) as error:
-        if isinstance(error, Retryable) and error.key != "not_json":
+        status = error.fields.get("status", 200) if isinstance(error, HostDown) else 200
+        if isinstance(error, Retryable) and error.key != "not_json" and status != 404:
             raise
-        raise Fatal("immich_wrong", url=shown, status=200) from error
+        raise Fatal("immich_wrong", url=shown, status=status) from error
     return major, minor, patch
 
 
@@ -1606,7 +1603,7 @@ class DbLibrary:
         assets = [Asset(str(i), name, text, path) for i, name, text, path in rows]
         return assets, assets[-1].id if len(assets) == PAGE else None
 
-    def total(self) -> int | None:
+    def total(self) -> int:
         """The exact number of photos that the listing brings."""
         return int(self._database.rows(self._statements.count)[0][0])
 
@@ -1931,9 +1928,12 @@ def set_up_logging(config: Config) -> None:
 class Progress:
     """A bar on a terminal: photos done, rate and time left. Skipped ones are no progress."""
 
-    def __init__(self, total: int | None) -> None:
-        self._total = total
-        self._bar = tqdm(total=total, unit=" " + t("photos"), dynamic_ncols=True, leave=False)
+    def __init__(self, library: Library) -> None:
+        try:
+            self._total: int | None = library.total()
+        except AnalyzeError:  # there is a bar without a time left as well
+            self._total = None
+        self._bar = tqdm(total=self._total, unit=" " + t("photos"), dynamic_ncols=True, leave=False)
 
     def show(self, counts: Counter[Outcome]) -> None:
         """Move on to what the counts say."""
@@ -1964,7 +1964,7 @@ def describe_library(config: Config, stop: threading.Event) -> tuple[Counter[Out
     with closing(Ai(config, hosts, stop)) as ai:
         ai.check()
     with closing(new_library()) as listing:
-        progress = Progress(patience(listing.total)) if sys.stderr.isatty() else None
+        progress = Progress(listing) if sys.stderr.isatty() else None
         tally = Tally(progress.show if progress else None)
         assets = Shared(sift(backlog(listing, patience, stop), config.policy, tally))
 
@@ -2004,7 +2004,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.mode is not Mode.BATCH:
             raise Fatal("mode_missing", mode=config.mode)
         if config.access_ambiguous:
-            log.info("%s", t("both_given"))
+            log.warning("%s", t("both_given"))
         counts, complete = describe_library(config, stop)
     except Fatal as error:
         log.critical("%s", error)
