@@ -454,8 +454,10 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         options: argparse.Namespace
         options, unknown = parser.parse_known_args(list(argv), env_vars=known)
         if unknown:
-            # only the option's name: what stands beside it may be a secret
-            names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+            # only an option's name, since the rest may be a secret, as may be a line of the file
+            # that has no value and so became "--line=true"
+            options_like = (word for word in unknown if re.match(r"-(?!.*=true$)", word))
+            names = [word.partition("=")[0] for word in options_like]
             raise Fatal("unknown_option", option=(names or ["…"])[0])
         return options
 
@@ -620,26 +622,28 @@ def as_jpeg(data: bytes, max_size: int) -> bytes:
     return target.getvalue()
 
 
-THINKING = re.compile(r"^.*</think(?:ing)?>|<think(?:ing)?>.*$", re.DOTALL | re.IGNORECASE)
+THOUGHTS = re.compile(r"<(think(?:ing)?)>.*?</\1>", re.S | re.I)
+CUT_THOUGHTS = re.compile(r"^.*</think(?:ing)?>|<think(?:ing)?>.*$", re.S | re.I)
 LEAD_IN = re.compile(
     r"""^[\s*_#]*
         (?:(?:sure|certainly|of\ course|okay|конечно|хорошо)\b\W{0,3})?
         (?:(?:here(?:[’']s|\ is)|this\ is|below\ is)\s+
            (?:(?:an?|the|your|my|detailed|concise|short|brief|full|possible|image|photo)\s+){0,4}
-           (?:description|caption|summary)\b[^.:\n]{0,60}
+           (?:description|caption|summary)(?:\s+(?:of|for|based|suitable|you)\b[^.:\n]{0,60})?
          |(?:вот|ниже)\s+
            (?:(?:приведено|ваше|подробное|детальное|краткое|полное)\s+){0,3}
-           описание\b[^.:\n]{0,60}
+           описание(?:\s+(?:изображ|фото|снимк|картин|для)[^.:\n]{0,60})?
          |(?:the\s+)?(?:(?:image|photo|full)\s+)?(?:description|caption)
          |описание(?:\s+(?:изображения|фотографии|фото|снимка))?
         )[*_]*:[\s*_]*""",
     re.VERBOSE | re.IGNORECASE,
 )
+HTML = re.compile(r"\s*<(?:!doctype|html)\b", re.I)
 
 
 def is_storable(character: str) -> bool:
     """Whether Immich, its XMP files and PostgreSQL can all hold a character."""
-    bad = unicodedata.category(character) in ("Cc", "Cs") or character in "\ufffe\uffff"
+    bad = unicodedata.category(character) in ("Cc", "Cs") or character in "\ufeff\ufffe\uffff"
     return not bad or character in "\n\t"
 
 
@@ -648,7 +652,8 @@ def clean(answer: str) -> str:
 
     Trimmed, as Immich trims what it stores.
     """
-    text = THINKING.sub("", answer.replace("\r\n", "\n"))
+    text = answer.replace("\r\n", "\n").replace("\r", "\n")
+    text = CUT_THOUGHTS.sub("", THOUGHTS.sub("", text))
     text = LEAD_IN.sub("", "".join(filter(is_storable, text))).strip()
     if text[:1] + text[-1:] in ('""', "“”", "«»") and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
@@ -658,11 +663,11 @@ def clean(answer: str) -> str:
 def description_in(answer: object) -> str:
     """The description in a model's answer.
 
-    Raises Retryable when there is none: empty, a bare number (Immich would store 1.50
-    as 1.5), or one phrase again and again, which shows in how well it compresses.
+    Raises Retryable when there is none: empty, a web page, a bare number (Immich would
+    store 1.50 as 1.5), or one phrase again and again, which shows in how well it compresses.
     """
     text = clean(answer) if isinstance(answer, str) else ""
-    if not any(c.isalpha() for c in text):
+    if not any(c.isalpha() for c in text) or HTML.match(text):
         raise Retryable("answer_empty")
     data = text.encode()
     if len(data) > 200 and len(data) > 6 * len(zlib.compress(data)):
@@ -678,6 +683,12 @@ def dig(data: object, *path: str | int) -> Any:
         else:
             data = data.get(step) if isinstance(data, dict) else None
     return data
+
+
+def dig_list(data: object, *path: str | int) -> list[Any]:
+    """The list at a path into JSON; an empty one for anything else."""
+    value = dig(data, *path)
+    return value if isinstance(value, list) else []
 
 
 # ------------------------------------------------------------------------------
@@ -713,17 +724,26 @@ class Reply:
                 said = json.loads(text)
             except (ValueError, RecursionError):
                 break
-            inner = dig(said, "error", "message") or dig(said, "message") or dig(said, "error")
+            paths = (("error", "message"), ("message",), ("error",), ("detail",))
+            inner = next((found for path in paths if (found := dig(said, *path))), "")
             text = "; ".join(map(str, inner)) if isinstance(inner, list) else str(inner or "")
         return "" if text.startswith("<") else " ".join(text.split())[:300]
 
 
-def new_session() -> requests.Session:
-    """A session for one worker; it keeps no cookies, as a stale one outranks an API key."""
-    session = requests.Session()
-    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
-    session.headers["User-Agent"] = f"immich-analyze/{__version__}"
-    return session
+class Session(requests.Session):
+    """A session for one worker.
+
+    It keeps no cookies, as a stale one outranks an API key, and follows no redirects: a
+    POST would arrive as a GET, and the key at another server.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
+        self.headers["User-Agent"] = f"immich-analyze/{__version__}"
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Nowhere."""
 
 
 def http(
@@ -738,8 +758,7 @@ def http(
 ) -> Reply:
     """Send one request and read the answer, `limit` bytes at most.
 
-    A status other than 2xx is raised as the error that `blame` makes of it. Redirects
-    are not followed: a POST would arrive as a GET, and the key at another server.
+    A status other than 2xx is raised as the error that `blame` makes of it.
     """
     shown = public(url)
     try:
@@ -747,7 +766,6 @@ def http(
             method,
             url,
             timeout=(min(timeout, CONNECT_TIMEOUT), timeout),
-            allow_redirects=False,
             stream=True,
             **options,
         ) as response:
@@ -760,10 +778,11 @@ def http(
     except requests.exceptions.ReadTimeout as error:
         raise Retryable("timed_out", url=shown, seconds=f"{timeout:g}") from error
     except requests.exceptions.SSLError as error:
-        raise Fatal("tls_failed", url=shown, why=innermost(error)) from error
+        kind = HostDown if "EOF" in str(error) else Fatal  # hung up on, or never going to work
+        raise kind("tls_failed", url=shown, why=innermost(error)) from error
     except requests.exceptions.ConnectionError as error:
         raise connection_error(error, shown) from error
-    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
+    except ValueError as error:  # an address that neither requests nor urllib3 can read
         raise Fatal("not_an_address", value=shown) from error
     except requests.exceptions.RequestException as error:
         raise Retryable("connection_cut", url=shown) from error
@@ -846,16 +865,20 @@ def immich_error(reply: Reply) -> AnalyzeError:
         case 404 if why == "Asset media not found":
             return Permanent("preview_missing")
         case 404 if why.startswith("Cannot "):
-            return HostDown("immich_maintenance", url=url)
-        case status if status in BUSY | {404, 405} or status >= 500:  # 404 of a proxy, in between
+            return HostDown("immich_maintenance", url=url, status=404)
+        case status if status in BUSY:
             return HostDown("immich_failed", pause=retry_after(reply), url=url, status=status)
+        case status if status in (404, 405) or status >= 500:  # its database, a proxy, one photo
+            return Retryable("immich_failed", url=url, status=status)
         case status:
             return Permanent("immich_refused", status=status, why=why)
 
 
 # libpq gives no code when it cannot connect, only the server's words
-WAIT_AND_SEE = re.compile(r"starting up|shutting down|recovery|not yet accepting|too many", re.I)
-REFUSED = re.compile(r"FATAL|invalid|SSL|certificate|GSS", re.I)
+WAIT_AND_SEE = re.compile(
+    r"starting up|shutting down|recovery|not yet accepting|too many|slots are", re.I
+)
+REFUSED = re.compile(r"FATAL|invalid|no password|SSL|certificate|GSS", re.I)
 
 
 @contextmanager
@@ -865,7 +888,8 @@ def sql() -> Iterator[None]:
         yield
     except psycopg2.OperationalError as error:
         why = " ".join(str(error).split())
-        if not error.pgcode and REFUSED.search(why) and not WAIT_AND_SEE.search(why):
+        words = re.sub(r'"[^"]*"', "", why)  # without names of hosts and databases
+        if not error.pgcode and REFUSED.search(words) and not WAIT_AND_SEE.search(words):
             raise Fatal("database_refused", why=why) from error
         raise HostDown("database_down", why=why) from error
     except psycopg2.InterfaceError as error:
@@ -926,13 +950,13 @@ def openai_sees(ask: Callable[..., Any], model: str) -> bool | None:
     Only llama.cpp tells whether a model can see: `input_modalities`, in older builds
     `modalities` of GET /props.
     """
-    listed = dig(ask("GET", "/v1/models"), "data")
-    models = {str(m.get("id")): m for m in listed or () if isinstance(m, dict)}
+    listed = dig_list(ask("GET", "/v1/models"), "data")
+    models = {str(dig(entry, "id")): entry for entry in listed}
     alone = len(models) == 1 and dig(listed, 0, "owned_by") == "llamacpp"
     if alone:
         known = dig(listed, 0)
     else:
-        aliased = (m for m in models.values() if model in (dig(m, "aliases") or ()))
+        aliased = (m for m in models.values() if model in dig_list(m, "aliases"))
         known = models.get(model) or next(aliased, None)
         if models and not known:
             raise Fatal("model_not_listed", model=model, models=", ".join(sorted(models)[:10]))
@@ -1064,7 +1088,7 @@ class Ai:
         self._dialect = DIALECTS[config.interface]
         self._hosts = hosts
         self._stop = stop
-        self._session = new_session()
+        self._session = Session()
         self._no_switch: set[str] = set()  # hosts that refuse the switch for thinking
         if config.api_key:
             # as a function, since .netrc would outrank a plain header
@@ -1138,7 +1162,7 @@ class Ai:
         A host that is busy, or still loads its model, is there. Raises Fatal when no
         host is, or when the last one cannot do the work.
         """
-        away: list[Retryable] = []
+        away: dict[str, Retryable] = {}
         for url in self._config.hosts:
             ask = functools.partial(self._call, url, timeout=CHECK_TIMEOUT)
             try:
@@ -1148,10 +1172,11 @@ class Ai:
                 self._hosts.strike(url, error)
             except Retryable as error:
                 if error.key != "host_busy":
-                    away.append(error)
-                    self._hosts.down(url, error)
+                    away[url] = error
         if len(away) == len(self._hosts):
-            raise Fatal("no_host", why="; ".join(map(str, away)))
+            raise Fatal("no_host", why="; ".join(map(str, away.values())))
+        for url, trouble in away.items():
+            self._hosts.down(url, trouble)
 
     def close(self) -> None:
         """Close the connections."""
@@ -1224,14 +1249,14 @@ class Walk:
     quiet: int = 0  # pages in a row that brought nothing new
 
 
-FAR_FUTURE = datetime(9999, 1, 1, tzinfo=UTC)
+FAR_FUTURE = datetime(9999, 12, 31, tzinfo=UTC)
 MILLISECOND = timedelta(milliseconds=1)  # answers carry these, the database microseconds
 
 
 def moment(text: object) -> datetime | None:
     """A date of Immich's; None for one that Python's calendar does not have."""
     try:
-        return datetime.fromisoformat(str(text)).astimezone(UTC)
+        return min(datetime.fromisoformat(str(text)).astimezone(UTC), FAR_FUTURE)
     except (ValueError, OverflowError):
         return None
 
@@ -1247,7 +1272,7 @@ def onward(walk: Walk, listed: Mapping[str, datetime], more: bool, stable: bool)
     bound = min(listed.values(), default=FAR_FUTURE) + MILLISECOND
     if more and walk.before and bound >= walk.before:
         return replace(walk, page=walk.page + 1, seen=seen, quiet=quiet)
-    if walk.page > 1 and not stable and quiet < 2 * walk.page:
+    if walk.page > 1 and not stable and quiet < 4 * walk.page:
         return replace(walk, page=1, seen=seen, quiet=quiet)
     if not more:
         return None
@@ -1260,7 +1285,7 @@ class Immich:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._session = new_session()
+        self._session = Session()
 
     def call(
         self,
@@ -1312,8 +1337,7 @@ class ApiLibrary:
             query["takenBefore"] = before.replace("+00:00", "Z")
         body = query | self._filter(visibility)
         told = self._immich.call(account.key, "POST", "/search/metadata", json=body).json()
-        found = dig(told, "assets")
-        items = [i for i in dig(found, "items") or () if isinstance(dig(i, "id"), str)]
+        items = [i for i in dig_list(told, "assets", "items") if isinstance(dig(i, "id"), str)]
         listed: dict[str, datetime] = {}
         date = walk.before or FAR_FUTURE
         for item in items:
@@ -1322,7 +1346,7 @@ class ApiLibrary:
         fresh = [item for item in items if item["id"] not in walk.seen]
         wanted = (item for item in fresh if is_photo(item) and self._owns(account, item))
         assets = [photo_listed(item, str(number)) for item in wanted]
-        more, stable = dig(found, "nextPage") is not None, self._version >= (3, 1, 0)
+        more, stable = dig(told, "assets", "nextPage") is not None, self._version >= (3, 1, 0)
         step = onward(walk, listed, more, stable)
         if step is None and walk.part + 1 < len(self._parts):
             step = Walk(walk.part + 1)
@@ -1345,7 +1369,10 @@ class ApiLibrary:
             ask = functools.partial(self._immich.call, account.key, path=f"/assets/{item['id']}")
             try:
                 ask("PUT", json={})
-                account.user_id = owner
+                if owner in [other.user_id for other in self._accounts]:
+                    account.strangers.add(owner)  # another key of the same user
+                else:
+                    account.user_id = owner
             except Gone:
                 with suppress(Gone):
                     ask("GET")  # it is there still, so it is somebody else's
@@ -1358,7 +1385,8 @@ class ApiLibrary:
         for number, visibility in self._parts:
             key, body = self._accounts[number].key, self._filter(visibility)
             told = self._immich.call(key, "POST", "/search/statistics", json=body).json()
-            count += int(dig(told, "total") or 0)
+            counted = dig(told, "total")
+            count += counted if isinstance(counted, int) else 0
         return count
 
     def preview(self, asset: Asset) -> bytes:
@@ -1440,10 +1468,10 @@ def immich_version(immich: Immich, shown: str) -> Version:
         told = immich.call("", "GET", "/server/version", timeout=CHECK_TIMEOUT).json()
         major, minor, patch = (int(dig(told, part)) for part in ("major", "minor", "patch"))
     except (Retryable, TypeError, ValueError) as error:
-        status = error.fields.get("status", 200) if isinstance(error, HostDown) else 200
-        if isinstance(error, Retryable) and error.key != "not_json" and status != 404:
+        status = error.fields.get("status") if isinstance(error, Retryable) else 200
+        if status not in (200, 404) and getattr(error, "key", "") != "not_json":
             raise
-        raise Fatal("immich_wrong", url=shown, status=status) from error
+        raise Fatal("immich_wrong", url=shown, status=status or 200) from error
     return major, minor, patch
 
 
@@ -1451,18 +1479,19 @@ def user_of(immich: Immich, key: str, version: Version) -> str | None:
     """The id of a key's user, None if it may not ask; Fatal for a key that cannot work."""
     ask = functools.partial(immich.call, key, timeout=CHECK_TIMEOUT)
     if version >= (1, 139, 0):
-        permissions = dig(ask("GET", "/api-keys/me").json(), "permissions") or ()
-        missing = [p for p in NEEDED_PERMISSIONS if not {p, "all"} & set(permissions)]
+        granted = dig_list(ask("GET", "/api-keys/me").json(), "permissions")
+        missing = [p for p in NEEDED_PERMISSIONS if p not in granted and "all" not in granted]
         if missing:
             raise Fatal("immich_permission_missing", permission=", ".join(missing))
     else:
         ask("POST", "/auth/validateToken")
     try:
-        return str(ask("GET", "/users/me").json()["id"])
+        user_id = dig(ask("GET", "/users/me").json(), "id")
     except Fatal as error:
         if error.key != "immich_permission_missing":
             raise
         return None
+    return user_id if isinstance(user_id, str) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1524,7 +1553,7 @@ def statements(tables: Mapping[str, set[str]], policy: Policy) -> Statements:
         read=f"""SELECT coalesce(e.description, '') FROM {exif} e
             JOIN {asset} a ON a.id = e."assetId" JOIN asset_job_status j ON j."assetId" = a.id
             WHERE e."assetId" = %(id)s::uuid AND {live}""",  # noqa: S608
-        samples=f"SELECT path FROM {file} WHERE type = 'preview' LIMIT 5",  # noqa: S608
+        samples=f"SELECT path FROM {file} WHERE type = 'preview' LIMIT 50",  # noqa: S608
         locks=locks,
         reads=(*names, "asset_job_status"),
         exif=exif,
@@ -1633,7 +1662,10 @@ def inside(root: Path, path: str) -> Path:
     upload, or none), but all previews lie under `thumbs/`. Permanent for one outside.
     """
     _, thumbs, rest = path.rpartition("thumbs/")
-    real = (root / thumbs / rest).resolve()
+    try:
+        real = (root / thumbs / rest).resolve()
+    except (OSError, RuntimeError) as error:  # links that lead in a circle
+        raise Permanent("preview_missing") from error
     if not thumbs or not real.is_relative_to(root.resolve()):
         raise Permanent("preview_outside", path=path)
     return real
@@ -1685,7 +1717,7 @@ def postgres_url(url: str) -> str:
     except psycopg2.ProgrammingError as error:
         raise Fatal("bad_postgres_url") from error
     ports = str(parts.get("port", "")).replace(",", "")
-    if "@" in parts.get("host", "") or (ports and not ports.isdecimal()):
+    if "@" in parts.get("host", "") + parts.get("dbname", "") or not (ports or "1").isdecimal():
         raise Fatal("bad_postgres_url")
     return url
 
@@ -1703,6 +1735,7 @@ OPEN = {Access.DATABASE: open_database, Access.API: open_api}
 # ------------------------------------------------------------------------------
 
 LIBRARY_TRIES = 3  # of a call that fails by itself; a library that is away costs none
+VALUABLE_TRIES = 12  # of a write, whose text took minutes, and of a page of the listing
 
 
 class Outcome(StrEnum):
@@ -1759,37 +1792,36 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Calls again on trouble that may pass.
+    """Calls the library again on trouble that may pass.
 
-    Who is sick is waited for, `longest` seconds; a call that fails by itself is given
-    up after some tries. Raises the last error, or Stopped.
+    A library that is away is waited for, and Fatal in the end; a call that fails by
+    itself is given up after some tries, with its last error.
     """
 
     stop: threading.Event
     pause: float
-    longest: float
+    longest: float  # seconds to wait for a library
 
-    def __call__(self, call: Callable[[], T]) -> T:
-        """What the call gives."""
-        began: float | None = None
-        tries = LIBRARY_TRIES
+    def __call__(self, call: Callable[[], T], tries: int = LIBRARY_TRIES) -> T:
+        """What the call gives; Stopped when asked to stop meanwhile."""
+        began = time.monotonic()
+        waited = False
         while True:
             try:
                 return call()
-            except HostDown as error:
-                trouble: Retryable = error
-                first, began = began is None, began or time.monotonic()
-                if time.monotonic() - began + self.pause > self.longest:
-                    raise
-                if first:
-                    log.info("%s", t("waiting", why=error))
             except Retryable as error:
-                trouble = error
-                tries -= 1
-                if tries <= 0:
-                    raise
-            if self.stop.wait(self.pause if trouble.pause is None else trouble.pause):
-                raise Stopped("stopped") from trouble
+                pause = self.pause if error.pause is None else error.pause
+                if not isinstance(error, HostDown):
+                    tries -= 1
+                    if tries <= 0:
+                        raise
+                elif time.monotonic() - began + pause > self.longest:
+                    raise Fatal("library_away", why=error) from error
+                elif not waited:
+                    waited = True
+                    log.info("%s", t("waiting", why=error))
+                if self.stop.wait(pause):
+                    raise Stopped("stopped") from error
 
 
 def backlog(library: Library, patience: Patience, stop: threading.Event) -> Iterator[Asset]:
@@ -1800,7 +1832,9 @@ def backlog(library: Library, patience: Patience, stop: threading.Event) -> Iter
     cursor: Cursor | None = None
     while not stop.is_set():
         try:
-            assets, cursor = patience(functools.partial(library.page, cursor))
+            assets, cursor = patience(functools.partial(library.page, cursor), VALUABLE_TRIES)
+        except Stopped:
+            return
         except (Retryable, Permanent, Gone) as error:
             raise Fatal("listing_failed", why=error) from error
         for asset in assets:
@@ -1828,7 +1862,7 @@ def analyze(
     """The whole story of one photo."""
     picture = patience(lambda: prepared(library.preview(asset), max_image_size))
     text = ai.describe(picture)
-    written = patience(lambda: library.write(asset, text))
+    written = patience(lambda: library.write(asset, text), VALUABLE_TRIES)
     return Outcome.DESCRIBED if written else Outcome.SKIPPED
 
 
@@ -1915,14 +1949,13 @@ class OneLine(logging.Formatter):
         return super().formatMessage(record)
 
 
-def set_up_logging(config: Config) -> None:
+def set_up_logging() -> None:
     """Messages for people on a terminal; silence from cron when all is well."""
     handler = Lines()
     handler.setFormatter(OneLine())
     log.addHandler(handler)
     log.propagate = False
-    by_place = logging.INFO if sys.stderr.isatty() else logging.WARNING
-    log.setLevel(config.log_level or by_place)
+    log.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
 
 
 class Progress:
@@ -1949,6 +1982,16 @@ class Progress:
         self._bar.close()
 
 
+def opened(config: Config) -> tuple[Callable[[], Library], bool]:
+    """Open the library; all trouble at this point is the library's, so it can be waited for."""
+    try:
+        return open_library(config)
+    except Retryable as error:
+        raise HostDown(error.key, pause=error.pause, **error.fields) from error
+    except (Permanent, Gone) as error:
+        raise Fatal(error.key, **error.fields) from error
+
+
 def describe_library(config: Config, stop: threading.Event) -> tuple[Counter[Outcome], bool]:
     """Check everything, then describe the backlog; the counts, and if all could be reached."""
     wait_timeout = config.wait_timeout or math.inf
@@ -1957,10 +2000,7 @@ def describe_library(config: Config, stop: threading.Event) -> tuple[Counter[Out
     )
     patience = Patience(stop, max(1.0, config.retry_delay_seconds), wait_timeout)
     hosts = Hosts(config.hosts, config.max_concurrent, config.unavailable_duration)
-    try:
-        new_library, complete = waiting(lambda: open_library(config))
-    except Retryable as error:
-        raise Fatal("library_away", why=error) from error
+    new_library, complete = waiting(lambda: opened(config))
     with closing(Ai(config, hosts, stop)) as ai:
         ai.check()
     with closing(new_library()) as listing:
@@ -1995,11 +2035,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals = Signals(stop)
     arguments = sys.argv[1:] if argv is None else list(argv)
     began = time.monotonic()
+    set_up_logging()
     try:
         use_language(language(arguments, os.environ))
         config = parse(arguments, os.environ)
         use_language(config.lang)
-        set_up_logging(config)
+        log.setLevel(config.log_level or log.level)
         signals.grace = config.grace
         if config.mode is not Mode.BATCH:
             raise Fatal("mode_missing", mode=config.mode)
