@@ -240,8 +240,8 @@ def language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
             chosen = following
         elif argument.startswith("--lang="):
             chosen = argument.removeprefix("--lang=")
-    if chosen in LANGUAGES:
-        return chosen
+    if chosen.lower() in LANGUAGES:
+        return chosen.lower()
     locale = next((v for n in ("LC_ALL", "LC_MESSAGES", "LANG") if (v := environ.get(n))), "")
     return locale[:2] if locale[:2] in LANGUAGES else "en"
 
@@ -252,12 +252,13 @@ def number(least: float, *, whole: bool = False, above: bool = False) -> Callabl
     def convert(text: str) -> float:
         try:
             value = int(text) if whole else float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < least or (above and value == least):
+            valid = math.isfinite(value) and (value > least or (value == least and not above))
+        except (ValueError, OverflowError):
+            valid = False
+        if not valid:
             key = "not_a_whole_number" if whole else "not_a_number"
             raise argparse.ArgumentTypeError(t(key, value=text, least=f"{least:g}"))
-        return value
+        return value if whole else min(value, threading.TIMEOUT_MAX)
 
     return convert
 
@@ -291,9 +292,14 @@ def web_address(text: str) -> str:
     except ValueError:
         valid = False
     if not valid or re.search(r"\s", url):
-        # what stands before an @ may be a password
-        raise argparse.ArgumentTypeError(t("not_an_address", value=text.rpartition("@")[2]))
+        shown = re.sub(r".*@|[?#].*", "", text, flags=re.S)  # the rest may be a password
+        raise argparse.ArgumentTypeError(t("not_an_address", value=shown))
     return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
+
+
+def without_end(url: str, end: str) -> str:
+    """An address without the end of its path that people often give too."""
+    return url.removesuffix(end) if urlsplit(url).path.endswith(end) else url
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -327,10 +333,12 @@ class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
         except (configargparse.ConfigFileParserException, UnicodeDecodeError) as error:
             raise Fatal("bad_config_file", file=stream.name) from error
         settings = {}
-        for key, value in items.items():
+        for name, value in items.items():
+            key = name.lstrip("-")
             text = ",".join(map(str, value)) if isinstance(value, list) else value
-            negated = key.removeprefix("no-") != key
-            settings[key.removeprefix("no-")] = opposite(text) if negated else text
+            if key.startswith("no-") and opposite(text) != text:
+                key, text = key.removeprefix("no-"), opposite(text)
+            settings[key] = text
         return settings
 
 
@@ -435,11 +443,11 @@ def known_names(environ: Mapping[str, str]) -> dict[str, str]:
             known.setdefault(name, known[other])
     if hidden := known.get("IMMICH_ANALYZE_NO_FINAL_OUTPUT"):
         known["IMMICH_ANALYZE_FINAL_OUTPUT"] = opposite(hidden)
-    # RUST_LOG is "level" or "target=level,…"; a level for another program is not ours
-    for part in known.get("RUST_LOG", "").lower().split(","):
-        target, _, level = part.rpartition("=")
-        if target in ("", "immich_analyze") and level in LOG_LEVELS:
-            known.setdefault("IMMICH_ANALYZE_LOG_LEVEL", level)
+    # RUST_LOG is "level", "target=level" or several of these; other targets are not ours
+    parts = (part.strip().rpartition("=") for part in known.get("RUST_LOG", "").lower().split(","))
+    levels = {target: level for target, _, level in parts if level in LOG_LEVELS}
+    if level := levels.get("immich_analyze", levels.get("")):
+        known.setdefault("IMMICH_ANALYZE_LOG_LEVEL", level)
     return known
 
 
@@ -456,8 +464,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         if unknown:
             # only an option's name, since the rest may be a secret, as may be a line of the file
             # that has no value and so became "--line=true"
-            options_like = (word for word in unknown if re.match(r"-(?!.*=true$)", word))
-            names = [word.partition("=")[0] for word in options_like]
+            found = (re.match(r"(?!.*=true$)(--[^=]+|-.)", word, re.S) for word in unknown)
+            names = [match[0] for match in found if match]
             raise Fatal("unknown_option", option=(names or ["…"])[0])
         return options
 
@@ -475,7 +483,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Config:
     """Apply the rules that span several options."""
     given = vars(options)
-    url, database_url = secret(given, "postgres_url"), postgres_url_from(environ)
+    url, database_url = secret(given, "postgres_url").strip(), postgres_url_from(environ)
     keys = words(secret(given, "immich_api_keys"))
     api_url = options.immich_api_url or ""
     database_given, api_given = bool(url or database_url), bool(api_url or keys)
@@ -492,9 +500,9 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
             "access": Access(access),
             "access_ambiguous": database_given and api_given and not options.data_access_mode,
             "postgres_url": url or database_url or "host=localhost user=postgres dbname=immich",
-            "immich_api_url": api_url and api_url.removesuffix("/api") + "/api",
+            "immich_api_url": api_url and without_end(api_url, "/api") + "/api",
             "immich_api_keys": tuple(header_safe(key, "--immich-api-keys") for key in keys),
-            "api_key": header_safe(secret(given, "api_key"), "--api-key"),
+            "api_key": header_safe(secret(given, "api_key").strip(), "--api-key"),
             "file_check_interval": options.file_check_interval / 1000,
             "lang": options.lang or language((), environ),
             "log_level": LOG_LEVELS.get(options.log_level),
@@ -506,9 +514,9 @@ def secret(given: Mapping[str, str | None], name: str, twin: str = "_file") -> s
     """A setting given directly, or by the file that its twin names; "" for neither."""
     file = given.get(name + twin)
     if not file:
-        return (given.get(name) or "").strip()
+        return given.get(name) or ""
     try:
-        return Path(file).read_text(encoding="utf-8").strip()
+        return Path(file).read_text(encoding="utf-8").strip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
         raise Fatal("unreadable_file", file=file, why=why) from error
@@ -697,6 +705,7 @@ def dig_list(data: object, *path: str | int) -> list[Any]:
 # ------------------------------------------------------------------------------
 
 CONNECT_TIMEOUT = 10.0
+LONGEST_TIMEOUT = 2e6  # sockets count milliseconds in 31 bits
 REPLY_LIMIT = 64 * 2**20  # bytes; a page of 1,000 photos has about 1.3 MB
 
 
@@ -765,7 +774,7 @@ def http(
         with session.request(
             method,
             url,
-            timeout=(min(timeout, CONNECT_TIMEOUT), timeout),
+            timeout=(min(timeout, CONNECT_TIMEOUT), min(timeout, LONGEST_TIMEOUT)),
             stream=True,
             **options,
         ) as response:
@@ -1149,7 +1158,7 @@ class Ai:
         return http(
             self._session,
             method,
-            url.removesuffix(self._dialect.root) + path,
+            without_end(url, self._dialect.root) + path,
             blame=model_host_error,
             timeout=options.pop("timeout", self._config.timeout),
             limit=ANSWER_LIMIT,
@@ -1692,7 +1701,7 @@ def open_database(config: Config) -> tuple[Callable[[], Library], bool]:
         if missing := database.rows(MISSING_GRANTS, **needs):
             raise Fatal("grants_missing", grants=", ".join(grant for (grant,) in missing))
         samples = [path for (path,) in database.rows(chosen.samples)]
-    if not (root / "thumbs").is_dir():
+    if not os.path.isdir(root / "thumbs"):  # also where it may not be looked at
         raise Fatal("root_wrong", root=root)
     if samples and not any(is_preview(root, path) for path in samples):
         raise Fatal("root_empty", root=root, path=samples[0])
@@ -1804,22 +1813,22 @@ class Patience:
 
     def __call__(self, call: Callable[[], T], tries: int = LIBRARY_TRIES) -> T:
         """What the call gives; Stopped when asked to stop meanwhile."""
-        began = time.monotonic()
-        waited = False
+        away_since = 0.0
         while True:
             try:
                 return call()
             except Retryable as error:
                 pause = self.pause if error.pause is None else error.pause
-                if not isinstance(error, HostDown):
+                if isinstance(error, HostDown):
+                    first, away_since = not away_since, away_since or time.monotonic()
+                    if time.monotonic() - away_since + pause > self.longest:
+                        raise Fatal("library_away", why=error) from error
+                    if first:
+                        log.info("%s", t("waiting", why=error))
+                else:
                     tries -= 1
                     if tries <= 0:
                         raise
-                elif time.monotonic() - began + pause > self.longest:
-                    raise Fatal("library_away", why=error) from error
-                elif not waited:
-                    waited = True
-                    log.info("%s", t("waiting", why=error))
                 if self.stop.wait(pause):
                     raise Stopped("stopped") from error
 
@@ -1919,8 +1928,8 @@ class Signals:
 
     def _listen(self) -> None:
         self.number = signal.sigwait(self._wanted)
-        log.warning("%s", t("finishing", signal=signal.Signals(self.number).name))
         self._stop.set()
+        log.warning("%s", t("finishing", signal=signal.Signals(self.number).name))
         timer = threading.Timer(self.grace, self._leave, (self.number,))
         timer.daemon = True
         timer.start()
