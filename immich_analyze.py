@@ -1072,7 +1072,7 @@ class Hosts:
             host = self._hosts.get(url)
             first = host is not None and host.rests_until <= self._clock()
             if host:
-                host.rests_until = self._clock() + seconds
+                host.rests_until = max(host.rests_until, self._clock() + seconds)
         if first:
             log.warning("%s", t("host_rests", why=error, seconds=f"{seconds:g}"))
 
@@ -1179,6 +1179,9 @@ class Ai:
                     raise Fatal("model_blind", url=public(url))
             except Fatal as error:
                 self._hosts.strike(url, error)
+            except Permanent as error:
+                wrong = Fatal("host_wrong", url=public(url), status=error.fields["status"])
+                self._hosts.strike(url, wrong)
             except Retryable as error:
                 if error.key != "host_busy":
                     away[url] = error
