@@ -1180,8 +1180,8 @@ class Ai:
             except Fatal as error:
                 self._hosts.strike(url, error)
             except Permanent as error:
-                wrong = Fatal("host_wrong", url=public(url), status=error.fields["status"])
-                self._hosts.strike(url, wrong)
+                why = error.fields["why"]
+                self._hosts.strike(url, Fatal("model_missing", url=public(url), why=why))
             except Retryable as error:
                 if error.key != "host_busy":
                     away[url] = error

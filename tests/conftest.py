@@ -35,10 +35,13 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def no_thread_left() -> Iterator[None]:
-    """Every thread that a test starts has ended when it is over."""
+    """Every thread that a test starts has ended when it is over.
+
+    Servers that outlive a test answer in threads of their own, which are daemons.
+    """
     before = set(threading.enumerate())
     yield
-    left = [thread for thread in threading.enumerate() if thread not in before]
+    left = {thread for thread in threading.enumerate() if not thread.daemon} - before
     for thread in left:
         thread.join(5)
     assert not [thread for thread in left if thread.is_alive()]

@@ -1,0 +1,747 @@
+"""The library behind Immich's API: paging, keys, odd replies, and how many requests it takes."""
+
+import itertools
+import json
+import logging
+from contextlib import ExitStack, closing, suppress
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import servers
+from servers import CUT, EVERYTHING, HANG, IMMICH_VERSIONS, MINIMAL, RESET, FakeKey, Reply
+
+import immich_analyze as ia
+
+KNOWING = (*MINIMAL, "user.read")  # a key that may ask whose it is
+TAKEN = datetime(2024, 1, 1, tzinfo=UTC)
+SEARCH = ("POST", "/search/metadata")
+GONE = servers.recorded("immich-3.1.0", "asset-get-unknown-id")
+MAINTENANCE = servers.recorded("immich-3.1.0", "maintenance-mode-search")
+
+
+@pytest.fixture
+def fake():
+    """Makes fake Immichs; what was said to them is checked at the end."""
+    made = []
+    with ExitStack() as stack:
+
+        def make(version="3.1.0", keys=None, **options):
+            keys = keys or {"alice-key": FakeKey("alice", KNOWING)}
+            made.append(stack.enter_context(servers.FakeImmich(version, keys, **options)))
+            return made[-1]
+
+        yield make
+    for server in made:
+        server.check()
+
+
+@pytest.fixture
+def settings(config):
+    """The settings for a fake Immich: all its keys unless others are given."""
+
+    def make(server, *keys, url=None):
+        given = ["--immich-api-url", url or server.url]
+        return config(*given, "--immich-api-keys", ",".join(keys or server.keys))
+
+    return make
+
+
+@pytest.fixture
+def opened(settings):
+    """Opens the library of a fake Immich; it is closed at the end."""
+    with ExitStack() as stack:
+
+        def make(server, *keys):
+            new_library, _ = ia.open_library(settings(server, *keys))
+            return stack.enter_context(closing(new_library()))
+
+        yield make
+
+
+def walk(library):
+    """The pages of the whole listing, each with the cursor behind it."""
+    cursor = None
+    for _ in range(1000):
+        assets, cursor = library.page(cursor)
+        yield assets, cursor
+        if cursor is None:
+            return
+    pytest.fail("the listing does not end")
+
+
+def listing(library):
+    return [asset for assets, _ in walk(library) for asset in assets]
+
+
+def ids(assets):
+    return [asset.id for asset in assets]
+
+
+def said(server, method=".*", path=""):
+    """The requests so far, as pairs of method and path below /api, without ids."""
+    found = server.find(method, path)
+    return [(e.method, e.operation.name if e.operation else e.path) for e in found]
+
+
+def visibility(exchange):
+    asked = exchange.json
+    return asked.get("visibility") or ("archive" if asked["isArchived"] else "timeline")
+
+
+# paging
+
+
+@pytest.mark.parametrize("version", IMMICH_VERSIONS)
+def test_2500_photos_take_three_requests_and_come_newest_first(fake, opened, version):
+    server = fake(version)
+    server.add_many(2500, created=lambda n: TAKEN + timedelta(minutes=n * 7919 % 2500))
+    server.add_many(3, visibility="archive")
+    listed = ids(listing(opened(server)))
+    newest_first = sorted(server.assets.values(), key=lambda a: a.created, reverse=True)
+    timeline = [asset.id for asset in newest_first if asset.visibility == "timeline"]
+    archive = [asset.id for asset in newest_first if asset.visibility == "archive"]
+    assert listed == timeline + archive
+    asked = [visibility(exchange) for exchange in server.find(*SEARCH)]
+    assert asked == ["timeline"] * 3 + ["archive"]
+
+
+@pytest.mark.parametrize("version", IMMICH_VERSIONS)
+def test_every_release_lists_timeline_and_archive_only(fake, opened, version):
+    server = fake(version)
+    locked = ["locked"] if server.version >= (1, 133) else []
+    for visibility in ["timeline", "archive", "hidden", *locked]:
+        server.add(visibility, visibility=visibility)
+    for fields in ({"is_trashed": True}, {"is_offline": True}, {"type": "VIDEO"}, {"exif": False}):
+        server.add(**fields)
+    assert sorted(asset.name for asset in listing(opened(server))) == ["archive", "timeline"]
+
+
+@pytest.mark.parametrize("number", [0, 1, 98, 99, 100, 101, 990, 1980])
+def test_a_listing_costs_a_request_for_a_page_of_new_photos(fake, opened, monkeypatch, number):
+    monkeypatch.setattr(ia, "PAGE", 100)
+    server = fake()
+    server.add_many(number)
+    assert len(set(ids(listing(opened(server))))) == number
+    requests = [visibility(exchange) for exchange in server.find(*SEARCH)]
+    assert requests.count("archive") == 1
+    assert requests.count("timeline") == max(1, -(-(number - 1) // 99))  # one is seen again
+
+
+@pytest.mark.parametrize("version", ["2.7.5", "3.1.0"])
+@pytest.mark.parametrize("together", [2, 3, 7, 9, 10, 11, 12, 25])
+def test_microseconds_apart_across_pages_none_is_lost(fake, opened, monkeypatch, version, together):
+    monkeypatch.setattr(ia, "PAGE", 10)
+    server = fake(version)
+
+    def moment(n):
+        instant, place = divmod(n, together)
+        return TAKEN + timedelta(milliseconds=instant, microseconds=place * 900 // together)
+
+    server.add_many(60, created=moment)
+    listed = ids(listing(opened(server)))
+    assert len(listed) == 60
+    assert set(listed) == set(server.assets)
+
+
+@pytest.mark.parametrize("ties", [1500, 2600])
+@pytest.mark.parametrize("version", ["2.7.5", "3.1.0"])
+def test_thousands_of_photos_of_one_instant_are_all_listed(fake, opened, version, ties):
+    server = fake(version)
+    server.add_many(ties, created=TAKEN)
+    server.add_many(3)  # newer
+    server.add_many(3, created=lambda n: TAKEN - timedelta(days=n + 1))
+    listed = ids(listing(opened(server)))
+    assert len(listed) == ties + 6
+    assert set(listed) == set(server.assets)
+
+
+@pytest.mark.parametrize("ties", [15, 26])
+def test_however_ties_are_shuffled_none_is_lost(fake, opened, monkeypatch, ties):
+    monkeypatch.setattr(ia, "PAGE", 10)
+    server = fake("2.7.5")  # each search of it has an order of its own
+    server.add_many(ties, created=TAKEN)
+    library = opened(server)
+    lost = [len(server.assets.keys() - ids(listing(library))) for _ in range(40)]
+    assert lost == [0] * 40
+
+
+@pytest.mark.parametrize(("version", "most"), [("3.1.0", 5), ("2.7.5", 60)])
+def test_ties_cost_more_requests_only_where_they_are_shuffled(
+    fake, opened, monkeypatch, version, most
+):
+    monkeypatch.setattr(ia, "PAGE", 10)
+    server = fake(version)
+    server.add_many(26, created=TAKEN)
+    listing(opened(server))
+    timeline = [e for e in server.find(*SEARCH) if visibility(e) == "timeline"]
+    assert len(timeline) <= most
+
+
+def test_the_cursor_never_holds_more_than_two_pages(fake, opened, monkeypatch):
+    monkeypatch.setattr(ia, "PAGE", 20)
+    server = fake()
+    server.add_many(600, created=lambda n: TAKEN + timedelta(microseconds=n * 60))  # 16 in a ms
+    held = [len(cursor.seen) for _, cursor in walk(opened(server)) if cursor]
+    assert len(held) > 30
+    assert max(held) <= 40
+
+
+def test_photos_added_and_taken_away_meanwhile_disturb_no_other(fake, opened, monkeypatch):
+    monkeypatch.setattr(ia, "PAGE", 10)
+    server = fake()
+    stay = {asset.id for asset in server.add_many(50)}
+    listed = []
+    for number, (assets, _) in enumerate(walk(opened(server))):
+        listed += ids(assets)
+        server.add(created=TAKEN + timedelta(days=400))  # newer: all later photos move on
+        if number < 2:
+            del server.assets[listed[-10]]
+    assert stay <= set(listed)
+    assert len(listed) == len(set(listed))
+
+
+# odd JSON
+
+
+def altered(server, library, change):
+    """Let the server say what it would, changed; the next listing gets that."""
+    library.page(None)
+    body = server.find(*SEARCH)[-1].reply
+    change(body["assets"])
+    server.script(*SEARCH, Reply(200, body))
+
+
+ODD_FIELDS = {
+    "rating": {"exifInfo": {"rating": -1, "description": ""}},
+    "exif null": {"exifInfo": None},
+    "exif of nulls": {"exifInfo": {"description": None, "rating": None, "dateTimeOriginal": None}},
+    "exif a list": {"exifInfo": []},
+    "description a number": {"exifInfo": {"description": 5}},
+    "unknown visibility": {"visibility": "sparkling"},
+    "no visibility": {"visibility": None},
+    "trashed null": {"isTrashed": None, "isOffline": None},
+    "name null": {"originalFileName": None},
+    "name a number": {"originalFileName": 7},
+    "people null": {"people": None, "tags": None, "stack": 3},
+    "duration null": {"duration": None, "checksum": None, "livePhotoVideoId": 1},
+    "unknown field": {"isSparkling": True},
+}
+ODD_DATES = [
+    *("0000-01-01T00:00:00.000Z", "-000044-03-15T00:00:00.000Z", "0001-01-01T00:00:00+14:00"),
+    *("+010000-01-01T00:00:00.000Z", "2024-13-01T00:00:00.000Z", "yesterday", ""),
+    *(None, 5, {}, [], True, 1e300),
+]
+ENDS = [
+    datetime(1, 1, 1, tzinfo=UTC),
+    datetime(9999, 1, 1, tzinfo=UTC),
+    datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC),
+]
+
+
+@pytest.mark.parametrize("fields", ODD_FIELDS.values(), ids=ODD_FIELDS)
+def test_an_odd_field_costs_only_itself(fake, opened, fields):
+    server = fake()
+    server.add_many(3)
+    library = opened(server)
+    altered(server, library, lambda assets: assets["items"][1].update(fields))
+    assets = library.page(None)[0]
+    assert sorted(ids(assets)) == sorted(server.assets)
+    assert [asset.description for asset in assets] == [""] * 3
+    assert all(isinstance(asset.name, str) and asset.ready for asset in assets)
+
+
+@pytest.mark.parametrize("date", ODD_DATES, ids=repr)
+def test_an_odd_date_costs_only_itself(fake, opened, monkeypatch, date):
+    monkeypatch.setattr(ia, "PAGE", 10)
+    server = fake()
+    server.add_many(25)
+    library = opened(server)
+    for places in ([0], [4], [9], range(10)):
+
+        def change(assets, places=places):
+            for place in places:
+                assets["items"][place]["fileCreatedAt"] = date
+
+        altered(server, library, change)
+        assert sorted(ids(listing(library))) == sorted(server.assets), places
+
+
+@pytest.mark.parametrize("more", [0, 9, 25])
+@pytest.mark.parametrize("moment", ENDS, ids=str)
+def test_the_ends_of_the_calendar_can_be_listed(fake, opened, monkeypatch, moment, more):
+    monkeypatch.setattr(ia, "PAGE", 10)
+    server = fake()
+    server.add(created=moment)
+    server.add_many(more)
+    listed = ids(listing(opened(server)))
+    assert sorted(listed) == sorted(server.assets)
+
+
+@pytest.mark.parametrize("item", [{}, None, 5, "text", [], {"id": None}, {"id": ""}, {"id": []}])
+def test_an_item_without_id_costs_only_itself(fake, opened, item):
+    server = fake()
+    server.add_many(2)
+    library = opened(server)
+    altered(server, library, lambda assets: assets["items"].insert(1, item))
+    assert sorted(ids(listing(library))) == sorted(server.assets)
+
+
+@pytest.mark.parametrize("items", [None, {}, "text", 5, True, []], ids=repr)
+def test_a_page_without_items_costs_only_that_page(fake, opened, monkeypatch, items):
+    monkeypatch.setattr(ia, "PAGE", 10)
+    server = fake()
+    server.add_many(30)
+    library = opened(server)
+    first, cursor = library.page(None)
+    server.script(*SEARCH, Reply(200, {"assets": {"items": items, "nextPage": "2"}}))
+    empty, cursor = library.page(cursor)
+    later, _ = library.page(cursor)
+    assert (len(first), empty) == (10, [])
+    assert len(later) >= 9
+
+
+def test_what_the_search_should_not_have_found_is_left_out(fake, opened):
+    server = fake()
+    server.add_many(6)
+    odd = [{"type": "VIDEO"}, {"type": None}, {"isTrashed": True}, {"isOffline": True}]
+    odd += [{"visibility": "hidden"}, {"visibility": "locked"}]
+    library = opened(server)
+    altered(server, library, lambda a: [i.update(o) for i, o in zip(a["items"], odd, strict=True)])
+    assert listing(library) == []
+
+
+def test_a_photo_whose_preview_is_not_made_yet_is_not_ready(fake, opened):
+    server = fake()
+    server.add("later.jpg", preview=None)
+    server.add("now.jpg")
+    library = opened(server)
+    assets = listing(library)
+    assert {asset.name: asset.ready for asset in assets} == {"later.jpg": False, "now.jpg": True}
+    [later] = [asset for asset in assets if not asset.ready]
+    with pytest.raises(ia.Permanent) as raised:
+        library.preview(later)
+    assert raised.value.key == "preview_missing"
+
+
+# several keys
+
+
+@pytest.fixture(params=[KNOWING, MINIMAL], ids=["with user.read", "without user.read"])
+def family(request, fake):
+    """Alice sees what Bob and Carl share; she and Bob gave their keys."""
+    keys = {f"{name}-key": FakeKey(name, request.param) for name in ("alice", "bob")}
+    server = fake(keys=keys, partners={"alice": ["bob", "carl"], "bob": ["carl"]})
+    for number, owner in enumerate(["carl", "bob", "alice", "alice", "bob", "carl"]):
+        server.add(f"{owner}-{number}.jpg", owner=owner)
+    return server
+
+
+def test_each_photo_is_read_and_written_with_the_key_of_its_owner(family, opened):
+    library = opened(family)
+    assets = listing(library)
+    owned = [asset for asset in family.assets.values() if asset.owner != "carl"]
+    assert sorted(asset.name for asset in assets) == sorted(asset.name for asset in owned)
+    listed = len(family.exchanges)
+    for asset in assets:
+        assert library.preview(asset) == family.assets[asset.id].preview
+        assert library.write(asset, f"By the key of {asset.name}.") is True
+    for exchange in family.exchanges[listed:]:
+        owner = family.assets[exchange.params["id"]].owner
+        assert exchange.headers["x-api-key"] == f"{owner}-key"
+    assert all("By the key" in asset.description for asset in owned)
+
+
+def test_partners_photos_are_never_written(family, opened):
+    library = opened(family)
+    for asset in listing(library):
+        library.write(asset, "New.")
+    shared = [asset for asset in family.assets.values() if asset.owner == "carl"]
+    assert [asset.description for asset in shared] == ["", ""]
+    texts = [exchange.json for exchange in family.find("PUT", "/assets/")]
+    assert sum("description" in text for text in texts) == 4
+
+
+@pytest.mark.parametrize(
+    ("permissions", "newest_first", "extra"),
+    [
+        (KNOWING, ["alice", "bob", "carl"], []),
+        (KNOWING, ["carl", "bob", "alice"], []),
+        (MINIMAL, ["alice", "bob", "carl"], ["PUT"]),
+        (MINIMAL, ["bob", "alice", "carl"], ["PUT", "GET", "PUT"]),
+        (MINIMAL, ["carl", "carl", "bob", "alice", "bob"], ["PUT", "GET", "PUT", "GET", "PUT"]),
+    ],
+)
+def test_whose_a_photo_is_costs_a_question_for_each_owner(
+    fake, opened, permissions, newest_first, extra
+):
+    keys = {"alice-key": FakeKey("alice", permissions)}
+    server = fake(keys=keys, partners={"alice": ["bob", "carl"]})
+    for owner in reversed(newest_first * 3):
+        server.add(owner=owner, description="as it was")
+    library = opened(server)
+    assert {server.assets[asset.id].owner for asset in listing(library)} == {"alice"}
+    listing(library)  # and never again
+    assert [exchange.method for exchange in server.find("GET|PUT", "/assets/")] == extra
+    assert all(exchange.json == {} for exchange in server.find("PUT", "/assets/"))
+    assert {asset.description for asset in server.assets.values()} == {"as it was"}
+
+
+def test_a_photo_that_goes_while_its_owner_is_asked_for_costs_only_itself(fake, opened):
+    server = fake(keys={"alice-key": FakeKey("alice", MINIMAL)})
+    kept, going = server.add(), server.add()
+    library = opened(server)
+    server.script("PUT|GET", f"/assets/{going.id}", GONE, forever=True)
+    assert ids(listing(library)) == [kept.id]
+
+
+@pytest.mark.parametrize("permissions", [KNOWING, MINIMAL], ids=["with", "without"])
+def test_two_keys_of_one_user_list_once(fake, opened, permissions):
+    keys = {"first": FakeKey("alice", permissions), "second": FakeKey("alice", permissions)}
+    server = fake(keys=keys)
+    server.add_many(3)
+    assert sorted(ids(listing(opened(server)))) == sorted(server.assets)
+
+
+@pytest.mark.parametrize(
+    ("version", "bad", "why"),
+    [
+        ("3.1.0", "unknown", "Immich refuses the API key: Invalid API key"),
+        ("3.1.0", "narrow", "the API key lacks permissions: asset.view, asset.update"),
+        ("1.144.1", "narrow", "the API key lacks permissions: asset.view, asset.update"),
+        ("1.135.3", "unknown", "Immich refuses the API key: Invalid API key"),
+    ],
+)
+def test_a_key_that_is_refused_is_left_out_with_one_line(fake, settings, caplog, version, bad, why):
+    keys = {"good": FakeKey("alice", KNOWING), "narrow": FakeKey("bob", ("asset.read",))}
+    server = fake(version, keys)
+    mine, _ = server.add(), server.add(owner="bob")
+    new_library, complete = ia.open_library(settings(server, "good", bad))
+    assert complete is False
+    assert [record.getMessage() for record in caplog.records] == [f"API key 2: {why}"]
+    with closing(new_library()) as library:
+        assert ids(listing(library)) == [mine.id]
+    with pytest.raises(ia.Fatal) as raised:
+        ia.open_library(settings(server, bad))
+    assert str(raised.value) == f"API key 1: {why}"
+    assert bad not in str(raised.value).split()
+
+
+@pytest.mark.parametrize("version", ["1.144.1", "2.7.5", "3.3.5"])
+@pytest.mark.parametrize("lacking", MINIMAL)
+def test_the_permission_that_is_missing_is_named(fake, settings, version, lacking):
+    server = fake(version, {"key": FakeKey("alice", [p for p in KNOWING if p != lacking])})
+    with pytest.raises(ia.Fatal) as raised:
+        ia.open_library(settings(server))
+    assert str(raised.value) == f"API key 1: the API key lacks permissions: {lacking}"
+
+
+@pytest.mark.parametrize("permissions", [MINIMAL, KNOWING, EVERYTHING])
+def test_enough_permissions_are_enough(fake, settings, permissions):
+    new_library, complete = ia.open_library(
+        settings(fake(keys={"key": FakeKey("alice", permissions)}))
+    )
+    new_library().close()
+    assert complete is True
+
+
+# the address
+
+
+@pytest.mark.parametrize("version", IMMICH_VERSIONS)
+def test_opening_asks_for_the_version_and_each_key(fake, settings, version):
+    server = fake(version)
+    ia.open_library(settings(server))
+    check = "getMyApiKey" if server.version >= (1, 139) else "validateAccessToken"
+    assert [name for _, name in said(server)] == ["getServerVersion", check, "getMyUser"]
+
+
+def test_every_worker_opens_without_a_request(fake, settings):
+    server = fake()
+    new_library, _ = ia.open_library(settings(server))
+    before = len(server.exchanges)
+    for _ in range(3):
+        new_library().close()
+    assert len(server.exchanges) == before
+
+
+@pytest.mark.parametrize("ending", ["", "/", "/api", "/api/"])
+@pytest.mark.parametrize("prefix", ["", "/photos", "/a/b"])
+def test_the_address_may_be_given_in_many_ways(fake, settings, prefix, ending):
+    server = fake(prefix=prefix)
+    server.add()
+    new_library, _ = ia.open_library(settings(server, url=server.url + ending))
+    with closing(new_library()) as library:
+        [asset] = listing(library)
+        assert library.preview(asset) == server.assets[asset.id].preview
+    assert {exchange.path.removeprefix(prefix)[:5] for exchange in server.exchanges} == {"/api/"}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(200, "<!doctype html><title>Immich</title>"),
+        Reply(200, ""),
+        Reply(200, {}),
+        Reply(200, []),
+        Reply(200, {"version": "0.9.1"}),
+        Reply(200, {"major": "three", "minor": 1, "patch": 0}),
+        Reply(200, {"major": None, "minor": 1, "patch": 0}),
+        Reply(404, "404 page not found"),
+        Reply(404, {"message": "Not Found"}),
+        Reply(404, {"message": "Cannot GET /api/server/version", "statusCode": 404}),
+        Reply(301, "", {"Location": "https://photos.example/"}),
+    ],
+    ids=lambda reply: f"{reply.status} {reply.body}",
+)
+def test_a_wrong_address_is_said_at_once(fake, settings, reply):
+    server = fake()
+    server.script("GET", "/server/version", reply)
+    with pytest.raises(ia.Fatal) as raised:
+        ia.open_library(settings(server))
+    assert server.url in str(raised.value)
+    assert len(server.exchanges) == 1
+
+
+@pytest.mark.parametrize("trouble", ["maintenance", "database_down", "closed", "starting"])
+def test_an_immich_that_is_away_is_one_to_wait_for(fake, settings, trouble):
+    server = fake()
+    if trouble == "closed":
+        server.close()
+    elif trouble == "starting":
+        server.script("GET", "/server/version", Reply(502, "<html>Bad Gateway</html>"))
+    else:
+        setattr(server, trouble, True)
+    with pytest.raises(ia.HostDown):
+        ia.opened(settings(server))
+    if trouble == "closed":
+        server.start()
+    server.maintenance = server.database_down = False
+    ia.opened(settings(server))
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [CUT, RESET, *(Reply(n, {"message": "no"}) for n in (400, 401, 403, 404, 418, 429, 500))],
+    ids=lambda trouble: str(getattr(trouble, "status", trouble)),
+)
+@pytest.mark.parametrize("path", ["/server/version", "/api-keys/me", "/users/me"])
+def test_trouble_at_the_start_that_stays_is_one_line(fake, settings, stop, path, trouble):
+    server = fake()
+    server.script("GET", path, trouble, forever=True)
+    with pytest.raises(ia.Fatal):
+        ia.describe_library(settings(server), stop)
+    assert sum(stop.waits) <= 120
+
+
+@pytest.mark.parametrize(
+    ("trouble", "kind"),
+    [("maintenance", ia.HostDown), ("database_down", ia.Retryable), ("closed", ia.HostDown)],
+)
+def test_an_immich_in_trouble_later_costs_no_photo(fake, opened, trouble, kind):
+    server = fake()
+    server.add_many(2)
+    library = opened(server)
+    [asset, _] = listing(library)
+    if trouble == "closed":
+        server.close()
+    else:
+        setattr(server, trouble, True)
+    for call in (
+        lambda: library.page(None),
+        lambda: library.preview(asset),
+        lambda: library.write(asset, "Not now."),
+    ):
+        with pytest.raises(kind):
+            call()
+
+
+# the way of one photo
+
+
+@pytest.mark.parametrize("version", IMMICH_VERSIONS)
+def test_a_described_photo_costs_three_requests(fake, opened, version):
+    server = fake(version)
+    server.add_many(2)
+    library = opened(server)
+    assets = listing(library)
+    opening = len(server.exchanges)
+    for asset in assets:
+        library.preview(asset)
+        assert library.write(asset, "A photo.") is True
+    names = [name for _, name in said(server)[opening:]]
+    assert names == ["viewAsset", "getAssetInfo", "updateAsset"] * 2
+    assert [e.json for e in server.find("PUT", "")] == [{"description": "A photo."}] * 2
+
+
+def test_the_preview_asked_for_is_the_edited_one(fake, opened):
+    server = fake()
+    server.add()
+    library = opened(server)
+    library.preview(*listing(library))
+    [exchange] = server.find("GET", "/thumbnail")
+    assert exchange.query == {"size": "preview", "edited": "true"}
+
+
+@pytest.mark.parametrize(
+    ("trouble", "requests"),
+    [
+        (CUT, ["GET", "PUT", "GET"]),  # it was done: seen by the second GET
+        (RESET, ["GET", "PUT", "GET", "PUT"]),
+        (Reply(502, "<html>Bad Gateway</html>"), ["GET", "PUT", "GET", "PUT"]),
+        (Reply(500, {"message": "Internal server error"}), ["GET", "PUT", "GET", "PUT"]),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_write_that_failed_is_looked_at_before_it_is_repeated(fake, opened, trouble, requests):
+    server = fake()
+    photo = server.add()
+    library = opened(server)
+    [asset] = listing(library)
+    server.script("PUT", "/assets/", trouble)
+    with pytest.raises(ia.Retryable):
+        library.write(asset, "Written.")
+    assert library.write(asset, "Written.") is True
+    assert photo.description == "Written."
+    assert [exchange.method for exchange in server.find("GET|PUT", photo.id)] == requests
+
+
+def test_a_write_that_timed_out_but_was_done_is_not_repeated(fake, opened, monkeypatch):
+    server = fake()
+    photo = server.add()
+    library = opened(server)
+    [asset] = listing(library)
+    server.script("PUT", "/assets/", HANG)
+    patient = ia.http
+    monkeypatch.setattr(ia, "http", lambda *a, timeout, **k: patient(*a, timeout=0.1, **k))
+    with pytest.raises(ia.Retryable) as raised:
+        library.write(asset, "Written late.")
+    assert raised.value.key == "timed_out"
+    photo.description = "Written late."
+    assert library.write(asset, "Written late.") is True
+    assert server.count("PUT", photo.id) == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_named_and_not_followed(fake, opened, status):
+    server, other = fake(), fake(keys={"alice-key": "alice"})
+    server.add_many(2)
+    library = opened(server)
+    [asset, _] = listing(library)
+    target = other.url.replace("//", "//user:secret@") + "/login?token=secret"
+    server.script(".*", "/", Reply(status, "", {"Location": target}), forever=True)
+    for call in (
+        lambda: library.page(None),
+        lambda: library.preview(asset),
+        lambda: library.write(asset, "Nowhere."),
+    ):
+        with pytest.raises(ia.Fatal) as raised:
+            call()
+        assert f"{other.url}/login" in str(raised.value)
+        assert "secret" not in str(raised.value)
+    assert other.exchanges == []
+
+
+@pytest.mark.parametrize("case", ["asset-get-not-owned", "asset-get-locked"])
+@pytest.mark.parametrize("version", ["2.7.5", "3.1.0"])
+def test_a_photo_taken_away_is_gone_for_preview_and_write(fake, opened, version, case):
+    server = fake(version)
+    server.add()
+    library = opened(server)
+    [asset] = listing(library)
+    server.script("GET|PUT", "/assets/", servers.recorded(f"immich-{version}", case), forever=True)
+    with pytest.raises(ia.Gone):
+        library.preview(asset)
+    with pytest.raises(ia.Gone):
+        library.write(asset, "Too late.")
+
+
+# whatever the other side says
+
+ODD_REPLIES = {
+    "no body": Reply(204),
+    "empty": Reply(200, ""),
+    "HTML": Reply(200, "<html>Log in</html>"),
+    "null": Reply(200, "null"),
+    "list": Reply(200, "[]"),
+    "text": Reply(200, '"text"'),
+    "number": Reply(200, "5"),
+    "odd total": Reply(200, {"total": "many", "assets": 5, "exifInfo": 5}),
+    "no numbers": Reply(200, {"total": {}, "assets": {"items": 5}, "exifInfo": {"description": 5}}),
+    "deep": Reply(200, "[" * 100_000),
+    "bytes": Reply(200, b"\xff\xfe\x00"),
+    "not gzip": Reply(200, "text", {"Content-Encoding": "gzip"}),
+    "partial": Reply(206, b"\xff\xd8"),
+    "not modified": Reply(304),
+    "moved nowhere": Reply(302, ""),
+    **{f"{n}": Reply(n, {"message": "no"}) for n in (400, 401, 402, 403, 404, 409, 413, 418, 429)},
+    **{f"{n} HTML": Reply(n, "<p>Sorry</p>") for n in (400, 403, 404, 500, 502, 503, 504, 520)},
+    "messages": Reply(400, {"message": ["one", "two"], "error": "Bad Request"}),
+    "odd message": Reply(400, {"message": {"message": 5}}),
+    "maintenance": MAINTENANCE,
+    "cut": CUT,
+    "reset": RESET,
+}
+
+
+@pytest.mark.parametrize("reply", ODD_REPLIES.values(), ids=ODD_REPLIES)
+def test_whatever_the_reply_only_our_errors_are_raised(fake, settings, opened, reply):
+    server = fake(keys={"key": FakeKey("alice", EVERYTHING)})
+    server.add_many(2)
+    library = opened(server)
+    [asset, _] = listing(library)
+    server.script(".*", "/", reply, forever=True)
+    calls = [
+        lambda: library.page(None),
+        lambda: library.preview(asset),
+        lambda: library.write(asset, "Perhaps."),
+        library.total,
+        lambda: ia.open_library(settings(server)),
+    ]
+    for call in calls:
+        with suppress(ia.AnalyzeError):
+            call()
+
+
+@pytest.mark.parametrize(
+    "path", ["/api-keys/me", "/users/me", "/server/version"], ids=lambda path: path[1:]
+)
+@pytest.mark.parametrize("body", ["null", "[]", "{}", '{"permissions": 5}', '{"major": []}'])
+def test_whatever_is_said_at_the_start_only_our_errors_are_raised(fake, settings, path, body):
+    server = fake()
+    server.script("GET", path, Reply(200, body))
+    with suppress(ia.AnalyzeError):
+        new_library, _ = ia.open_library(settings(server))
+        new_library().close()
+
+
+# the total
+
+
+def test_the_total_counts_all_keys_and_visibilities(fake, opened):
+    keys = {f"{name}-key": FakeKey(name, EVERYTHING) for name in ("alice", "bob")}
+    server = fake(keys=keys)
+    for owner, visibility in itertools.product(("alice", "bob"), ("timeline", "archive", "hidden")):
+        server.add(owner=owner, visibility=visibility)
+    assert opened(server).total() == 4
+
+
+def test_a_total_that_may_not_be_asked_for_is_an_error_of_ours(fake, opened):
+    server = fake(keys={"key": FakeKey("alice", KNOWING)})
+    with pytest.raises(ia.Fatal) as raised:
+        opened(server).total()
+    assert raised.value.fields["permission"] == "asset.statistics"
+
+
+# secrets
+
+
+def test_no_key_shows_in_errors_log_or_repr(fake, settings, opened, caplog):
+    caplog.set_level(logging.DEBUG)
+    keys = {"good-secret": FakeKey("alice", KNOWING), "bad-secret": FakeKey("bob", ())}
+    server = fake(keys=keys)
+    library = opened(server)
+    with pytest.raises(ia.Fatal) as raised:
+        ia.open_library(settings(server, "bad-secret", "wrong-secret"))
+    told = [*caplog.messages, str(raised.value), repr(raised.value), repr(settings(server))]
+    told += [repr(account) for account in library._accounts]
+    assert "secret" not in json.dumps(told)

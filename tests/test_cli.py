@@ -1,0 +1,576 @@
+"""The command line as a person, cron or a service meets it: exit codes, signals, output."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import psycopg2.extensions
+import pytest
+import sandbox
+import servers
+from servers import FakeImmich, FakeKey, FakeLlamaCpp, FakeOllama, FakeServer, Reply
+from test_run import CHATS, ROOT, ApiWorld, Running, SqlWorld, World, asking, failure, fill, tally
+
+import immich_analyze as ia
+
+SECRET = "Zx9-s3cret"
+NOWHERE = "http://127.0.0.1:9"  # nothing listens at the port for what is to be thrown away
+API = ["--immich-api-url", NOWHERE, "--immich-api-keys", SECRET]
+
+
+@pytest.fixture
+def api(immich: FakeImmich) -> ApiWorld:
+    return ApiWorld(immich)
+
+
+@pytest.fixture
+def database(photos: Callable[..., Any], postgres: sandbox.Postgres) -> SqlWorld:
+    return SqlWorld(photos(), postgres)
+
+
+@pytest.fixture(params=["api", "database"])
+def library(request: pytest.FixtureRequest) -> World:
+    return request.getfixturevalue(request.param)
+
+
+def on_terminal(*argv: str, **environ: str) -> tuple[int, str]:
+    """Run the command line on a terminal to its end; its exit code, and all that was shown."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    every_step = {"TQDM_MININTERVAL": "0"}  # not just ten times a second
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "immich_analyze.py"), *argv],
+        env=os.environ | every_step | environ,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    ) as process:
+        os.close(theirs)
+        shown = bytearray()
+        with suppress(OSError):  # how Linux says that the terminal's other side is closed
+            while some := os.read(ours, 2**16):
+                shown += some
+        os.close(ours)
+        return process.wait(60), shown.decode()
+
+
+# --- Exit codes and what is said -------------------------------------------------------------
+
+
+def test_cron_hears_of_failures_and_of_nothing_else(library, ollama, command):
+    fill(library, 2)
+    argv = [*library.argv, *asking(ollama)]
+    well = command(*argv)
+    assert (well.returncode, well.stdout, well.stderr) == (0, "", "")
+    id = library.add("bad.jpg", picture=b"no picture")
+    ill = command(*argv)
+    assert (ill.returncode, ill.stdout) == (1, "")
+    line, last = ill.stderr.splitlines()
+    assert line == failure(id, "bad.jpg", "preview_unknown")
+    skipped = 2 if isinstance(library, ApiWorld) else 0
+    assert last.startswith(tally(failed=1, skipped=skipped))
+
+
+@pytest.mark.parametrize(
+    ("more", "environ", "lines"),
+    [
+        ([], {}, 2),
+        (["--no-final-output"], {}, 1),
+        ([], {"IMMICH_ANALYZE_NO_FINAL_OUTPUT": "true"}, 1),
+        (["--log-level", "error"], {}, 1),
+        ([], {"RUST_LOG": "immich_analyze=error"}, 1),
+    ],
+)
+def test_how_much_is_said_of_a_failure(api, ollama, command, more, environ, lines):
+    api.add(picture=b"no picture")
+    done = command(*api.argv, *asking(ollama), *more, **environ)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, lines)
+
+
+@pytest.mark.parametrize(
+    ("more", "environ"),
+    [
+        (["--log-level", "info"], {}),
+        ([], {"IMMICH_ANALYZE_LOG_LEVEL": "info"}),
+        ([], {"RUST_LOG": "info"}),
+    ],
+)
+def test_the_tally_can_be_asked_for(api, ollama, command, more, environ):
+    fill(api, 2)
+    done = command(*api.argv, *asking(ollama), *more, **environ)
+    [line] = done.stderr.splitlines()
+    assert line.startswith(tally(described=2))
+
+
+def test_a_terminal_shows_progress_and_the_tally(library, ollama):
+    if isinstance(library, ApiWorld):
+        library.server.keys[library.server.key] = FakeKey("alice", servers.EVERYTHING)
+    fill(library, 6)
+    for n in range(20):
+        library.add(picture=servers.own_picture(n), description="By a person.")
+    code, shown = on_terminal(*library.argv, *asking(ollama))
+    assert code == 0
+    step = r"\d+%\|[^|]*\| ([1-6])/6 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+( photos/s|s/ photos)\]"
+    steps = [found[1] for found in re.finditer(step, shown)]
+    assert steps[-1] == "6"
+    assert steps == sorted(set(steps))
+    skipped = 20 if isinstance(library, ApiWorld) else 0
+    assert shown.splitlines()[-1].lstrip().startswith(tally(described=6, skipped=skipped))
+
+
+def test_a_terminal_without_a_total_shows_progress_all_the_same(api, ollama):
+    fill(api, 3)
+    code, shown = on_terminal(*api.argv, *asking(ollama))
+    assert code == 0
+    assert re.search(r"\b3 photos \[\d\d:\d\d, ", shown)
+
+
+def test_a_failure_on_a_terminal_is_a_line_of_its_own(api, ollama):
+    fill(api, 3)
+    id = api.add("bad.jpg", picture=b"no picture")
+    code, shown = on_terminal(*api.argv, *asking(ollama), "--no-final-output")
+    assert code == 1
+    lines = [line.rpartition("\r")[2].strip() for line in shown.split("\r\n")]
+    assert lines.count(failure(id, "bad.jpg", "preview_unknown")) == 1
+    assert tally(described=3, failed=1) not in shown
+
+
+def test_settings_for_both_libraries_mean_the_database_and_one_line(database, api, ollama):
+    wanted = fill(database, 1)
+    fill(api, 1)
+    code, shown = on_terminal(*database.argv, *api.argv, *asking(ollama))
+    assert (code, database.texts()) == (0, wanted)
+    assert shown.count(ia.t("both_given")) == 1
+    assert api.server.exchanges == []
+
+
+def test_a_name_cannot_steer_the_terminal(api, ollama, command):
+    name = "\x1b[2J\x07\x9b31mevil\r\n.jpg"
+    id = api.add(name, picture=b"no picture")
+    argv = [*api.argv, *asking(ollama)]
+    code, shown = on_terminal(*argv)
+    assert code == 1
+    assert not re.search(r"\x1b\[2J|\x07|\x9b", shown)
+    line, _ = command(*argv).stderr.splitlines()
+    assert line.isprintable()
+    assert id in line
+
+
+def test_one_refused_key_of_two_is_told_and_the_other_works(api, ollama, command):
+    wanted = fill(api, 2)
+    argv = ["--immich-api-url", api.server.url, "--immich-api-keys", f"{SECRET},{api.server.key}"]
+    done = command(*argv, *asking(ollama))
+    assert (done.returncode, api.texts()) == (1, wanted)
+    why = ia.t("immich_key_refused", why="Invalid API key")
+    assert done.stderr.splitlines()[0] == ia.t("key_refused", number=1, why=why)
+
+
+def test_python_has_nothing_to_warn_of(library, ollama, command):
+    fill(library, 3)
+    done = command(*library.argv, *asking(ollama), PYTHONWARNINGS="error", PYTHONDEVMODE="1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# --- Help, version, languages ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["-V", "--version"])
+def test_the_version_is_told(command, flag):
+    done = command(flag)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"immich-analyze {ia.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "language"),
+    [
+        (["-h"], {}, "en"),
+        (["--help"], {"LANG": "de_DE.UTF-8"}, "en"),
+        (["-h"], {"LANG": "ru_RU.UTF-8"}, "ru"),
+        (["-h", "--lang", "ru"], {}, "ru"),
+        (["--lang=en", "-h"], {"LANG": "ru_RU.UTF-8"}, "en"),
+    ],
+)
+def test_help_is_in_the_language_of_its_reader(command, argv, environ, language):
+    done = command(*argv, **environ)
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = " ".join(done.stdout.split())
+    assert ia.catalogue(language)["help_description"] in shown
+    assert ia.catalogue(language)["help_group_work"] in shown
+
+
+@pytest.mark.parametrize(
+    ("more", "environ"), [(["--lang", "ru"], {}), ([], {"LANG": "ru_RU.UTF-8"})]
+)
+def test_the_tally_is_in_the_language_of_its_reader(api, ollama, more, environ):
+    fill(api, 1)
+    code, shown = on_terminal(*api.argv, *asking(ollama), *more, **environ)
+    ia.use_language("ru")
+    assert code == 0
+    assert tally(described=1) in shown
+    assert ia.t("photos") in shown
+
+
+# --- Waiting for Immich ----------------------------------------------------------------------
+
+PATIENT = ["--log-level", "info", "--wait-retry-interval", "0.02"]
+
+
+def test_a_run_begins_once_immich_is_there(library, ollama):
+    wanted = fill(library, 2)
+    library.begin("gone")
+    with Running(*library.argv, *asking(ollama), *PATIENT) as tool:
+        try:
+            tool.wait_for(ia.t("waiting", why=""))
+        finally:
+            library.end("gone")
+        assert tool.end() == 0
+    assert len(tool.said) == 2
+    assert tool.said[1].startswith(tally(described=2))
+    assert library.texts() == wanted
+
+
+# --- Signals ---------------------------------------------------------------------------------
+
+NO_HURRY = ["--grace", "600"]  # what does not end by itself is not ended
+BOTH_SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+def stopping(number: signal.Signals) -> str:
+    return ia.t("finishing", signal=number.name)
+
+
+@BOTH_SIGNALS
+def test_a_signal_lets_finish_what_is_begun_and_nothing_else_begin(library, ollama, number):
+    wanted = fill(library, 6)
+    ollama.hold(*CHATS)
+    with Running(*library.argv, *asking(ollama), "--max-concurrent", "2", *NO_HURRY) as tool:
+        ollama.wait_for(2)
+        tool.process.send_signal(number)
+        tool.wait_for(stopping(number))
+        ollama.gate.set()
+        assert tool.end() == 128 + number
+    assert tool.said == [stopping(number)]
+    assert ollama.count(*CHATS) == 2
+    written = dict(library.writes())
+    assert len(written) == 2
+    assert library.texts() == dict.fromkeys(wanted, "") | {id: wanted[id] for id in written}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]
+)
+def test_a_second_signal_ends_at_once(api, ollama, first, second):
+    fill(api, 6)
+    ollama.hold(*CHATS)
+    with Running(*api.argv, *asking(ollama), *NO_HURRY) as tool:
+        ollama.wait_for(4)
+        tool.process.send_signal(first)
+        tool.wait_for(stopping(first))
+        tool.process.send_signal(second)
+        assert tool.end() == 128 + second
+    assert tool.said == [stopping(first)]
+    assert api.writes() == []
+
+
+@BOTH_SIGNALS
+def test_after_the_grace_it_ends_by_itself(api, ollama, number):
+    fill(api, 2)
+    ollama.hold(*CHATS)
+    with Running(*api.argv, *asking(ollama), "--grace", "0.2") as tool:
+        ollama.wait_for(2)
+        tool.process.send_signal(number)
+        assert tool.end() == 128 + number
+    assert tool.said == [stopping(number)]
+    assert api.writes() == []
+
+
+def test_waiting_ends_with_a_signal(ollama):
+    with Running(*API, *asking(ollama), *PATIENT, *NO_HURRY) as tool:
+        tool.wait_for(ia.t("waiting", why=""))
+        tool.process.send_signal(signal.SIGTERM)
+        assert tool.end() == 128 + signal.SIGTERM
+    assert len(tool.said) == 2
+
+
+def test_a_signal_during_the_first_check_begins_nothing(api, ollama):
+    fill(api, 2)
+    ollama.hold("POST", "/api/show")
+    with Running(*api.argv, *asking(ollama), *NO_HURRY) as tool:
+        ollama.wait_for()
+        tool.process.send_signal(signal.SIGTERM)
+        tool.wait_for(stopping(signal.SIGTERM))
+        ollama.gate.set()
+        assert tool.end() == 128 + signal.SIGTERM
+    assert ollama.count(*CHATS) == 0
+
+
+def test_who_waits_for_a_resting_host_hears_a_signal(api, ollama):
+    fill(api, 6)
+    ollama.script(*CHATS, servers.recorded("ollama", "chat_overloaded"), forever=True)
+    with Running(*api.argv, *asking(ollama), *NO_HURRY) as tool:
+        tool.wait_for(ollama.url)
+        tool.process.send_signal(signal.SIGTERM)
+        assert tool.end() == 128 + signal.SIGTERM
+    assert tool.said[1:] == [stopping(signal.SIGTERM)]
+    assert api.writes() == []
+
+
+def test_killed_while_the_model_thinks_nothing_is_written(library, ollama, command):
+    wanted = fill(library, 6)
+    ollama.hold(*CHATS)
+    with Running(*library.argv, *asking(ollama)) as tool:
+        ollama.wait_for(4)
+        tool.process.kill()
+        assert tool.end() == -signal.SIGKILL
+    assert library.writes() == []
+    ollama.gate.set()
+    done = command(*library.argv, *asking(ollama))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(library.writes()) == sorted(wanted.items())
+
+
+def test_killed_while_it_writes_nothing_is_half_and_the_next_run_does_the_rest(
+    api, ollama, command
+):
+    api.server.keys[api.server.key] = FakeKey("alice", [*servers.MINIMAL, "user.read"])
+    wanted = fill(api, 6)
+    api.server.hold("PUT")
+    with Running(*api.argv, *asking(ollama), "--max-concurrent", "1") as tool:
+        api.server.wait_for(3)  # all its workers
+        tool.process.kill()
+        assert tool.end() == -signal.SIGKILL
+    api.server.close()
+    api.server.start()
+    assert set(api.texts().values()) == {""}
+    done = command(*api.argv, *asking(ollama))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert api.texts() == wanted
+    assert ollama.count(*CHATS) == 3 + 6
+
+
+# --- Bad input -------------------------------------------------------------------------------
+
+
+CURIOUS = [*PATIENT, "--wait-timeout", "2"]  # who waits in vain says so, which is a second line
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """One line that says all of this and no secret; exit code 2."""
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.isprintable()
+    assert SECRET not in line
+    assert [part for part in parts if part not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--max-concurrent", "0"], ["--max-concurrent", "0"]),
+        (["--timeout", "nan"], ["--timeout", "nan"]),
+        (["--lang", "xx"], ["--lang", "xx", "en", "ru"]),
+        (["--lang", "\x1b[2J\nxx"], ["--lang", "xx"]),
+        (["--mode", "sometimes"], ["--mode", "sometimes", "batch"]),
+        (["--monitor"], ["monitor", "batch"]),
+        (["-m", "-c"], ["--combined", "--monitor"]),
+        (["--hosts", f"http://me:{SECRET}@[host"], ["--hosts"]),
+        (["--hosts", f"http://me:{SECRET}@host:port"], ["--hosts", "host:port"]),
+        (["--immich-api-url", NOWHERE], ["IMMICH_API_KEY"]),
+        (["--immich-api-keys", SECRET], ["IMMICH_API_URL"]),
+        (["--api-key", f"{SECRET} {SECRET}"], ["--api-key"]),
+        (["--api-key-file", "missing"], ["missing"]),
+        (["--postgres-url", f"postgresql://immich:{SECRET}@[::1/immich"], ["--postgres-url"]),
+        (["--postgres-url", f"host=db password='{SECRET}"], ["--postgres-url"]),
+        (["--postgres-url", f"postgresql://immich:half@{SECRET}@db/immich"], ["--postgres-url"]),
+        (["--config", "missing.conf"], ["missing.conf"]),
+        ([f"--no-such-option={SECRET}", SECRET], ["--no-such-option"]),
+        ([SECRET], ["-h"]),
+    ],
+)
+def test_a_wrong_setting_is_one_line(command, argv, parts):
+    assert_refused(command(*argv, "--no-wait-for-immich"), *parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("MAX_CONCURRENT", "many", "--max-concurrent"),
+        ("MODE", "combined", "combined"),
+        ("WAIT_FOR_IMMICH", "perhaps", "WAIT_FOR_IMMICH"),
+        ("NO_FINAL_OUTPUT", "perhaps", "FINAL_OUTPUT"),
+        ("HOSTS", f"http://me:{SECRET}@", "--hosts"),
+    ],
+)
+def test_a_wrong_variable_is_one_line(command, name, value, part):
+    done = command("--wait-timeout", "1", **{f"IMMICH_ANALYZE_{name}": value})
+    assert_refused(done, part)
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (f"api-key = {SECRET}\nmax-concurrent = none\n".encode(), ["--max-concurrent", "none"]),
+        (f"api-kez = {SECRET}\n".encode(), ["api-kez"]),
+        (f"{SECRET}\n".encode(), []),
+        (f"{SECRET} = \xff".encode("latin-1"), ["my.conf"]),
+    ],
+)
+def test_a_wrong_file_is_one_line(command, tmp_path, content, parts):
+    file = tmp_path / "my.conf"
+    file.write_bytes(content)
+    assert_refused(command("--config", str(file), "--no-wait-for-immich"), *parts)
+
+
+@pytest.fixture
+def website() -> Any:
+    """Some web server that is neither Immich nor a model host."""
+    with FakeServer() as server:
+        yield server
+
+
+def test_without_waiting_an_absent_immich_is_one_line(command, ollama):
+    done = command(*API, *asking(ollama), *CURIOUS, "--no-wait-for-immich")
+    assert_refused(done, NOWHERE)
+
+
+def test_when_the_wait_is_over_an_absent_immich_is_one_line(command, ollama):
+    argv = ["--wait-timeout", "1", "--wait-retry-interval", "2", "--log-level", "info"]
+    assert_refused(command(*API, *asking(ollama), *argv), NOWHERE)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(404, "<html>Not here</html>"),
+        Reply(200, "<html>Welcome</html>"),
+        Reply(200, {"version": "3.1.0"}),
+        Reply(200, [1, 2, 3]),
+        Reply(301, None, {"Location": f"https://me:{SECRET}@example.org/?token={SECRET}"}),
+    ],
+)
+def test_an_address_that_is_not_immichs_is_one_line(command, website, ollama, reply):
+    website.script("GET", "", reply, forever=True)
+    argv = ["--immich-api-url", website.url, "--immich-api-keys", SECRET]
+    assert_refused(command(*argv, *asking(ollama), *CURIOUS), website.url)
+
+
+def test_a_wrong_protocol_is_one_line(command, website, ollama):
+    url = website.url.replace("http:", "https:")
+    argv = ["--immich-api-url", url, "--immich-api-keys", SECRET]
+    assert_refused(command(*argv, *asking(ollama), *CURIOUS), url)
+
+
+def test_a_wrong_key_is_one_line(command, immich, ollama):
+    argv = ["--immich-api-url", immich.url, "--immich-api-keys", SECRET]
+    assert_refused(command(*argv, *asking(ollama), *CURIOUS), "Invalid API key")
+
+
+@pytest.mark.parametrize("missing", servers.MINIMAL)
+def test_a_missing_permission_is_named(command, immich, ollama, missing):
+    others = [permission for permission in servers.MINIMAL if permission != missing]
+    immich.keys = {SECRET: FakeKey("alice", others)}
+    argv = ["--immich-api-url", immich.url, "--immich-api-keys", SECRET]
+    assert_refused(command(*argv, *asking(ollama), *CURIOUS), missing)
+
+
+def changed(library: SqlWorld, **parts: str) -> list[str]:
+    """The options for a library, with other words in the database's address."""
+    known = psycopg2.extensions.parse_dsn(library.photos.uri) | {"password": SECRET}
+    known |= parts
+    return ["--postgres-url", sandbox.libpq_uri(known), "--immich-root", str(library.photos.root)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"dbname": "nowhere"}, ["nowhere"]),
+        ({"user": "nobody-known"}, ["nobody-known"]),
+        ({"dbname": "postgres"}, ["Immich"]),
+        ({"sslmode": "perhaps"}, ["sslmode", "perhaps"]),
+    ],
+)
+def test_a_wrong_database_is_one_line(command, database, ollama, parts, said):
+    assert_refused(command(*changed(database, **parts), *asking(ollama), *CURIOUS), *said)
+
+
+def test_without_waiting_an_absent_database_is_one_line(command, database, ollama):
+    argv = changed(database, host="127.0.0.1", port="9")
+    done = command(*argv, *asking(ollama), *CURIOUS, "--no-wait-for-immich")
+    assert_refused(done, "127.0.0.1", "refused")
+
+
+@pytest.mark.skipif(not sandbox.Postgres().own, reason="the server's address is given")
+def test_a_database_that_does_not_let_one_in_is_one_line(command, ollama):
+    with sandbox.Postgres(tcp=True) as server:
+        uri = server.uri("postgres", "postgres", SECRET)
+        wrong = command("--postgres-url", uri, *asking(ollama), *CURIOUS)
+        plain = command("--postgres-url", f"{uri}?sslmode=require", *asking(ollama), *CURIOUS)
+    assert_refused(wrong, "password authentication failed")
+    assert_refused(plain, "SSL")
+
+
+def test_a_missing_grant_is_named(command, database, ollama):
+    uri = database.photos.restricted_role("reader", SECRET)
+    database.photos.run('REVOKE UPDATE ("description") ON {exif} FROM reader')
+    argv = ["--postgres-url", uri, "--immich-root", str(database.photos.root)]
+    done = command(*argv, *asking(ollama), *CURIOUS)
+    assert_refused(done, f"UPDATE (description) ON {database.photos.tables['exif']}")
+
+
+@pytest.mark.parametrize("kind", ["missing", "a file", "without thumbs", "of another library"])
+def test_a_wrong_root_is_one_line(command, database, ollama, tmp_path, kind):
+    root = tmp_path / "root"
+    if kind == "a file":
+        root.write_text("")
+    elif kind == "without thumbs":
+        (root / "upload").mkdir(parents=True)
+    elif kind == "of another library":
+        (root / "thumbs").mkdir(parents=True)
+        fill(database, 1)
+    argv = ["--postgres-url", database.photos.uri, "--immich-root", str(root)]
+    assert_refused(command(*argv, *asking(ollama), *CURIOUS), str(root), "--immich-root")
+
+
+def test_a_missing_model_is_one_line(command, api, ollama):
+    ollama.models = {"another": ("completion", "vision")}
+    assert_refused(command(*api.argv, *asking(ollama), *CURIOUS), ollama.url, "tiny-vlm")
+
+
+def test_a_model_that_is_not_listed_is_one_line(command, api, llamacpp):
+    llamacpp.models = ["first", "second"]
+    done = command(*api.argv, *asking(llamacpp), *CURIOUS)
+    assert_refused(done, "tiny-vlm", "first", "second")
+
+
+def test_a_blind_model_is_one_line(command, api, ollama, llamacpp):
+    ollama.models = {"tiny-vlm": ("completion",)}
+    assert_refused(command(*api.argv, *asking(ollama), *CURIOUS), ollama.url)
+    llamacpp.vision = False
+    assert_refused(command(*api.argv, *asking(llamacpp), *CURIOUS), llamacpp.url, "--mmproj")
+
+
+@pytest.mark.parametrize("make", [FakeOllama, FakeLlamaCpp])
+def test_a_wrong_key_of_the_model_host_is_one_line(command, api, make):
+    with make(api_key="right") as host:
+        done = command(*api.argv, *asking(host), "--api-key", SECRET, *CURIOUS)
+        assert_refused(done, host.url, "--api-key")
+
+
+@pytest.mark.parametrize("interface", ["ollama", "llamacpp"])
+def test_a_host_of_no_known_interface_is_one_line(command, api, website, interface):
+    argv = ["--hosts", website.url, "--interface", interface]
+    assert_refused(command(*api.argv, *argv, *CURIOUS), website.url, "--interface")
+
+
+def test_absent_hosts_are_one_line(command, api):
+    where = NOWHERE.replace("//", f"//me:{SECRET}@")
+    done = command(*api.argv, *asking(where, "http://127.0.0.1:19"), *CURIOUS)
+    assert_refused(done, NOWHERE, "http://127.0.0.1:19")

@@ -1,0 +1,704 @@
+"""The library behind Immich's own tables, on real PostgreSQL and all generations of them."""
+
+import os
+import secrets
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import psycopg2
+import pytest
+import sandbox
+
+import immich_analyze as ia
+
+OLDEST, NEWEST = sandbox.VERSIONS[0], sandbox.NEWEST
+LOCKING = [v for v in sandbox.VERSIONS if tuple(map(int, v.split("."))) >= (2, 4)]
+own_server = pytest.mark.skipif(
+    "TEST_DATABASE_URL" in os.environ, reason="the server is not ours to stop"
+)
+
+
+@pytest.fixture
+def settings(config):
+    """The settings for a filled database, or for another address or folder."""
+
+    def make(photos=None, *options, uri=None, root=None):
+        place = ["--postgres-url", uri or photos.uri]
+        place += ["--immich-root", str(root or (photos and photos.root) or "/nonexistent")]
+        return config("-d", "database", *place, *options)
+
+    return make
+
+
+@pytest.fixture
+def opened(settings):
+    """Opens the library of a filled database; it is closed at the end."""
+    with ExitStack() as stack:
+
+        def make(photos, *options, **places):
+            new_library, complete = ia.open_library(settings(photos, *options, **places))
+            assert complete is True
+            return stack.enter_context(closing(new_library()))
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def over_tcp():
+    """A server that asks for a password and knows no TLS."""
+    with sandbox.Postgres(tcp=True) as server:
+        yield server
+
+
+@pytest.fixture
+def statements(monkeypatch):
+    """Counts the statements of all libraries."""
+    seen = []
+    rows = ia.Database.rows
+
+    def counted(self, statement, **parameters):
+        seen.append(" ".join(statement.split()))
+        return rows(self, statement, **parameters)
+
+    monkeypatch.setattr(ia.Database, "rows", counted)
+    return seen
+
+
+def listing(library):
+    """All photos, page by page."""
+    assets, cursor = library.page(None)
+    while cursor is not None:
+        more, cursor = library.page(cursor)
+        assets += more
+    return assets
+
+
+def everything(photos):
+    """All rows of the tables that matter, as JSON, by table and asset."""
+    names = {"asset": "id", "exif": "assetId", "file": "id", "status": "assetId"}
+    return {
+        (table, str(id)): row
+        for table, key in names.items()
+        for id, row in photos.run(f'SELECT "{key}", to_jsonb(t) FROM {{{table}}} t')
+    }
+
+
+def move(photos, id, path):
+    """Let the database name another file as the preview."""
+    photos.run('UPDATE {file} SET "path" = %s WHERE "assetId" = %s', path, id)
+
+
+def cut_off(photos):
+    """End the tool's connections, as an administrator or a restart does; wait until it is done."""
+    [(ended,)] = photos.run(
+        "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity"
+        " WHERE application_name = 'immich-analyze' AND datname = current_database()"
+    )
+    assert ended
+
+
+@contextmanager
+def without_privileges():
+    """Root reads everything, so for a moment it is somebody else."""
+    me = os.geteuid()
+    os.seteuid(me or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(me)
+
+
+def error_of(call, kind):
+    with pytest.raises(kind) as raised:
+        call()
+    return raised.value
+
+
+# every generation
+
+
+@pytest.mark.parametrize("version", sandbox.VERSIONS)
+def test_every_generation_is_listed_read_and_written(photos, opened, version):
+    library = photos(version)
+    colours = {library.add(visibility=v): v for v in ("timeline", "archive")}
+    for unwanted in ({"visibility": "hidden"}, {"trashed": True}, {"status": "deleted"}):
+        library.add(**unwanted)
+    for unwanted in ({"offline": True}, {"type": "VIDEO"}, {"extracted": False}):
+        library.add(**unwanted)
+    library.add(preview=False)
+    library.add(description="by a person")
+    tool = opened(library)
+    assets = listing(tool)
+    assert {asset.id for asset in assets} == colours.keys()
+    assert [asset.id for asset in assets] == sorted(colours)
+    assert tool.total() == 2
+    for asset in assets:
+        assert tool.preview(asset) == library.preview_file(asset.id).read_bytes()
+        assert tool.write(asset, f"Photo {asset.id}.") is True
+        assert library.description(asset.id) == f"Photo {asset.id}."
+    assert tool.total() == 0
+    assert listing(tool) == []
+
+
+@pytest.mark.parametrize("version", sandbox.VERSIONS)
+def test_a_write_locks_the_text_and_touches_nothing_else(photos, settings, caplog, version):
+    library = photos(version)
+    id, _ = library.add(), library.add()
+    new_library, _ = ia.open_library(settings(library))
+    warnings = [record.getMessage() for record in caplog.records]
+    assert warnings == ([] if version in LOCKING else [ia.t("no_lock")])
+    before = everything(library)
+    with closing(new_library()) as tool:
+        tool.write(next(asset for asset in listing(tool) if asset.id == id), "Written.")
+    after = everything(library)
+    assert [key for key in before if before[key] != after[key]] == [("exif", id)]
+    old, new = before["exif", id], after["exif", id]
+    changed = {"description", "updatedAt", "updateId"}
+    changed |= {"lockedProperties"} if version in LOCKING else set()
+    assert {name for name in old if old[name] != new[name]} == changed
+    assert new["updatedAt"] > old["updatedAt"]
+    assert library.locked(id) == (["description"] if version in LOCKING else [])
+
+
+@pytest.mark.parametrize(
+    ("locked", "after"),
+    [
+        ((), ["description"]),
+        (("description",), ["description"]),
+        (("rating", "dateTimeOriginal"), ["dateTimeOriginal", "description", "rating"]),
+        (("tags", "description", "latitude"), ["description", "latitude", "tags"]),
+    ],
+    ids=str,
+)
+def test_what_a_person_locked_stays_locked(photos, opened, locked, after):
+    library = photos("2.4.1")
+    id = library.add(locked=locked)
+    tool = opened(library)
+    tool.write(*listing(tool), "Written.")
+    assert library.locked(id) == after
+
+
+# the listing
+
+
+def test_2300_photos_are_three_statements(photos, opened, statements):
+    library = photos()
+    ids = [library.add(), *library.add_many(2299, files=False)]  # the start looks for a file
+    tool = opened(library)
+    statements.clear()
+    listed = [asset.id for asset in listing(tool)]
+    assert len(statements) == 3
+    assert listed == sorted(ids)
+
+
+@pytest.mark.parametrize(("number", "pages"), [(0, 1), (9, 1), (10, 2), (11, 2), (20, 3)])
+def test_pages_are_no_more_than_needed(photos, opened, statements, monkeypatch, number, pages):
+    monkeypatch.setattr(ia, "PAGE", 10)
+    library = photos()
+    library.add_many(number)
+    tool = opened(library)
+    statements.clear()
+    assert len(listing(tool)) == number
+    assert len(statements) == pages
+
+
+def test_photos_described_meanwhile_let_no_other_be_skipped(photos, opened, monkeypatch):
+    monkeypatch.setattr(ia, "PAGE", 10)
+    library = photos()
+    ids = library.add_many(35)
+    tool = opened(library)
+    listed, cursor = tool.page(None)
+    while cursor is not None:
+        for asset in listed:
+            tool.write(asset, "Described before the next page is asked for.")
+        more, cursor = tool.page(cursor)
+        listed += more
+    assert [asset.id for asset in listed] == sorted(ids)
+
+
+def test_overwriting_counts_and_lists_described_photos_too(photos, opened):
+    library = photos()
+    described, plain = library.add(description="by a person"), library.add(description=" \n")
+    tool = opened(library, "-o")
+    assert {asset.id: asset.description for asset in listing(tool)} == {
+        described: "by a person",
+        plain: " \n",
+    }
+    assert tool.total() == 2
+    assert opened(library).total() == 1
+
+
+def test_a_description_that_is_null_is_none(photos, opened):
+    library = photos()
+    id = library.add()
+    library.run('ALTER TABLE {exif} ALTER "description" DROP NOT NULL')
+    library.run('UPDATE {exif} SET "description" = NULL')
+    tool = opened(library)
+    [asset] = listing(tool)
+    assert asset.description == ""
+    assert tool.write(asset, "Written.") is True
+    assert library.description(id) == "Written."
+
+
+# the write
+
+
+def test_only_the_listed_text_is_replaced(photos, opened):
+    library = photos()
+    id = library.add(description="old")
+    tool = opened(library, "-o")
+    [asset] = listing(tool)
+    assert tool.write(replace(asset, description="older"), "New.") is False
+    assert tool.write(replace(asset, description="old "), "New.") is False
+    assert library.description(id) == "old"
+    assert tool.write(asset, "New.") is True
+    assert tool.write(asset, "Newer.") is False
+    assert library.description(id) == "New."
+
+
+def test_a_photo_without_exif_row_gets_none(photos, opened):
+    library = photos()
+    id = library.add()
+    tool = opened(library)
+    [asset] = listing(tool)
+    library.run('DELETE FROM {exif} WHERE "assetId" = %s', id)
+    error_of(partial(tool.write, asset, "Nowhere."), ia.Gone)
+    assert library.run("SELECT count(*) FROM {exif}") == [(0,)]
+
+
+def test_a_row_that_somebody_holds_is_tried_again(photos, opened):
+    library = photos()
+    id = library.add()
+    tool = opened(library)
+    [asset] = listing(tool)
+    tool._database.rows("SET lock_timeout = '20ms'")
+    with closing(psycopg2.connect(library.uri)) as immich, immich.cursor() as cursor:
+        cursor.execute(f'UPDATE {library.tables["exif"]} SET "city" = %s', ("Oslo",))
+        error_of(partial(tool.write, asset, "Written."), ia.HostDown)
+        immich.commit()
+    assert tool.write(asset, "Written.") is True
+    assert library.run('SELECT "city" FROM {exif} WHERE "assetId" = %s', id) == [("Oslo",)]
+
+
+def test_a_statement_waits_neither_for_ever_nor_in_a_transaction(photos, opened):
+    library = photos()
+    tool = opened(library)
+    shown = [tool._database.rows(f"SHOW {name}") for name in ("lock_timeout", "statement_timeout")]
+    assert shown == [[("10s",)], [("5min",)]]
+    listing(tool)
+    states = "SELECT state FROM pg_stat_activity WHERE application_name = 'immich-analyze'"
+    assert library.run(f"{states} AND datname = current_database()") == [("idle",)]
+
+
+def test_a_read_only_server_is_one_that_nothing_works_with(photos, opened):
+    library = photos()
+    library.add()
+    tool = opened(library)
+    [asset] = listing(tool)
+    tool._database.rows("SET default_transaction_read_only = on")
+    assert error_of(partial(tool.write, asset, "Never."), ia.Fatal).key == "database_refused"
+
+
+# a connection that is lost
+
+
+@pytest.mark.parametrize("call", ["page", "total", "write"])
+def test_after_a_lost_connection_the_next_call_has_a_new_one(photos, opened, call):
+    library = photos()
+    id = library.add()
+    tool = opened(library)
+    [asset] = listing(tool)
+    calls = {
+        "page": lambda: [listed.id for listed in tool.page(None)[0]] == [id],
+        "total": lambda: tool.total() == 1,
+        "write": lambda: tool.write(asset, "Written."),
+    }
+    for _ in range(2):
+        assert calls[call]() is True
+        cut_off(library)
+        error_of(calls[call], ia.HostDown)
+    assert calls[call]() is True
+
+
+def test_patience_outlasts_a_lost_connection(photos, opened, stop):
+    library = photos()
+    id = library.add()
+    tool = opened(library)
+    [asset] = listing(tool)
+    cut_off(library)
+    patience = ia.Patience(stop, pause=5, longest=60)
+    assert patience(partial(tool.write, asset, "Written once.")) is True
+    assert stop.waits == [5]
+    assert library.description(id) == "Written once."
+
+
+@own_server
+def test_a_server_that_restarts_is_waited_for(postgres, photos, opened, settings):
+    library = photos()
+    library.add()
+    tool = opened(library)
+    [asset] = listing(tool)
+    postgres.stop()
+    try:
+        error_of(tool.total, ia.HostDown)
+        error_of(tool.total, ia.HostDown)
+        error_of(partial(tool.write, asset, "Written."), ia.HostDown)
+        error_of(partial(ia.open_library, settings(library)), ia.HostDown)
+    finally:
+        postgres.start()
+    assert tool.write(asset, "Written.") is True
+    assert library.description(asset.id) == "Written."
+
+
+def test_libpqs_words_tell_what_passes_from_what_does_not():
+    passing = [
+        "connection to server at 127.0.0.1, port 5432 failed: Connection refused",
+        'could not translate host name "database" to address: Name or service not known',
+        "FATAL:  the database system is starting up",
+        "FATAL:  the database system is shutting down",
+        "FATAL:  the database system is not yet accepting connections",
+        "FATAL:  sorry, too many clients already",
+        "FATAL:  remaining connection slots are reserved for roles with the SUPERUSER attribute",
+        'FATAL:  too many connections for role "immich"',
+        "server closed the connection unexpectedly",
+        "timeout expired",
+    ]
+    lasting = [
+        'FATAL:  password authentication failed for user "immich"',
+        'FATAL:  role "nobody" does not exist',
+        'FATAL:  database "nothing" does not exist',
+        'FATAL:  no pg_hba.conf entry for host "172.18.0.1", user "postgres"',
+        "server does not support SSL, but SSL was required",
+        'invalid sslmode value: "sometimes"',
+        'root certificate file "/root/.postgresql/root.crt" does not exist',
+    ]
+    for words, kind in [(w, ia.HostDown) for w in passing] + [(w, ia.Fatal) for w in lasting]:
+        with pytest.raises(ia.AnalyzeError) as raised, ia.sql():
+            raise psycopg2.OperationalError(words)
+        assert type(raised.value) is kind, words
+
+
+# rights
+
+
+@pytest.fixture
+def restricted(photos):
+    """A filled database and the URI of a role that may do just what is needed."""
+
+    def make(version=NEWEST):
+        library = photos(version)
+        name = f"describer_{secrets.token_hex(4)}"
+        library.role = name
+        return library, library.restricted_role(name, "its secret")
+
+    return make
+
+
+@pytest.mark.parametrize("version", sandbox.VERSIONS)
+def test_a_restricted_role_is_enough(restricted, opened, version):
+    library, uri = restricted(version)
+    id = library.add()
+    tool = opened(library, uri=uri)
+    [asset] = listing(tool)
+    assert tool.total() == 1
+    assert tool.preview(asset) == sandbox.draw("red")
+    assert tool.write(asset, "Written.") is True
+    assert tool.write(asset, "Written.") is True
+    assert library.description(id) == "Written."
+
+
+@pytest.mark.parametrize("version", [OLDEST, "2.3.1", NEWEST])
+def test_exactly_the_missing_grants_are_named(restricted, settings, version):
+    library, uri = restricted(version)
+    library.add()
+    exif = library.tables["exif"]
+    grants = {f"SELECT ON {library.tables[table]}" for table in ("asset", "exif", "file", "status")}
+    columns = ["description", "lockedProperties"] if version in LOCKING else ["description"]
+    quoted = {f'UPDATE ("{name}") ON "{exif}"': name for name in columns}
+    named = {grant: f"UPDATE ({name}) ON {exif}" for grant, name in quoted.items()}
+    named[f'UPDATE ("lockedProperties") ON "{exif}"'] = f'UPDATE ("lockedProperties") ON {exif}'
+    named |= {grant: grant for grant in grants}
+    for grant in [*grants, *quoted]:
+        library.run(f'REVOKE {grant} FROM "{library.role}"')
+        error = error_of(partial(ia.open_library, settings(library, uri=uri)), ia.Fatal)
+        assert (error.key, error.fields) == ("grants_missing", {"grants": named[grant]})
+        library.run(f'GRANT {grant} TO "{library.role}"')
+    ia.open_library(settings(library, uri=uri))
+
+
+def test_a_role_without_rights_is_told_all_it_needs(restricted, settings):
+    library, uri = restricted()
+    library.run(f'DROP OWNED BY "{library.role}"')
+    error = error_of(partial(ia.open_library, settings(library, uri=uri)), ia.Fatal)
+    tables = ("asset", "asset_exif", "asset_file", "asset_job_status")
+    grants = [f"SELECT ON {table}" for table in tables]
+    grants += ["UPDATE (description) ON asset_exif", 'UPDATE ("lockedProperties") ON asset_exif']
+    assert error.fields["grants"] == ", ".join(grants)
+
+
+def test_what_the_message_says_to_grant_is_enough(restricted, settings):
+    library, uri = restricted("2.7.5")
+    library.add()
+    library.run(f'DROP OWNED BY "{library.role}"')
+    error = error_of(partial(ia.open_library, settings(library, uri=uri)), ia.Fatal)
+    for grant in error.fields["grants"].split(", "):
+        library.run(f'GRANT {grant} TO "{library.role}"')
+    ia.open_library(settings(library, uri=uri))
+
+
+# wrong databases
+
+
+def test_a_database_without_immichs_tables_is_said_to_be_one(photos, settings):
+    library = photos()
+    library.run("DROP TABLE asset_exif")
+    error = error_of(partial(ia.open_library, settings(library)), ia.Fatal)
+    assert error.key == "no_immich_tables"
+
+
+def test_a_database_that_is_not_there_is_said_at_once(photos, settings):
+    library = photos()
+    name = psycopg2.extensions.parse_dsn(library.uri)["dbname"]
+    uri = library.uri.replace(name, "no_such_database")
+    error = error_of(partial(ia.open_library, settings(library, uri=uri)), ia.Fatal)
+    assert "no_such_database" in str(error)
+
+
+@own_server
+def test_a_wrong_password_is_said_at_once_and_not_quoted(over_tcp, settings):
+    uri = over_tcp.uri("postgres", "postgres", "hunter2")
+    error = error_of(partial(ia.open_library, settings(uri=uri)), ia.Fatal)
+    assert "password authentication failed" in str(error)
+    assert "hunter2" not in str(error)
+
+
+@own_server
+@pytest.mark.parametrize("sslmode", ["require", "verify-full"])
+def test_tls_that_the_server_does_not_have_is_said_at_once(over_tcp, settings, sslmode):
+    uri = f"{over_tcp.uri('postgres')}?sslmode={sslmode}"
+    error = error_of(partial(ia.open_library, settings(uri=uri)), ia.Fatal)
+    assert error.key == "database_refused"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"postgresql://immich@127.0.0.1:{sandbox.free_port()}/immich",
+        "host=/nowhere user=immich dbname=immich",
+        "host=127.0.0.1 port=1 user=immich dbname=immich",
+    ],
+)
+def test_a_server_that_does_not_answer_is_one_to_wait_for(settings, uri):
+    error_of(partial(ia.open_library, settings(uri=uri)), ia.HostDown)
+
+
+@pytest.mark.parametrize(
+    "password",
+    [
+        *("hunter@two", "hunter/two", "hunter@two/three", "4242/two", "70000/two"),
+        *("4242@two/three", "hunter?two", "hunter%two", "hunter#two", "hunter two"),
+        *("hunter:two@three", "@two", "/two"),
+    ],
+)
+def test_no_part_of_a_badly_written_password_is_quoted(settings, password):
+    uri = f"postgresql://immich:{password}@127.0.0.1:{sandbox.free_port()}/immich"
+    error = error_of(partial(ia.open_library, settings(uri=uri)), ia.AnalyzeError)
+    for part in ("hunter", "two", "three", "4242", "70000"):
+        assert part not in str(error)
+        assert part not in repr(error)
+
+
+# previews
+
+
+@pytest.mark.parametrize(
+    ("version", "style"),
+    [(OLDEST, "relative"), ("1.144.1", "container"), ("2.7.5", "container"), (NEWEST, "data")],
+)
+def test_immichs_paths_lead_to_the_folder_given(photos, opened, version, style):
+    library = photos(version, path_style=style)
+    id = library.add(colour="blue")
+    [(path,)] = library.run('SELECT "path" FROM {file}')
+    assert path.startswith({"relative": "upload/thumbs/"}.get(style, "/"))
+    tool = opened(library)
+    assert tool.preview(*listing(tool)) == library.preview_file(id).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["/mnt/photos", "/thumbs", "/mnt/thumbs/immich", "/srv/mythumbs", "C:/immich", "./upload", ""],
+)
+def test_any_other_media_location_will_do(photos, opened, location):
+    library = photos()
+    id = library.add(colour="green")
+    file = library.preview_file(id).relative_to(library.root)
+    move(library, id, f"{location}/{file}")
+    tool = opened(library)
+    assert tool.preview(*listing(tool)) == sandbox.draw("green")
+
+
+def test_an_edited_preview_goes_first_and_is_no_second_photo(photos, opened):
+    library = photos("2.5.6")
+    library.add(preview_bytes=b"as taken", edited_preview=b"as cropped")
+    library.add(preview_bytes=b"plain")
+    tool = opened(library)
+    assert {tool.preview(asset) for asset in listing(tool)} == {b"as cropped", b"plain"}
+    assert len(listing(tool)) == 2
+
+
+@pytest.fixture
+def preview_of(tmp_path):
+    """Reads the preview that the database says is at that path."""
+    root = tmp_path / "library"
+    (root / "thumbs").mkdir(parents=True)
+    tool = ia.DbLibrary(ia.Database(""), None, root)
+
+    def read(path):
+        return tool.preview(ia.Asset("", "it.jpeg", "", str(path)))
+
+    read.root = root
+    return read
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/data/thumbs/../../outside.jpeg", "/data/thumbs/../../library/../outside.jpeg"),
+        *("/data/thumbs//etc/passwd", "thumbs//etc/passwd", "/etc/passwd", "../outside.jpeg"),
+        *("/data/thumbs/link.jpeg", "/data/thumbs/folder/outside.jpeg", "", "/data/thumbs"),
+    ],
+)
+def test_a_path_that_leaves_the_folder_is_not_followed(preview_of, path):
+    outside = preview_of.root.parent / "outside.jpeg"
+    outside.write_bytes(sandbox.draw("red"))
+    (preview_of.root / "thumbs/link.jpeg").symlink_to(outside)
+    (preview_of.root / "thumbs/folder").symlink_to(outside.parent)
+    error = error_of(partial(preview_of, path), ia.Permanent)
+    assert (error.key, error.fields) == ("preview_outside", {"path": path})
+
+
+def test_links_inside_the_folder_are_followed(preview_of):
+    thumbs = preview_of.root / "thumbs"
+    (thumbs / "real.jpeg").write_bytes(b"here")
+    (thumbs / "link.jpeg").symlink_to(thumbs / "real.jpeg")
+    (thumbs / "folder").symlink_to(".")
+    assert preview_of("/data/thumbs/link.jpeg") == b"here"
+    assert preview_of("/data/thumbs/folder/link.jpeg") == b"here"
+
+
+def test_the_folder_itself_may_be_a_link(photos, opened, tmp_path):
+    library = photos()
+    library.add()
+    (tmp_path / "link").symlink_to(library.root)
+    tool = opened(library, root=tmp_path / "link")
+    assert tool.preview(*listing(tool)) == sandbox.draw("red")
+
+
+@pytest.mark.parametrize("kind", ["missing", "pipe", "folder", "loop", "dangling", "long", "file/"])
+def test_what_is_no_file_fails_that_photo(preview_of, kind):
+    path = preview_of.root / "thumbs" / ("x" * 300 if kind == "long" else "it.jpeg")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind in ("loop", "dangling"):
+        path.symlink_to(path if kind == "loop" else path.with_name("nothing"))
+    elif kind == "file/":
+        path.write_bytes(b"")
+        path /= "below-a-file.jpeg"
+    error_of(partial(preview_of, path), ia.Permanent)
+
+
+def test_a_file_that_may_not_be_read_fails_that_photo(preview_of):
+    file = preview_of.root / "thumbs/it.jpeg"
+    file.write_bytes(b"secret")
+    file.chmod(0)
+    with without_privileges():
+        error = error_of(partial(preview_of, file), ia.Permanent)
+    assert error.key == "unreadable_file"
+
+
+def test_an_empty_file_is_one_that_is_being_written(preview_of):
+    (preview_of.root / "thumbs/it.jpeg").touch()
+    data = preview_of("/data/thumbs/it.jpeg")
+    assert data == b""
+    assert error_of(partial(ia.prepared, data, 0), ia.Retryable).key == "preview_cut"
+
+
+# the folder
+
+
+@pytest.mark.parametrize("kind", ["missing", "without thumbs", "a file", "thumbs a file", "long"])
+def test_a_folder_without_thumbs_is_said_to_be_wrong(photos, settings, tmp_path, kind):
+    root = tmp_path / ("x" * 300 if kind == "long" else "root")
+    if kind == "a file":
+        root.write_text("")
+    elif kind not in ("missing", "long"):
+        root.mkdir()
+    if kind == "thumbs a file":
+        (root / "thumbs").write_text("")
+    error = error_of(partial(ia.open_library, settings(photos(), root=root)), ia.Fatal)
+    assert (error.key, error.fields) == ("root_wrong", {"root": root})
+
+
+def test_a_folder_without_this_librarys_previews_is_said_to_be_wrong(photos, settings, tmp_path):
+    library, root = photos(), tmp_path / "root"
+    library.add_many(3)
+    (root / "thumbs").mkdir(parents=True)
+    (root / "thumbs/other.jpeg").write_bytes(sandbox.draw("red"))
+    error = error_of(partial(ia.open_library, settings(library, root=root)), ia.Fatal)
+    assert error.key == "root_empty"
+    assert error.fields["root"] == root
+    assert "/data/thumbs/" in error.fields["path"]
+
+
+@pytest.mark.parametrize("closed", [".", "thumbs"])
+def test_a_folder_that_may_not_be_read_is_said_to_be_wrong(photos, settings, closed):
+    library = photos()
+    library.add()
+    folder, asked = library.root / closed, settings(library)
+    folder.chmod(0)
+    try:
+        with without_privileges():
+            error = error_of(partial(ia.open_library, asked), ia.Fatal)
+    finally:
+        folder.chmod(0o755)
+    assert error.key in ("root_wrong", "root_empty")
+
+
+def test_some_previews_that_are_lost_are_no_wrong_folder(photos, opened):
+    library = photos()
+    library.add_many(4, files=False)
+    library.add()
+    tool = opened(library)
+    read = 0
+    for asset in listing(tool):
+        if library.preview_file(asset.id).exists():
+            read += tool.preview(asset) == sandbox.draw("red")
+        else:
+            error_of(partial(tool.preview, asset), ia.Permanent)
+    assert read == 1
+
+
+def test_an_empty_library_may_have_an_empty_folder(photos, opened):
+    assert listing(opened(photos())) == []
+
+
+def test_the_address_may_be_written_in_keywords(photos, opened):
+    library = photos()
+    library.add()
+    parts = psycopg2.extensions.parse_dsn(library.uri)
+    assert len(listing(opened(library, uri=psycopg2.extensions.make_dsn(**parts)))) == 1
+
+
+def test_paths_are_read_as_the_database_has_them(photos, opened):
+    library = photos()
+    id = library.add()
+    file = library.root / "thumbs" / "Ünï%20 cödé" / "it's\\ here.jpeg"
+    file.parent.mkdir()
+    file.write_bytes(b"here")
+    move(library, id, "/data/" + str(Path(file).relative_to(library.root)))
+    tool = opened(library)
+    assert tool.preview(*listing(tool)) == b"here"

@@ -1,0 +1,839 @@
+"""Flags, variables and files: what each means, which one wins, and what a wrong one says."""
+
+import argparse
+import dataclasses
+import logging
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psycopg2.extensions
+import pytest
+
+import immich_analyze as ia
+
+SECRET = "s3cret"
+API = {"IMMICH_API_URL": "http://immich:2283", "IMMICH_API_KEY": "key"}
+DB = {"DB_HOSTNAME": "db"}
+
+
+@pytest.fixture
+def settings(config, tmp_path):
+    """Makes a Config of flags, variables and the user's configuration file."""
+
+    def make(*argv: str, file: str = "", **environ: str) -> ia.Config:
+        if file:
+            path = Path.home() / ".config" / "immich-analyze.conf"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(file, encoding="utf-8")
+        return config(*argv, environ=environ)
+
+    return make
+
+
+@pytest.fixture
+def refused(settings):
+    """The error that settings end in; it never holds the secret."""
+
+    def make(*argv: str, **more: str) -> ia.Fatal:
+        with pytest.raises(ia.Fatal) as caught:
+            settings(*argv, **more)
+        error = caught.value
+        text = str(error)
+        assert SECRET not in f"{text} {error!r} {error.fields}"
+        assert text
+        assert "\n" not in text
+        return error
+
+    return make
+
+
+# The promised table
+
+PROMPT = (
+    "Create a detailed description for the image for proper image search functionality. In the "
+    "response, provide only the description without introductory words. Also specify the image "
+    "format (Wallpaper, Screenshot, Drawing, City photo, Selfie, etc.). The format must be "
+    "correct. If in doubt, name the most likely option and don't think too long."
+)
+DEFAULTS = {
+    "mode": ia.Mode.BATCH,
+    "policy": ia.Policy.NONE,
+    "access": ia.Access.DATABASE,
+    "access_ambiguous": False,
+    "immich_root": Path("/var/lib/immich"),
+    "postgres_url": "host=localhost user=postgres dbname=immich",
+    "immich_api_url": "",
+    "immich_api_keys": (),
+    "api_poll_interval": 10.0,
+    "interface": "ollama",
+    "model_name": "qwen3-vl:4b-thinking-q4_K_M",
+    "hosts": ("http://localhost:11434",),
+    "api_key": "",
+    "prompt": PROMPT,
+    "think": False,
+    "max_tokens": 4096,
+    "max_image_size": 0,
+    "max_concurrent": 4,
+    "timeout": 300.0,
+    "max_retries": 0,
+    "retry_delay_seconds": 5.0,
+    "unavailable_duration": 60.0,
+    "file_write_timeout": 30.0,
+    "file_check_interval": 0.5,
+    "event_cooldown": 2.0,
+    "wait_for_immich": True,
+    "wait_timeout": 120.0,
+    "wait_retry_interval": 5.0,
+    "grace": 30.0,
+    "final_output": True,
+    "lang": "en",
+    "log_level": None,
+}
+
+
+def test_the_defaults_are_the_promised_ones(config):
+    assert dataclasses.asdict(config()) == DEFAULTS
+
+
+class Option(NamedTuple):
+    """An option with a value, by two examples."""
+
+    flag: str
+    variable: str
+    field: str
+    text: str
+    value: Any
+    other: str
+    other_value: Any
+    extra: dict[str, str] = {}  # noqa: RUF012 - what else must be given
+
+    @property
+    def key(self) -> str:
+        return self.flag.removeprefix("--")
+
+
+def seconds(flag: str, field: str) -> Option:
+    return Option(flag, f"IMMICH_ANALYZE_{field.upper()}", field, "1.5", 1.5, "2", 2.0)
+
+
+def whole(flag: str, field: str) -> Option:
+    return Option(flag, f"IMMICH_ANALYZE_{field.upper()}", field, "7", 7, "8", 8)
+
+
+ONE, TWO = "http://one:1", "http://two:2"
+OPTIONS = [
+    Option(
+        *("--mode", "IMMICH_ANALYZE_MODE", "mode"),
+        *("monitor", ia.Mode.MONITOR, "Combined", ia.Mode.COMBINED),
+    ),
+    Option(
+        *("--data-access-mode", "IMMICH_ANALYZE_DATA_ACCESS_MODE", "access"),
+        *("immich-api", ia.Access.API, "database", ia.Access.DATABASE, API),
+    ),
+    Option(
+        *("--immich-root", "IMMICH_ANALYZE_IMMICH_ROOT", "immich_root"),
+        *("/photos", Path("/photos"), "a folder", Path("a folder")),
+    ),
+    Option(
+        *("--postgres-url", "IMMICH_ANALYZE_POSTGRES_URL", "postgres_url"),
+        *("host=a password=b", "host=a password=b", "postgresql://c/d", "postgresql://c/d", DB),
+    ),
+    *[
+        Option("--immich-api-url", name, "immich_api_url", ONE, f"{ONE}/api", TWO, f"{TWO}/api", DB)
+        for name in ("IMMICH_API_URL", "IMMICH_ANALYZE_IMMICH_API_URL")
+    ],
+    *[
+        Option("--immich-api-keys", name, "immich_api_keys", "a, b,,", ("a", "b"), "c", ("c",), DB)
+        for name in ("IMMICH_API_KEY", "IMMICH_ANALYZE_IMMICH_API_KEYS")
+    ],
+    seconds("--api-poll-interval", "api_poll_interval"),
+    Option(
+        *("--model-name", "IMMICH_ANALYZE_MODEL_NAME", "model_name"),
+        *("a:1", "a:1", "hf.co/x/y", "hf.co/x/y"),
+    ),
+    Option(
+        *("--interface", "IMMICH_ANALYZE_INTERFACE", "interface"),
+        *("llamacpp", "llamacpp", "Ollama", "ollama"),
+    ),
+    Option(
+        *("--hosts", "IMMICH_ANALYZE_HOSTS", "hosts"),
+        *(f"{ONE}, {TWO}", (ONE, TWO), "three:3", ("http://three:3",)),
+    ),
+    Option("--api-key", "IMMICH_ANALYZE_API_KEY", "api_key", "a", "a", "b", "b"),
+    Option("--prompt", "IMMICH_ANALYZE_PROMPT", "prompt", "What's that?", "What's that?", "b", "b"),
+    whole("--max-concurrent", "max_concurrent"),
+    seconds("--unavailable-duration", "unavailable_duration"),
+    seconds("--timeout", "timeout"),
+    seconds("--file-write-timeout", "file_write_timeout"),
+    Option(
+        *("--file-check-interval", "IMMICH_ANALYZE_FILE_CHECK_INTERVAL", "file_check_interval"),
+        *("250", 0.25, "1500", 1.5),
+    ),
+    seconds("--event-cooldown", "event_cooldown"),
+    Option("--lang", "IMMICH_ANALYZE_LANG", "lang", "ru", "ru", "EN", "en"),
+    whole("--max-retries", "max_retries"),
+    seconds("--retry-delay-seconds", "retry_delay_seconds"),
+    seconds("--wait-timeout", "wait_timeout"),
+    seconds("--wait-retry-interval", "wait_retry_interval"),
+    Option(
+        *("--log-level", "IMMICH_ANALYZE_LOG_LEVEL", "log_level"),
+        *("debug", logging.DEBUG, "Warn", logging.WARNING),
+    ),
+    whole("--max-tokens", "max_tokens"),
+    whole("--max-image-size", "max_image_size"),
+    seconds("--grace", "grace"),
+]
+WITH_A_VALUE = pytest.mark.parametrize("option", OPTIONS, ids=lambda o: f"{o.flag} {o.variable}")
+
+
+@WITH_A_VALUE
+def test_an_option_is_set_by_flag_variable_and_file(settings, option):
+    variable, file = {option.variable: option.text}, f"{option.key} = {option.text}"
+    for made in (
+        settings(option.flag, option.text, **option.extra),
+        settings(f"{option.flag}={option.text}", **option.extra),
+        settings(**option.extra | variable),
+        settings(**option.extra, file=file),
+    ):
+        assert getattr(made, option.field) == option.value
+
+
+@WITH_A_VALUE
+def test_flag_beats_variable_beats_file(settings, option):
+    low, high = (option.other, option.other_value), (option.text, option.value)
+    for (wins, value), (loses, _) in ((high, low), (low, high)):
+        variable, file = {option.variable: loses}, f"{option.key} = {loses}"
+        extra = {k: v for k, v in option.extra.items() if k != option.variable}
+        by_flag = settings(option.flag, wins, **extra | variable, file=file)
+        by_variable = settings(**extra | {option.variable: wins}, file=file)
+        assert [getattr(made, option.field) for made in (by_flag, by_variable)] == [value, value]
+
+
+SWITCHES = [
+    ("overwrite-existing", "policy", ia.Policy.ALL, ia.Policy.NONE),
+    ("think", "think", True, False),
+    ("wait-for-immich", "wait_for_immich", True, False),
+    ("final-output", "final_output", True, False),
+]
+ON, OFF = ("true", "yes", "on", "1", "TRUE"), ("false", "no", "off", "0", "False")
+
+
+@pytest.mark.parametrize(("name", "field", "on", "off"), SWITCHES)
+def test_a_switch_goes_both_ways_by_flag_variable_and_file(settings, name, field, on, off):
+    variable = f"IMMICH_ANALYZE_{name.replace('-', '_').upper()}"
+    for words, value, flag in ((ON, on, f"--{name}"), (OFF, off, f"--no-{name}")):
+        assert getattr(settings(flag), field) == value
+        for word in words:
+            assert getattr(settings(**{variable: word}), field) == value
+            assert getattr(settings(file=f"{name} = {word}"), field) == value
+
+
+@pytest.mark.parametrize(("name", "field", "on", "off"), SWITCHES)
+def test_a_switch_can_be_set_back(settings, name, field, on, off):
+    variable = f"IMMICH_ANALYZE_{name.replace('-', '_').upper()}"
+    for flag, wins, loses, value in (
+        (f"--{name}", "true", "false", on),
+        (f"--no-{name}", "false", "true", off),
+    ):
+        file = f"{name} = {loses}"
+        assert getattr(settings(flag, **{variable: loses}, file=file), field) == value
+        assert getattr(settings(**{variable: wins}, file=file), field) == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "file", "field", "value"),
+    [
+        (["-o"], {}, "", "policy", ia.Policy.ALL),
+        (["-d", "database"], API, "", "access", ia.Access.DATABASE),
+        (["-m"], {}, "", "mode", ia.Mode.MONITOR),
+        (["--monitor"], {}, "", "mode", ia.Mode.MONITOR),
+        (["-c"], {}, "", "mode", ia.Mode.COMBINED),
+        (["--combined"], {}, "", "mode", ia.Mode.COMBINED),
+        (["-m"], {"IMMICH_ANALYZE_MODE": "combined"}, "", "mode", ia.Mode.MONITOR),
+        (["-c"], {"IMMICH_ANALYZE_MODE": "batch"}, "mode = monitor", "mode", ia.Mode.COMBINED),
+        (["-c"], {}, "monitor = true", "mode", ia.Mode.COMBINED),
+        (["--mode", "batch"], {"IMMICH_ANALYZE_MODE": "monitor"}, "", "mode", ia.Mode.BATCH),
+        ([], {}, "monitor = true", "mode", ia.Mode.MONITOR),
+        ([], {"IMMICH_ANALYZE_MODE": "batch"}, "monitor = true", "mode", ia.Mode.BATCH),
+        ([], {"IMMICH_ANALYZE_NO_FINAL_OUTPUT": "true"}, "", "final_output", False),
+        ([], {"IMMICH_ANALYZE_NO_FINAL_OUTPUT": "1"}, "", "final_output", False),
+        ([], {"IMMICH_ANALYZE_NO_FINAL_OUTPUT": "false"}, "", "final_output", True),
+        ([], {}, "no-final-output = true", "final_output", False),
+        ([], {}, "no-final-output", "final_output", False),
+        ([], {}, "no-final-output = off", "final_output", True),
+        ([], {}, "--no-final-output = true", "final_output", False),
+        ([], {}, "no-wait-for-immich = yes", "wait_for_immich", False),
+        (
+            ["--final-output"],
+            {"IMMICH_ANALYZE_NO_FINAL_OUTPUT": "true"},
+            "no-final-output = true",
+            *("final_output", True),
+        ),
+        (
+            [],
+            {"IMMICH_ANALYZE_NO_FINAL_OUTPUT": "false"},
+            "no-final-output = true",
+            *("final_output", True),
+        ),
+    ],
+)
+def test_short_flags_and_opposites_mean_the_same(settings, argv, environ, file, field, value):
+    assert getattr(settings(*argv, **environ, file=file), field) == value
+
+
+def variables() -> list[str]:
+    actions = ia.build_parser()._actions
+    known = [action.env_var for action in actions if getattr(action, "env_var", None)]
+    database = [f"{name}{twin}" for name in (*ia.DB_KEYWORDS, "DB_URL") for twin in ("", "_FILE")]
+    older = [*ia.OTHER_NAMES, "IMMICH_ANALYZE_OLLAMA_HOSTS", "IMMICH_ANALYZE_NO_FINAL_OUTPUT"]
+    return [*known, *database, *older, "RUST_LOG", "LC_ALL", "LC_MESSAGES", "LANG"]
+
+
+@pytest.mark.parametrize("empty", ["", "  ", "\t"])
+def test_an_empty_variable_counts_as_unset(config, empty):
+    assert config(environ=dict.fromkeys(variables(), empty)) == config()
+
+
+def test_every_option_with_a_value_has_a_variable_and_a_row_here():
+    named = {"immich_api_url": "IMMICH_API_URL", "immich_api_keys": "IMMICH_API_KEY"}
+    twins = {"immich_api_keys_file": "IMMICH_API_KEY_FILE"}
+    for action in ia.build_parser()._actions:
+        option = action.option_strings[0].removeprefix("--").replace("-", "_")
+        if option in ("help", "version", "config", "monitor", "combined"):
+            assert not action.env_var
+        else:
+            usual = f"IMMICH_ANALYZE_{option.upper()}"
+            assert action.env_var == (named | twins).get(option, usual)
+            rows = {o.key for o in OPTIONS} | {name for name, *_ in SWITCHES}
+            assert option.replace("_", "-").removesuffix("-file") in rows
+
+
+# Settings with rules of their own
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "hosts"),
+    [
+        ([], {"IMMICH_ANALYZE_OLLAMA_HOSTS": "old:1"}, ("http://old:1",)),
+        (["--interface", "ollama"], {"IMMICH_ANALYZE_OLLAMA_HOSTS": "old:1"}, ("http://old:1",)),
+        (
+            ["--interface", "llamacpp"],
+            {"IMMICH_ANALYZE_OLLAMA_HOSTS": "old:1"},
+            ("http://localhost:11434",),
+        ),
+        (["--hosts", "new:1"], {"IMMICH_ANALYZE_OLLAMA_HOSTS": "old:1"}, ("http://new:1",)),
+        (
+            [],
+            {"IMMICH_ANALYZE_OLLAMA_HOSTS": "old:1", "IMMICH_ANALYZE_HOSTS": "new:1"},
+            ("http://new:1",),
+        ),
+        (
+            [],
+            {"IMMICH_ANALYZE_OLLAMA_HOSTS": "old:1", "IMMICH_ANALYZE_HOSTS": ""},
+            ("http://old:1",),
+        ),
+        (["--hosts", "a:1,b:2"], {}, ("http://a:1", "http://b:2")),
+        (["--hosts", " a:1 , b:2, "], {}, ("http://a:1", "http://b:2")),
+        (["--hosts", "a:1,http://a:1/,a:1"], {}, ("http://a:1",)),
+        (["--hosts", "https://a.b/sub/path/"], {}, ("https://a.b/sub/path",)),
+        (["--hosts", "http://a:1/v1,http://b/api/"], {}, ("http://a:1/v1", "http://b/api")),
+        (["--hosts", "user:pass@a:1"], {}, ("http://user:pass@a:1",)),
+        (["--hosts", "http://[::1]:11434"], {}, ("http://[::1]:11434",)),
+        (["--hosts", "127.0.0.1"], {}, ("http://127.0.0.1",)),
+        (["--hosts", "HTTP://a:1?x=1#y"], {}, ("http://a:1",)),
+    ],
+)
+def test_hosts_are_a_list_of_addresses(config, argv, environ, hosts):
+    assert config(*argv, environ=environ).hosts == hosts
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ("http://immich:2283", "http://immich:2283/api"),
+        ("http://immich:2283/", "http://immich:2283/api"),
+        ("http://immich:2283/api", "http://immich:2283/api"),
+        ("http://immich:2283/api/", "http://immich:2283/api"),
+        ("https://photos.example/immich", "https://photos.example/immich/api"),
+        ("https://photos.example/immich/api/", "https://photos.example/immich/api"),
+        ("https://api", "https://api/api"),
+        ("immich:2283", "http://immich:2283/api"),
+        (" http://immich:2283 ", "http://immich:2283/api"),
+        ("https://user:pass@immich", "https://user:pass@immich/api"),
+    ],
+)
+def test_immichs_address_may_be_written_as_people_do(config, given, used):
+    made = config(environ=API | {"IMMICH_API_URL": given})
+    assert (made.immich_api_url, made.access) == (used, ia.Access.API)
+
+
+URL, KEY = ({name: API[name]} for name in API)
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "access", "ambiguous"),
+    [
+        ([], {}, ia.Access.DATABASE, False),
+        ([], DB, ia.Access.DATABASE, False),
+        ([], {"DB_PASSWORD": "x"}, ia.Access.DATABASE, False),
+        ([], {"DB_URL": "postgresql://h/d"}, ia.Access.DATABASE, False),
+        (["--postgres-url", "host=h"], {}, ia.Access.DATABASE, False),
+        ([], API, ia.Access.API, False),
+        ([], API | DB, ia.Access.DATABASE, True),
+        (["--postgres-url", "host=h"], API, ia.Access.DATABASE, True),
+        (["-d", "immich-api"], API | DB, ia.Access.API, False),
+        (["-d", "database"], API | DB, ia.Access.DATABASE, False),
+        (["-d", "database"], API, ia.Access.DATABASE, False),
+        (["-d", "database"], URL, ia.Access.DATABASE, False),
+        ([], API | dict.fromkeys(DB, ""), ia.Access.API, False),
+        ([], dict.fromkeys(API, ""), ia.Access.DATABASE, False),
+    ],
+)
+def test_the_library_whose_settings_are_given_is_used(config, argv, environ, access, ambiguous):
+    made = config(*argv, environ=environ)
+    assert (made.access, made.access_ambiguous) == (access, ambiguous)
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "key"),
+    [
+        ([], URL, "api_key_missing"),
+        ([], KEY, "api_url_missing"),
+        (["-d", "immich-api"], {}, "api_url_missing"),
+        (["-d", "immich-api"], URL | DB, "api_key_missing"),
+        (["-d", "immich-api"], KEY | DB, "api_url_missing"),
+        (["--immich-api-keys", " , "], URL, "api_key_missing"),
+    ],
+)
+def test_half_of_the_apis_settings_are_not_enough(refused, argv, environ, key):
+    assert refused(*argv, **environ).key == key
+
+
+DATABASE = {"host": "database", "port": "5432", "user": "postgres", "dbname": "immich"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "parts"),
+    [
+        ({"DB_HOSTNAME": "db"}, {"host": "db"}),
+        ({"DB_HOSTNAME": "/run/postgresql"}, {"host": "/run/postgresql"}),
+        ({"DB_PORT": "5433"}, {"port": "5433"}),
+        ({"DB_USERNAME": "immich"}, {"user": "immich"}),
+        ({"DB_DATABASE_NAME": "photos"}, {"dbname": "photos"}),
+        ({"DB_SSL_MODE": "verify-full"}, {"sslmode": "verify-full"}),
+        ({"DB_PASSWORD": "simple"}, {"password": "simple"}),
+        ({"DB_PASSWORD": "two words"}, {"password": "two words"}),
+        ({"DB_PASSWORD": " around "}, {"password": " around "}),
+        ({"DB_PASSWORD": "it's"}, {"password": "it's"}),
+        ({"DB_PASSWORD": "'"}, {"password": "'"}),
+        ({"DB_PASSWORD": "\\"}, {"password": "\\"}),
+        ({"DB_PASSWORD": "a\\'b\\\\c\""}, {"password": "a\\'b\\\\c\""}),
+        ({"DB_PASSWORD": "x' host='evil"}, {"password": "x' host='evil"}),
+        ({"DB_PASSWORD": "p@ss:w/rd?#%20"}, {"password": "p@ss:w/rd?#%20"}),
+        ({"DB_PASSWORD": "пароль"}, {"password": "пароль"}),
+        ({"DB_PASSWORD": "x", "DB_USERNAME": "it's me"}, {"password": "x", "user": "it's me"}),
+    ],
+)
+def test_immichs_own_variables_name_the_database(config, environ, parts):
+    made = config(environ=environ).postgres_url
+    assert psycopg2.extensions.parse_dsn(made) == DATABASE | parts
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "url"),
+    [
+        ([], {"DB_URL": "postgresql://u@h/d"}, "postgresql://u@h/d"),
+        ([], {"DB_URL": "postgresql://u@h/d", "DB_HOSTNAME": "db"}, "postgresql://u@h/d"),
+        (["--postgres-url", "host=h"], {"DB_URL": "postgresql://u@h/d", **DB}, "host=h"),
+        ([], {"IMMICH_ANALYZE_POSTGRES_URL": "host=h", **DB}, "host=h"),
+    ],
+)
+def test_a_whole_address_beats_its_parts(config, argv, environ, url):
+    assert config(*argv, environ=environ).postgres_url == url
+
+
+TWINS = [
+    ("--api-key", "IMMICH_ANALYZE_API_KEY", "api_key", SECRET),
+    ("--immich-api-keys", "IMMICH_API_KEY", "immich_api_keys", (SECRET,)),
+    ("--immich-api-keys", "IMMICH_ANALYZE_IMMICH_API_KEYS", "immich_api_keys", (SECRET,)),
+    ("--postgres-url", "IMMICH_ANALYZE_POSTGRES_URL", "postgres_url", SECRET),
+]
+
+
+@pytest.mark.parametrize(("flag", "variable", "field", "value"), TWINS)
+@pytest.mark.parametrize("content", [SECRET, f"{SECRET}\n", f"\n {SECRET} \r\n"])
+def test_a_secret_may_be_in_a_file(settings, tmp_path, flag, variable, field, value, content):
+    path = tmp_path / "secret"
+    path.write_bytes(content.encode())
+    for made in (
+        settings(f"{flag}-file", str(path), **DB),
+        settings(**DB, **{f"{variable}_FILE": str(path)}),
+        settings(**DB, file=f"{flag[2:]}-file = {path}"),
+    ):
+        assert getattr(made, field) == value
+
+
+@pytest.mark.parametrize(("flag", "variable", "field", "value"), TWINS)
+def test_a_flag_beats_a_variable_whichever_of_them_names_a_file(
+    settings, tmp_path, flag, variable, field, value
+):
+    path, other = tmp_path / "secret", tmp_path / "other"
+    path.write_text(SECRET)
+    other.write_text("other")
+    file = f"{flag[2:]} = other"
+    for argv, environ in (
+        ([f"{flag}-file", str(path)], {variable: "other"}),
+        ([flag, SECRET], {f"{variable}_FILE": str(other)}),
+        ([], {f"{variable}_FILE": str(path)}),
+    ):
+        assert getattr(settings(*argv, **DB, **environ, file=file), field) == value
+
+
+@pytest.mark.parametrize("name", [*ia.DB_KEYWORDS, "DB_URL"])
+def test_immichs_own_variables_have_file_twins_too(config, tmp_path, name):
+    path = tmp_path / "secret"
+    text = "postgresql://u@h/d" if name == "DB_URL" else "it's"
+    path.write_text(f"{text}\n")
+    by_file = config(environ={f"{name}_FILE": str(path)}).postgres_url
+    assert by_file == config(environ={name: text}).postgres_url != config().postgres_url
+
+
+def test_several_keys_are_of_several_users(config):
+    keys = "first,second ,, first"
+    assert config(environ=API | {"IMMICH_API_KEY": keys}).immich_api_keys == ("first", "second")
+
+
+@pytest.mark.parametrize(
+    ("environ", "lang"),
+    [
+        ({}, "en"),
+        ({"LANG": "ru_RU.UTF-8"}, "ru"),
+        ({"LANG": "ru"}, "ru"),
+        ({"LANG": "de_DE.UTF-8"}, "en"),
+        ({"LANG": "C.UTF-8"}, "en"),
+        ({"LANG": "ru_RU.UTF-8", "LC_ALL": "C"}, "en"),
+        ({"LANG": "ru_RU.UTF-8", "LC_ALL": ""}, "ru"),
+        ({"LANG": "en_US.UTF-8", "LC_MESSAGES": "ru_RU.UTF-8"}, "ru"),
+        ({"LC_MESSAGES": "ru_RU.UTF-8", "LC_ALL": "en_US.UTF-8"}, "en"),
+        ({"LANG": "ru_RU.UTF-8", "IMMICH_ANALYZE_LANG": "en"}, "en"),
+        ({"LANG": "ru_RU.UTF-8", "IMMICH_ANALYZE_LANG": ""}, "ru"),
+        ({"IMMICH_ANALYZE_LANG": "ru"}, "ru"),
+        ({"IMMICH_ANALYZE_LANG": "RU"}, "ru"),
+    ],
+)
+def test_the_language_is_the_systems_unless_chosen(config, environ, lang):
+    assert config(environ=environ).lang == lang
+    assert ia.language([], environ) == lang
+
+
+@pytest.mark.parametrize(
+    ("argv", "lang"),
+    [
+        (["--lang", "ru"], "ru"),
+        (["--lang=ru"], "ru"),
+        (["--lang", "RU"], "ru"),
+        (["--lang", "ru", "--lang", "en"], "en"),
+        (["--lang", "de"], "en"),
+        (["--lang"], "en"),
+    ],
+)
+def test_the_language_is_known_before_the_options_are(argv, lang):
+    assert ia.language(argv, {}) == lang
+    environ = {"IMMICH_ANALYZE_LANG": "en" if lang == "ru" else "ru"}
+    if argv[-1] == lang:
+        assert ia.language(argv, environ) == lang
+
+
+@pytest.mark.parametrize(
+    ("environ", "level"),
+    [
+        ({"RUST_LOG": "debug"}, logging.DEBUG),
+        ({"RUST_LOG": "WARN"}, logging.WARNING),
+        ({"RUST_LOG": "trace"}, logging.DEBUG),
+        ({"RUST_LOG": "error"}, logging.ERROR),
+        ({"RUST_LOG": "immich_analyze=debug"}, logging.DEBUG),
+        ({"RUST_LOG": "immich_analyze=info,hyper=warn"}, logging.INFO),
+        ({"RUST_LOG": "hyper=warn, immich_analyze=debug"}, logging.DEBUG),
+        ({"RUST_LOG": "info,immich_analyze=debug"}, logging.DEBUG),
+        ({"RUST_LOG": "immich_analyze=debug,info"}, logging.DEBUG),
+        ({"RUST_LOG": "warn,hyper=debug"}, logging.WARNING),
+        ({"RUST_LOG": "hyper=debug"}, None),
+        ({"RUST_LOG": "nonsense"}, None),
+        ({"RUST_LOG": "immich_analyze=nonsense"}, None),
+        ({"RUST_LOG": "debug", "IMMICH_ANALYZE_LOG_LEVEL": "error"}, logging.ERROR),
+        ({"RUST_LOG": "debug", "IMMICH_ANALYZE_LOG_LEVEL": ""}, logging.DEBUG),
+        ({"IMMICH_ANALYZE_LOG_LEVEL": "warning"}, logging.WARNING),
+    ],
+)
+def test_the_log_level_of_older_setups_is_understood(config, environ, level):
+    assert config(environ=environ).log_level == level
+    assert config("--log-level", "info", environ=environ).log_level == logging.INFO
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("max-tokens=5", "max_tokens", 5),
+        ("max-tokens: 5", "max_tokens", 5),
+        ("max-tokens 5", "max_tokens", 5),
+        ("  max-tokens   =   5  ", "max_tokens", 5),
+        ("max-tokens = 5  # short", "max_tokens", 5),
+        ("max-tokens = 5 ; short", "max_tokens", 5),
+        ("# max-tokens = 6\n; max-tokens = 7\n\nmax-tokens = 5\n", "max_tokens", 5),
+        ("[any section]\nmax-tokens = 5", "max_tokens", 5),
+        ("max-tokens = '5'", "max_tokens", 5),
+        ('prompt = "What is this?"', "prompt", "What is this?"),
+        ("prompt = What's this = that?", "prompt", "What's this = that?"),
+        ("prompt = Что на снимке?", "prompt", "Что на снимке?"),
+        ("postgres-url = host=db user=me", "postgres_url", "host=db user=me"),
+        (f"hosts = {ONE}, {TWO}", "hosts", (ONE, TWO)),
+        (f"hosts = [{ONE}, {TWO}]", "hosts", (ONE, TWO)),
+        (f'hosts = ["{ONE}", "{TWO}"]', "hosts", (ONE, TWO)),
+        ("think", "think", True),
+        ("lang = ru", "lang", "ru"),
+    ],
+)
+def test_a_file_holds_a_setting_a_line(settings, file, field, value):
+    assert getattr(settings(file=file), field) == value
+
+
+def test_a_named_file_beats_the_users_which_beats_the_systems(settings, tmp_path, monkeypatch):
+    system, named = tmp_path / "system.conf", tmp_path / "named.conf"
+    monkeypatch.setattr(ia, "CONFIG_FILES", (str(system), ia.CONFIG_FILES[1]))
+    system.write_text("max-tokens = 1\nmax-retries = 1\ngrace = 1")
+    named.write_text("max-tokens = 3")
+    made = settings("--config", str(named), file="max-tokens = 2\nmax-retries = 2")
+    assert (made.max_tokens, made.max_retries, made.grace) == (3, 2, 1)
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("argv", "more", "named"),
+    [
+        (["--max-concurrent", "0"], {}, "--max-concurrent"),
+        (["--max-concurrent", "-1"], {}, "--max-concurrent"),
+        (["--max-concurrent", "1.5"], {}, "--max-concurrent"),
+        (["--max-concurrent", "many"], {}, "--max-concurrent"),
+        (["--max-tokens", "9" * 400], {}, "--max-tokens"),
+        (["--max-tokens", "9" * 5000], {}, "--max-tokens"),
+        (["--max-tokens", ""], {}, "--max-tokens"),
+        (["--max-tokens"], {}, "--max-tokens"),
+        (["--max-image-size", "-1"], {}, "--max-image-size"),
+        (["--max-retries", "0.5"], {}, "--max-retries"),
+        (["--timeout", "0"], {}, "--timeout"),
+        (["--timeout", "-3"], {}, "--timeout"),
+        (["--timeout", "nan"], {}, "--timeout"),
+        (["--timeout", "inf"], {}, "--timeout"),
+        (["--timeout", "5m"], {}, "--timeout"),
+        (["--wait-timeout", "-1"], {}, "--wait-timeout"),
+        ([], {"IMMICH_ANALYZE_TIMEOUT": "soon"}, "--timeout"),
+        ([], {"file": "timeout = soon"}, "--timeout"),
+        (["--lang", "de"], {}, "--lang"),
+        ([], {"IMMICH_ANALYZE_LANG": "de"}, "--lang"),
+        (["--mode", "once"], {}, "--mode"),
+        ([], {"IMMICH_ANALYZE_MODE": "once"}, "--mode"),
+        (["-m", "-c"], {}, "--combined"),
+        (["-m", "--mode", "batch"], {}, "--mode"),
+        (["--interface", "openai"], {}, "--interface"),
+        (["-d", "api"], {}, "--data-access-mode"),
+        (["--log-level", "loud"], {}, "--log-level"),
+        ([], {"IMMICH_ANALYZE_THINK": "maybe"}, "IMMICH_ANALYZE_THINK"),
+        ([], {"IMMICH_ANALYZE_NO_FINAL_OUTPUT": "maybe"}, "FINAL_OUTPUT"),
+        ([], {"file": "think = maybe"}, "think"),
+        ([], {"file": "no-think = maybe"}, "think"),
+        (["--hosts", ""], {}, "--hosts"),
+        (["--hosts", ","], {}, "--hosts"),
+        (["--hosts", "http://"], {}, "--hosts"),
+        (["--hosts", "ftp://a"], {}, "--hosts"),
+        (["--hosts", "a:port"], {}, "--hosts"),
+        (["--hosts", "a:99999"], {}, "--hosts"),
+        (["--hosts", "a b"], {}, "--hosts"),
+        (["--hosts", "http://[::1"], {}, "--hosts"),
+        (["--hosts", "ok:1,a:port"], {}, "--hosts"),
+        ([], {"IMMICH_ANALYZE_OLLAMA_HOSTS": "a:port"}, "--hosts"),
+        (["--immich-api-url", "immich:port"], {}, "--immich-api-url"),
+        ([], {"IMMICH_API_URL": "file:///etc"}, "--immich-api-url"),
+        (["--config", "/no/such/file"], {}, "/no/such/file"),
+        (["--config", "/"], {}, "/"),
+        (["--config"], {}, "--config"),
+        (["--api-key", "a", "--api-key-file", "b"], {}, "--api-key"),
+    ],
+)
+def test_a_wrong_setting_is_named(refused, argv, more, named):
+    error = refused(*argv, **more)
+    assert error.key == "bad_setting"
+    assert named in str(error)
+
+
+@pytest.mark.parametrize(
+    ("argv", "more", "key", "fields"),
+    [
+        (["--nonsense"], {}, "unknown_option", {"option": "--nonsense"}),
+        (["--nonsense", SECRET], {}, "unknown_option", {"option": "--nonsense"}),
+        ([f"--apikey={SECRET}"], {}, "unknown_option", {"option": "--apikey"}),
+        (["--model", "x"], {}, "unknown_option", {"option": "--model"}),
+        (["-x"], {}, "unknown_option", {"option": "-x"}),
+        ([SECRET], {}, "unknown_option", {"option": "…"}),
+        ([SECRET, "--apikey"], {}, "unknown_option", {"option": "--apikey"}),
+        ([f"-k{SECRET}"], {}, "unknown_option", {"option": "-k"}),
+        ([], {"file": f"apikey = {SECRET}"}, "unknown_option", {"option": "--apikey"}),
+        ([], {"file": f"think\n{SECRET}\n"}, "unknown_option", {"option": "…"}),
+        ([], {"file": f"no-hosts = {ONE}"}, "unknown_option", {"option": "--no-hosts"}),
+        (["--api-key-file", "/no/such"], {}, "unreadable_file", {"file": "/no/such"}),
+        (["--api-key-file", "/"], {}, "unreadable_file", {"file": "/"}),
+        ([], {"IMMICH_API_KEY_FILE": "/no/such"}, "unreadable_file", {"file": "/no/such"}),
+        ([], {"DB_PASSWORD_FILE": "/no/such"}, "unreadable_file", {"file": "/no/such"}),
+        (["--api-key", f"{SECRET} x"], {}, "bad_key", {"option": "--api-key"}),
+        (["--api-key", f"{SECRET}\r\nx"], {}, "bad_key", {"option": "--api-key"}),
+        (["--api-key", f"{SECRET}ключ"], {}, "bad_key", {"option": "--api-key"}),
+        (
+            *([], API | {"IMMICH_API_KEY": f"good,{SECRET} x"}),
+            *("bad_key", {"option": "--immich-api-keys"}),
+        ),
+    ],
+)
+def test_what_else_is_wrong_has_a_message_of_its_own(refused, argv, more, key, fields):
+    error = refused(*argv, **more)
+    assert error.key == key
+    assert fields.items() <= error.fields.items()
+
+
+@pytest.mark.parametrize("line", [f"= {SECRET}", f": {SECRET}", f"api-key = a\n={SECRET}"])
+def test_a_line_that_is_no_setting_is_not_quoted(refused, line):
+    error = refused(file=line)
+    assert error.key == "bad_config_file"
+    assert str(error.fields["file"]).endswith("immich-analyze.conf")
+
+
+def test_a_file_that_is_no_text_is_refused(config, tmp_path):
+    path = tmp_path / "binary.conf"
+    path.write_bytes(b"prompt = \xff\xfe")
+    with pytest.raises(ia.Fatal) as caught:
+        config("--config", str(path))
+    assert caught.value.key == "bad_config_file"
+    with pytest.raises(ia.Fatal) as caught:
+        config("--api-key-file", str(path))
+    assert caught.value.key == "unreadable_file"
+
+
+def test_a_default_file_that_cannot_be_read_is_no_reason_to_go_on_without(config):
+    (Path.home() / ".config" / "immich-analyze.conf").mkdir(parents=True)
+    with pytest.raises(ia.Fatal) as caught:
+        config()
+    assert caught.value.key == "unreadable_file"
+
+
+WITH_SECRETS = [
+    (["--api-key", SECRET], {}),
+    (["--immich-api-keys", SECRET], URL),
+    (["--postgres-url", f"postgresql://u:{SECRET}@h/d"], {}),
+    (["--hosts", f"http://u:{SECRET}@h:1,http://h:2/?key={SECRET}"], {}),
+    (["--immich-api-url", f"http://u:{SECRET}@h"], KEY),
+    ([], {"DB_PASSWORD": SECRET}),
+    ([], {"DB_URL": f"postgresql://u:{SECRET}@h/d"}),
+    ([], {"IMMICH_ANALYZE_API_KEY": SECRET}),
+    ([], API | {"IMMICH_API_KEY": SECRET}),
+]
+
+
+@pytest.mark.parametrize(("argv", "environ"), WITH_SECRETS)
+def test_a_config_does_not_show_its_secrets(config, argv, environ):
+    made = config(*argv, environ=environ)
+    assert SECRET in str(dataclasses.asdict(made))
+    assert SECRET not in repr(made)
+    assert SECRET not in str(made)
+
+
+@pytest.mark.parametrize(("argv", "environ"), WITH_SECRETS)
+@pytest.mark.parametrize(
+    "wrong", [["--timeout", "x"], ["--nonsense"], ["-d", "immich-api", "--immich-api-keys", ","]]
+)
+def test_another_mistake_does_not_show_them_either(refused, argv, environ, wrong):
+    refused(*argv, *wrong, **environ)
+
+
+@pytest.mark.parametrize(
+    ("argv", "more"),
+    [
+        (["--hosts", f"http://u:{SECRET}@h:port"], {}),
+        (["--hosts", f"http://u:{SECRET}@h h"], {}),
+        (["--hosts", f"ftp://u:{SECRET}@h"], {}),
+        (["--hosts", f"http://u:x@{SECRET}@:port"], {}),
+        (["--hosts", f"http://u:x/{SECRET}@h:port"], {}),
+        (["--hosts", f"http://h:port/?key={SECRET}"], {}),
+        (["--hosts", f"ok:1,http://u:{SECRET}@h:port"], {}),
+        (["--immich-api-url", f"http://u:{SECRET}@h:port"], {}),
+        ([], {"IMMICH_API_URL": f"http://u:{SECRET}@h:port"}),
+        ([], {"file": f"hosts = http://u:{SECRET}@h:port"}),
+        ([], {"file": f"api-key = [{SECRET}, {SECRET}]\nnonsense = {SECRET}"}),
+        (["--api-key", SECRET, "--api-key-file", "/no/such"], {}),
+        (["--api-key", f"-{SECRET}"], {}),
+    ],
+)
+def test_a_wrong_setting_does_not_show_a_secret_in_it(refused, argv, more):
+    refused(*argv, **more)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql://u:{SECRET}@h:port/d",
+        f"postgresql://u:p@{SECRET}@h/d",
+        f"postgresql://u:{SECRET}",
+        f"postgresql://u:{SECRET}@h/d?nonsense=1",
+        f"host=h password={SECRET} nonsense=1",
+        f"host=h password='{SECRET}",
+        SECRET,
+    ],
+)
+def test_a_wrong_database_address_is_not_quoted(config, url):
+    with pytest.raises(ia.Fatal) as caught:
+        ia.postgres_url(config("--postgres-url", url).postgres_url)
+    error = caught.value
+    assert error.key == "bad_postgres_url"
+    assert SECRET not in f"{error} {error!r} {error.fields}"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [o for o in OPTIONS if isinstance(o.value, float) and o.field != "file_check_interval"],
+    ids=lambda o: o.flag,
+)
+def test_a_very_long_time_can_be_waited_for(config, option):
+    made = getattr(config(option.flag, "1e15"), option.field)
+    assert threading.TIMEOUT_MAX >= made > 10 * 365 * 24 * 3600
+
+
+# Help
+
+
+def test_help_lists_every_option_and_variable(config, capsys):
+    with pytest.raises(SystemExit) as caught:
+        config("-h", "--nonsense")
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    for action in ia.build_parser()._actions:
+        assert action.help is not argparse.SUPPRESS
+        assert all(flag in text for flag in action.option_strings)
+        assert (action.env_var or "") in text
+
+
+def test_help_is_in_the_persons_language(config, capsys):
+    ia.use_language("ru")
+    with pytest.raises(SystemExit):
+        config("--help")
+    text = capsys.readouterr().out
+    assert ia.catalogue("ru")["help_prompt"] in " ".join(text.split())
+
+
+@pytest.mark.parametrize("flag", ["-V", "--version"])
+def test_the_version_is_told(config, capsys, flag):
+    with pytest.raises(SystemExit) as caught:
+        config(flag)
+    assert (caught.value.code, capsys.readouterr().out) == (
+        0,
+        f"immich-analyze {ia.__version__}\n",
+    )

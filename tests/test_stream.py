@@ -1,0 +1,476 @@
+"""The stream of photos and what becomes of them: plain lists, and time that is invented."""
+
+import logging
+import math
+import threading
+from collections import Counter
+from contextlib import nullcontext
+from itertools import chain, repeat
+
+import pytest
+import servers
+
+import immich_analyze as ia
+
+WHOLE = servers.picture()
+CUT = WHOLE[:-20]
+
+
+def photo(number, **fields):
+    fields = {"name": f"{number}.jpg", "description": "", "source": "", **fields}
+    return ia.Asset(id=str(number), **fields)
+
+
+def away(pause=None):
+    return ia.HostDown("database_down", why="away", pause=pause)
+
+
+def hiccup(pause=None):
+    return ia.Retryable("not_json", url="here", pause=pause)
+
+
+def fatal():
+    return ia.Fatal("database_refused", why="no")
+
+
+class Listing:
+    """A library that lists these pages; `trouble` has errors for a page, raised in turn."""
+
+    def __init__(self, *pages, trouble=None):
+        self.pages = pages
+        self.trouble = {number: iter(errors) for number, errors in (trouble or {}).items()}
+        self.asked = []
+
+    def page(self, cursor):
+        number = cursor or 0
+        self.asked.append(number)
+        error = next(self.trouble.get(number, iter(())), None)
+        if error:
+            raise error
+        return self.pages[number], number + 1 if number + 1 < len(self.pages) else None
+
+
+@pytest.fixture
+def patience(stop):
+    return ia.Patience(stop, pause=5, longest=60)
+
+
+# the backlog
+
+
+def test_pages_come_in_order_and_only_when_they_are_needed(patience, stop):
+    photos = [photo(n) for n in range(5)]
+    library = Listing(photos[:2], [], photos[2:4], photos[4:])
+    stream = ia.backlog(library, patience, stop)
+    assert library.asked == []
+    assert [next(stream), next(stream)] == photos[:2]
+    assert library.asked == [0]
+    assert next(stream) == photos[2]
+    assert library.asked == [0, 1, 2]
+    assert list(stream) == photos[3:]
+    assert library.asked == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("errors", "waits"),
+    [
+        ([away()], [5]),
+        ([away()] * 7, [5] * 7),
+        ([hiccup()] * 2, [5, 5]),
+        ([hiccup(), away(), away(), hiccup(0.5)], [5, 5, 5, 0.5]),
+    ],
+    ids=["away", "away for long", "hiccups", "both"],
+)
+@pytest.mark.parametrize("sick", [0, 1, 2])
+def test_trouble_with_a_page_repeats_only_that_page(patience, stop, sick, errors, waits):
+    photos = [photo(n) for n in range(6)]
+    library = Listing(photos[:2], photos[2:4], photos[4:], trouble={sick: errors})
+    assert list(ia.backlog(library, patience, stop)) == photos
+    assert Counter(library.asked) == Counter([0, 1, 2]) + Counter({sick: len(errors)})
+    assert library.asked == sorted(library.asked)
+    assert stop.waits == waits
+
+
+@pytest.mark.parametrize(
+    ("errors", "key"),
+    [
+        (repeat(hiccup()), "listing_failed"),
+        ([ia.Permanent("immich_refused", status=418, why="")], "listing_failed"),
+        ([ia.Gone("photo_gone")], "listing_failed"),
+        (repeat(away()), "library_away"),
+        ([fatal()], "database_refused"),
+    ],
+)
+def test_a_page_that_will_not_come_ends_the_run(patience, stop, errors, key):
+    library = Listing([photo(1)], [photo(2)], trouble={1: errors})
+    stream = ia.backlog(library, patience, stop)
+    assert next(stream) == photo(1)
+    with pytest.raises(ia.Fatal) as raised:
+        next(stream)
+    assert raised.value.key == key
+
+
+def test_a_stopped_stream_asks_for_nothing(patience, stop):
+    library = Listing([photo(1)])
+    stop.set()
+    assert list(ia.backlog(library, patience, stop)) == []
+    assert library.asked == []
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3])
+def test_a_stream_stops_within_a_page_and_between_pages(patience, stop, taken):
+    library = Listing([photo(1), photo(2), photo(3)], [photo(4)])
+    stream = ia.backlog(library, patience, stop)
+    for number in range(1, taken + 1):
+        assert next(stream) == photo(number)
+    stop.set()
+    assert list(stream) == []
+    assert library.asked == [0]
+
+
+@pytest.mark.parametrize("sick", [0, 1])
+def test_a_stream_that_is_stopped_while_the_library_is_away_just_ends(patience, stop, sick):
+    stop._after = 2
+    library = Listing([photo(1)], [photo(2)], trouble={sick: repeat(away())})
+    assert list(ia.backlog(library, patience, stop)) == [photo(1)][:sick]
+    assert stop.waits == [5, 5]
+
+
+def test_a_worker_that_waits_does_not_hide_why_another_ended_the_run():
+    stop, listing_waits = threading.Event(), threading.Event()
+
+    class Away(Listing):
+        def page(self, cursor):
+            listing_waits.set()
+            raise away()
+
+    def lists():
+        stream = ia.backlog(Away(), ia.Patience(stop, pause=60, longest=math.inf), stop)
+        ia.work(stream, lambda _: ia.Outcome.DESCRIBED, ia.Tally())
+
+    def fails():
+        assert listing_waits.wait(5)
+        raise fatal()
+
+    roles = iter([lists, fails])
+    with pytest.raises(ia.Fatal):
+        ia.run(lambda: next(roles)(), 2, stop)
+
+
+# what is sifted out
+
+
+@pytest.mark.parametrize(
+    ("fields", "none", "all"),
+    [
+        ({}, "taken", "taken"),
+        ({"description": " \n"}, "taken", "taken"),
+        ({"description": "by a person"}, "skipped", "taken"),
+        ({"ready": False}, "not_ready", "not_ready"),
+        ({"ready": False, "description": "by a person"}, "not_ready", "not_ready"),
+    ],
+)
+def test_each_photo_is_taken_or_counted(fields, none, all):
+    for policy, fate in ((ia.Policy.NONE, none), (ia.Policy.ALL, all)):
+        tally, asset = ia.Tally(), photo(1, **fields)
+        taken = list(ia.sift([asset], policy, tally))
+        assert taken == ([asset] if fate == "taken" else [])
+        assert tally.counts == ({} if fate == "taken" else {fate: 1})
+
+
+def test_a_photo_listed_twice_is_taken_once():
+    tally, listed = ia.Tally(), [photo(1), photo(2), photo(1), photo(1, description=" ")]
+    assert list(ia.sift(listed, ia.Policy.NONE, tally)) == [photo(1), photo(2)]
+    assert tally.counts == {}
+    assert list(ia.sift([photo(2), photo(3)], ia.Policy.NONE, tally)) == [photo(3)]
+
+
+def test_sifting_asks_for_no_more_than_it_gives():
+    read = []
+    stream = ia.sift((read.append(n) or photo(n) for n in range(9)), ia.Policy.NONE, ia.Tally())
+    assert next(stream) == photo(0)
+    assert read == [0]
+
+
+def test_those_who_share_a_stream_get_each_photo_once():
+    shared = ia.Shared(iter([photo(n) for n in range(4)]))
+    one, other = iter(shared), iter(shared)
+    assert [next(one), next(other), next(other), next(one)] == [photo(n) for n in range(4)]
+    assert list(one) == list(other) == []
+
+
+# the work
+
+
+@pytest.mark.parametrize(
+    ("became", "outcome"),
+    [
+        (ia.Outcome.DESCRIBED, "described"),
+        (ia.Outcome.SKIPPED, "skipped"),
+        (ia.Gone("photo_gone"), "skipped"),
+        (ia.Permanent("preview_missing"), "failed"),
+        (hiccup(), "failed"),
+        (away(), "failed"),
+        (ValueError("a bug"), "failed"),
+        (KeyError("a bug"), "failed"),
+        (RecursionError("a bug"), "failed"),
+    ],
+    ids=repr,
+)
+def test_what_became_of_a_photo_is_counted_and_the_others_go_on(caplog, became, outcome):
+    def analyze(asset):
+        if asset.id == "2" and isinstance(became, Exception):
+            raise became
+        return became if asset.id == "2" else ia.Outcome.DESCRIBED
+
+    tally = ia.Tally()
+    ia.work([photo(1), photo(2), photo(3)], analyze, tally)
+    assert tally.counts == Counter({"described": 2}) + Counter({outcome: 1})
+    said = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(said) == (outcome == "failed")
+    for record in said:
+        bug = not isinstance(became, ia.AnalyzeError)
+        assert record.getMessage().startswith("2.jpg (2): ")
+        assert bool(record.exc_info) is bug
+        assert (ia.t("bug") in record.getMessage()) is bug
+
+
+@pytest.mark.parametrize("error", [fatal(), ia.Stopped("stopped")], ids=["fatal", "stopped"])
+def test_the_end_for_all_leaves_the_photo_in_hand_uncounted(error):
+    seen = []
+
+    def analyze(asset):
+        seen.append(asset.id)
+        if asset.id == "2":
+            raise error
+        return ia.Outcome.DESCRIBED
+
+    tally = ia.Tally()
+    with pytest.raises(ia.Fatal) if isinstance(error, ia.Fatal) else nullcontext():
+        ia.work([photo(1), photo(2), photo(3)], analyze, tally)
+    assert seen == ["1", "2"]
+    assert tally.counts == {"described": 1}
+
+
+def test_every_photo_taken_ends_in_exactly_one_outcome(patience, stop):
+    fates = {
+        0: ia.Outcome.DESCRIBED,
+        1: ia.Outcome.SKIPPED,
+        2: ia.Gone("photo_gone"),
+        3: ia.Permanent("preview_missing"),
+        4: hiccup(),
+        5: ValueError("a bug"),
+    }
+    pages = [[photo(n) for n in range(start, start + 10)] for start in range(0, 60, 10)]
+    extra = [photo(60, description="by a person"), photo(61, ready=False), photo(3), photo(17)]
+    library = Listing(*pages, extra, trouble={2: [away()], 4: [hiccup()]})
+    tally, taken = ia.Tally(), []
+
+    def analyze(asset):
+        assert sum(tally.counts.values()) == len(taken)  # all but the one in hand
+        taken.append(asset.id)
+        fate = fates[int(asset.id) % 6]
+        if isinstance(fate, Exception):
+            raise fate
+        return fate
+
+    stream = ia.sift(ia.backlog(library, patience, stop), ia.Policy.NONE, tally)
+    ia.work(ia.Shared(stream), analyze, tally)
+    assert taken == [str(n) for n in range(60)]
+    assert tally.counts == {"described": 10, "skipped": 21, "failed": 30, "not_ready": 1}
+
+
+def test_the_counts_are_shown_after_each_photo():
+    shown = []
+    tally = ia.Tally(lambda counts: shown.append(dict(counts)))
+    tally.add(ia.Outcome.DESCRIBED)
+    tally.add(ia.Outcome.FAILED)
+    tally.add(ia.Outcome.DESCRIBED)
+    assert shown == [{"described": 1}, {"described": 1, "failed": 1}, {"described": 2, "failed": 1}]
+
+
+# patience
+
+
+def calling(errors, answer="answer"):
+    """A call that raises these, in turn, before it answers."""
+    rest = iter(errors)
+
+    def call():
+        error = next(rest, None)
+        if error:
+            raise error
+        return answer
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("errors", "longest", "waits"),
+    [
+        ([], 60, []),
+        ([], 0, []),
+        ([away()] * 3, 60, [5, 5, 5]),
+        ([away()] * 12, 60, [5] * 12),
+        ([away()] * 1000, math.inf, [5] * 1000),
+        ([hiccup()], 0, [5]),
+        ([hiccup()] * 2, 60, [5, 5]),
+        ([hiccup(), away(), hiccup(), away()], 60, [5] * 4),
+        ([away(7), away(0.5), away()], 60, [7, 0.5, 5]),
+        ([hiccup(0.2), hiccup(0)], 60, [0.2, 0]),
+    ],
+)
+def test_trouble_that_passes_is_waited_for(stop, errors, longest, waits):
+    patience = ia.Patience(stop, pause=5, longest=longest)
+    assert patience(calling(errors)) == "answer"
+    assert stop.waits == waits
+
+
+@pytest.mark.parametrize(
+    ("errors", "longest", "key", "waits"),
+    [
+        (repeat(away()), 60, "library_away", [5] * 12),
+        (repeat(away()), 58, "library_away", [5] * 11),
+        (repeat(away()), 4, "library_away", []),
+        (repeat(away()), 0, "library_away", []),
+        (repeat(hiccup()), 60, "not_json", [5, 5]),
+        (chain([away()] * 4, repeat(hiccup())), 60, "not_json", [5] * 6),
+        ([fatal()], 60, "database_refused", []),
+        ([hiccup(), fatal()], 60, "database_refused", [5]),
+        ([ia.Permanent("preview_missing")], 60, "preview_missing", []),
+        ([ia.Gone("photo_gone")], 60, "photo_gone", []),
+        ([ia.Stopped("stopped")], 60, "stopped", []),
+    ],
+)
+def test_trouble_that_stays_is_given_up_on(stop, errors, longest, key, waits):
+    patience = ia.Patience(stop, pause=5, longest=longest)
+    with pytest.raises(ia.AnalyzeError) as raised:
+        patience(calling(errors))
+    assert raised.value.key == key
+    assert stop.waits == waits
+
+
+def test_slow_failures_do_not_use_up_the_time_to_wait_for_a_library(stop):
+    troubles = iter([hiccup(), hiccup(), away(), away()])
+
+    def call():
+        error = next(troubles, None)
+        if error:
+            stop.now += 0 if isinstance(error, ia.HostDown) else 50  # until it timed out
+            raise error
+        return "answer"
+
+    assert ia.Patience(stop, pause=5, longest=60)(call) == "answer"
+
+
+@pytest.mark.parametrize("asked", [61, 500, 3600])
+def test_nobody_is_waited_for_longer_than_the_setting_says(stop, asked):
+    patience = ia.Patience(stop, pause=5, longest=60)
+    with pytest.raises(ia.Fatal):
+        patience(calling(repeat(away(asked))))
+    assert sum(stop.waits) <= 60
+
+
+def test_a_bug_is_not_tried_again(stop):
+    patience = ia.Patience(stop, pause=5, longest=60)
+    with pytest.raises(ZeroDivisionError):
+        patience(calling([ZeroDivisionError()]))
+    assert stop.waits == []
+
+
+@pytest.mark.parametrize("error", [away(), hiccup()], ids=["away", "hiccup"])
+def test_waiting_ends_when_stopped(stop, error):
+    stop._after = 2
+    patience = ia.Patience(stop, pause=5, longest=60)
+    with pytest.raises(ia.Stopped) as raised:
+        patience(calling(repeat(error)))
+    assert raised.value.__cause__ is error
+    assert stop.waits == [5, 5]
+
+
+def test_an_outage_is_one_line(stop, caplog):
+    caplog.set_level(logging.INFO)
+    ia.Patience(stop, pause=5, longest=math.inf)(calling([away()] * 50))
+    assert caplog.messages == ["PostgreSQL does not answer: away. Waiting."]
+
+
+# one photo
+
+
+class Desk:
+    """A library and a model in one, that note what they are asked."""
+
+    def __init__(self, previews=(WHOLE,), writes=(True,)):
+        self.said = []
+        self._previews, self._writes = iter(previews), iter(writes)
+
+    def _next(self, what, answers):
+        self.said.append(what)
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def preview(self, asset):
+        return self._next("preview", self._previews)
+
+    def describe(self, picture):
+        assert picture.mime == "image/jpeg"
+        self.said.append("describe")
+        return "A photo."
+
+    def write(self, asset, text):
+        return self._next(f"write {text}", self._writes)
+
+
+@pytest.mark.parametrize(
+    ("previews", "writes", "said", "outcome"),
+    [
+        ([WHOLE], [True], "PDW", "described"),
+        ([WHOLE], [False], "PDW", "skipped"),
+        ([CUT, b"", WHOLE], [True], "PPPDW", "described"),
+        ([away(), hiccup(), WHOLE], [True], "PPPDW", "described"),
+        ([WHOLE], [away(), away(), hiccup(), True], "PDWWWW", "described"),
+        ([WHOLE], [hiccup(), False], "PDWW", "skipped"),
+        ([WHOLE], [*[hiccup()] * 11, True], "PD" + "W" * 12, "described"),
+    ],
+)
+def test_the_model_is_asked_once_whatever_the_library_does(
+    patience, stop, previews, writes, said, outcome
+):
+    desk = Desk(previews, writes)
+    assert ia.analyze(photo(1), desk, desk, patience, 0) == outcome
+    words = {"P": "preview", "D": "describe", "W": "write A photo."}
+    assert desk.said == [words[letter] for letter in said]
+
+
+def test_a_text_that_cannot_be_written_fails_in_the_end(patience, stop):
+    desk = Desk(writes=repeat(hiccup()))
+    with pytest.raises(ia.Retryable):
+        ia.analyze(photo(1), desk, desk, patience, 0)
+    assert desk.said[1:] == ["describe"] + ["write A photo."] * ia.VALUABLE_TRIES
+    assert stop.waits == [5] * (ia.VALUABLE_TRIES - 1)
+
+
+@pytest.mark.parametrize(
+    ("previews", "kind", "tries"),
+    [
+        ([CUT] * 3, ia.Retryable, 3),
+        ([b"", CUT, b""], ia.Retryable, 3),
+        ([b"<html>no picture</html>"], ia.Permanent, 1),
+        ([ia.Permanent("preview_missing")], ia.Permanent, 1),
+        ([ia.Gone("photo_gone")], ia.Gone, 1),
+        ([fatal()], ia.Fatal, 1),
+    ],
+)
+def test_without_a_preview_the_model_is_not_asked(patience, previews, kind, tries):
+    desk = Desk(previews)
+    with pytest.raises(kind):
+        ia.analyze(photo(1), desk, desk, patience, 0)
+    assert desk.said == ["preview"] * tries
+
+
+def test_a_preview_that_is_being_written_is_read_again_soon(patience, stop):
+    desk = Desk([CUT, CUT, WHOLE])
+    ia.analyze(photo(1), desk, desk, patience, 0)
+    assert stop.waits == [0.2, 0.2]
