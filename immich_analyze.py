@@ -909,6 +909,18 @@ def sql() -> Iterator[None]:
         raise Fatal("database_refused", why=" ".join(str(error).split())) from error
 
 
+def postgres_url(url: str) -> str:
+    """Check a connection string, as libpq's own complaints could quote the password."""
+    try:
+        parts = psycopg2.extensions.parse_dsn(url)
+    except psycopg2.ProgrammingError as error:
+        raise Fatal("bad_postgres_url") from error
+    ports = str(parts.get("port", "")).replace(",", "")
+    if "@" in parts.get("host", "") + parts.get("dbname", "") or not (ports or "1").isdecimal():
+        raise Fatal("bad_postgres_url")
+    return url
+
+
 # ------------------------------------------------------------------------------
 # 6 AI: who describes. Knows nothing of Immich.
 # ------------------------------------------------------------------------------
@@ -1521,6 +1533,10 @@ class Statements:
     columns: tuple[str, ...]  # columns to write
 
 
+LOCK = """, "lockedProperties" = (SELECT array_agg(DISTINCT p) FROM unnest(
+    coalesce(e."lockedProperties", '{}') || ARRAY['description']::varchar[]) p)"""
+
+
 def statements(tables: Mapping[str, set[str]], policy: Policy) -> Statements:
     """Choose SQL by the tables and columns that are there, not by version.
 
@@ -1532,11 +1548,8 @@ def statements(tables: Mapping[str, set[str]], policy: Policy) -> Statements:
     if not {*names, "asset_job_status"} <= tables.keys():
         raise Fatal("no_immich_tables")
     edited = 'ORDER BY "isEdited" DESC' if "isEdited" in tables[file] else ""
-    shown = (
-        "a.visibility IN ('timeline', 'archive')"
-        if "visibility" in tables[asset]
-        else 'a."isVisible"'
-    )
+    by_enum = "visibility" in tables[asset]  # from 1.133 on
+    shown = "a.visibility IN ('timeline', 'archive')" if by_enum else 'a."isVisible"'
     live = f"""a."deletedAt" IS NULL AND a.status = 'active' AND NOT a."isOffline"
         AND {shown} AND a.type = 'IMAGE' AND j."metadataExtractedAt" IS NOT NULL"""
     empty = "AND coalesce(e.description, '') !~ '[^[:space:]]'" if policy is Policy.NONE else ""
@@ -1548,17 +1561,11 @@ def statements(tables: Mapping[str, set[str]], policy: Policy) -> Statements:
                       {edited} LIMIT 1) f ON true
         WHERE {live} {empty}"""  # noqa: S608 - names come from the two lists above
     locks = "lockedProperties" in tables[exif]
-    lock = (
-        """, "lockedProperties" = (SELECT array_agg(DISTINCT p) FROM unnest(
-            coalesce(e."lockedProperties", '{}') || ARRAY['description']::varchar[]) p)"""
-        if locks
-        else ""
-    )
     return Statements(
         listing=f"""SELECT a.id, a."originalFileName", coalesce(e.description, ''), f.path
             {source} AND a.id > %(after)s::uuid ORDER BY a.id LIMIT %(limit)s""",
         count=f"SELECT count(*) {source}",
-        write=f"""UPDATE {exif} e SET description = %(text)s {lock}
+        write=f"""UPDATE {exif} e SET description = %(text)s {LOCK if locks else ""}
             FROM {asset} a JOIN asset_job_status j ON j."assetId" = a.id
             WHERE e."assetId" = %(id)s::uuid AND a.id = e."assetId" AND {live}
             AND coalesce(e.description, '') = %(listed)s""",  # noqa: S608
@@ -1720,18 +1727,6 @@ def is_preview(root: Path, path: str) -> bool:
         return os.access(inside(root, path), os.R_OK)
     except Permanent:
         return False
-
-
-def postgres_url(url: str) -> str:
-    """Check a connection string, as libpq's own complaints could quote the password."""
-    try:
-        parts = psycopg2.extensions.parse_dsn(url)
-    except psycopg2.ProgrammingError as error:
-        raise Fatal("bad_postgres_url") from error
-    ports = str(parts.get("port", "")).replace(",", "")
-    if "@" in parts.get("host", "") + parts.get("dbname", "") or not (ports or "1").isdecimal():
-        raise Fatal("bad_postgres_url")
-    return url
 
 
 def open_library(config: Config) -> tuple[Callable[[], Library], bool]:

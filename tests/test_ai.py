@@ -397,9 +397,10 @@ def test_a_host_with_wrong_settings_is_struck_off(fake, second, make, stop, capl
 
 def test_a_struck_host_costs_the_picture_nothing(fake, second, make):
     fake.script("POST", fake.chat, REFUSED)
-    ai = make(fake, second, argv=["--max-retries", "1"])
+    second.script("POST", fake.chat, BROKEN, BROKEN)
+    ai = make(fake, second)
     assert [ai.describe(PICTURE) for _ in range(2)] == [servers.told(JPEG)] * 2
-    assert [server.count("POST", fake.chat) for server in (fake, second)] == [1, 2]
+    assert [server.count("POST", fake.chat) for server in (fake, second)] == [1, 4]
 
 
 # Stopping

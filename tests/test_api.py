@@ -641,7 +641,9 @@ def test_redirects_are_named_and_not_followed(fake, opened, status):
     assert other.exchanges == []
 
 
-@pytest.mark.parametrize("case", ["asset-get-not-owned", "asset-get-locked"])
+@pytest.mark.parametrize(
+    "case", ["asset-get-not-owned", "asset-get-locked", "search-metadata-visibility-locked"]
+)
 @pytest.mark.parametrize("version", ["2.7.5", "3.1.0"])
 def test_a_photo_taken_away_is_gone_for_preview_and_write(fake, opened, version, case):
     server = fake(version)

@@ -443,7 +443,7 @@ def test_without_waiting_an_absent_immich_is_one_line(command, ollama):
 
 def test_when_the_wait_is_over_an_absent_immich_is_one_line(command, ollama):
     argv = ["--wait-timeout", "1", "--wait-retry-interval", "2", "--log-level", "info"]
-    assert_refused(command(*API, *asking(ollama), *argv), NOWHERE)
+    assert_refused(command(*API, *asking(ollama), *argv, timeout=20), NOWHERE)
 
 
 @pytest.mark.parametrize(

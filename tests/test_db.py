@@ -258,6 +258,33 @@ def test_only_the_listed_text_is_replaced(photos, opened):
     assert library.description(id) == "New."
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        'UPDATE {asset} SET "deletedAt" = now()',
+        "UPDATE {asset} SET \"status\" = 'trashed'",
+        "UPDATE {asset} SET \"status\" = 'deleted'",
+        'UPDATE {asset} SET "isOffline" = true',
+        "UPDATE {asset} SET \"visibility\" = 'hidden'",
+        "UPDATE {asset} SET \"visibility\" = 'locked'",
+        "UPDATE {asset} SET \"type\" = 'VIDEO'",
+        'UPDATE {status} SET "metadataExtractedAt" = NULL',
+        "DELETE FROM {status}",
+        "DELETE FROM {exif}",
+    ],
+)
+def test_each_sign_of_a_photo_that_is_not_there_counts_by_itself(photos, opened, change):
+    library = photos()
+    library.add()
+    tool = opened(library)
+    [asset] = listing(tool)
+    library.run(change)
+    assert listing(tool) == []
+    assert tool.total() == 0
+    error_of(partial(tool.write, asset, "Too late."), ia.Gone)
+    assert set(library.descriptions().values()) <= {""}
+
+
 def test_a_photo_without_exif_row_gets_none(photos, opened):
     library = photos()
     id = library.add()

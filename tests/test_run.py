@@ -439,7 +439,7 @@ def test_whoever_finds_no_free_place_waits_with_a_picture(api, immich, ollama, m
         assert Places.full.acquire(timeout=servers.PATIENCE)
         assert (ollama.in_flight, immich.count("GET", "/thumbnail")) == (3, 5)
         ollama.gate.set()
-        assert job.result(60)[0] == {ia.Outcome.DESCRIBED: 8}
+        assert job.result(30)[0] == {ia.Outcome.DESCRIBED: 8}
     assert ollama.most_in_flight == 3
 
 
@@ -705,7 +705,7 @@ def test_a_short_outage_costs_nothing_but_time(access, trouble, ollama, request)
         stop.wait_for_a_wait()
         library.end(trouble)
         stop.let_go.set()
-        counts, _ = job.result(60)
+        counts, _ = job.result(30)
     assert counts == {ia.Outcome.DESCRIBED: 12}
     assert library.texts() == wanted
     assert sorted(library.writes()) == sorted(wanted.items())
@@ -719,7 +719,7 @@ def test_a_write_whose_answer_is_lost_is_not_repeated(api, immich, ollama):
     stop = Pause()
     stop.let_go.set()
     with describing(api, ollama, stop) as job:
-        counts, _ = job.result(60)
+        counts, _ = job.result(30)
     assert counts == {ia.Outcome.DESCRIBED: 3}
     assert sorted(api.writes()) == sorted(wanted.items())
 

@@ -1,0 +1,194 @@
+"""Every text for people exists in every language, is used, and is needed for nothing else."""
+
+import ast
+import json
+import re
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import servers
+
+import immich_analyze as ia
+
+SOURCE = Path(ia.__file__)
+FOLDER = SOURCE.with_name("i18n")
+TEXTS = {language: ia.catalogue(language) for language in ia.LANGUAGES}
+SPEAKERS = {"t"} | {
+    name
+    for name, value in vars(ia).items()
+    if isinstance(value, type) and issubclass(value, ia.AnalyzeError)
+}
+
+
+def fields(text: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+
+
+def strings(node: ast.AST | None) -> set[str]:
+    """The texts an expression may be."""
+    if isinstance(node, ast.IfExp):
+        return strings(node.body) | strings(node.orelse)
+    return {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+
+
+def names(node: ast.AST | None) -> set[str]:
+    """The names an expression may be."""
+    if isinstance(node, ast.IfExp):
+        return names(node.body) | names(node.orelse)
+    return {node.id} if isinstance(node, ast.Name) else set()
+
+
+def spoken() -> list[tuple[ast.Call, set[str]]]:
+    """Each place that makes a text or an error, with the keys it may have."""
+    found = []
+    for function in ast.parse(SOURCE.read_text(encoding="utf-8")).body:
+        assigned = {
+            target.id: node.value
+            for node in ast.walk(function)
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for call in ast.walk(function):
+            if not isinstance(call, ast.Call) or not call.args:
+                continue
+            callee = getattr(call.func, "id", "")
+            if SPEAKERS & ({callee} | names(assigned.get(callee))):
+                first = call.args[0]
+                variable = assigned.get(getattr(first, "id", ""))
+                found.append((call, strings(first) | strings(variable)))
+    return found
+
+
+SPOKEN = spoken()
+HELP = {
+    f"help_{action.option_strings[0].removeprefix('--').replace('-', '_')}"
+    for action in ia.build_parser()._actions
+}
+
+
+def test_each_language_has_a_catalogue():
+    assert {path.stem for path in FOLDER.iterdir()} == set(ia.LANGUAGES)
+
+
+@pytest.mark.parametrize("language", ia.LANGUAGES)
+def test_a_catalogue_is_sorted_and_says_each_thing_once(language):
+    text = (FOLDER / f"{language}.json").read_text(encoding="utf-8")
+    pairs = json.loads(text, object_pairs_hook=list)
+    assert [key for key, _ in pairs] == sorted(TEXTS[language])
+    assert text == json.dumps(dict(pairs), indent=2, ensure_ascii=False) + "\n"
+
+
+def test_the_catalogues_have_the_same_keys():
+    assert len({frozenset(texts) for texts in TEXTS.values()}) == 1
+
+
+def test_a_text_has_the_same_fields_in_each_language():
+    different = [
+        key for key in TEXTS["en"] if len({frozenset(fields(t[key])) for t in TEXTS.values()}) > 1
+    ]
+    assert different == []
+
+
+def test_a_text_is_one_line_that_says_something():
+    for texts in TEXTS.values():
+        assert [key for key, text in texts.items() if text != " ".join(text.split())] == []
+        assert "" not in texts.values()
+
+
+def test_a_text_differs_from_language_to_language():
+    same = [key for key, text in TEXTS["en"].items() if TEXTS["ru"][key] == text]
+    assert [key for key in same if re.search(r"\w", re.sub(r"{\w+}", "", TEXTS["en"][key]))] == []
+
+
+def test_what_is_no_key_in_the_code_is_known_here():
+    unknown = {ast.unparse(call.args[0]) for call, keys in SPOKEN if not keys}
+    assert unknown == {"self.key", "error.key", "f'help_{option}'"}
+
+
+def test_every_key_in_the_code_has_a_text_and_every_text_a_use():
+    used = {key for _, keys in SPOKEN for key in keys} | HELP
+    assert used == set(TEXTS["en"])
+
+
+def test_a_text_is_given_all_its_fields():
+    lacking = [
+        (key, call.lineno)
+        for call, keys in SPOKEN
+        for key in keys
+        if all(keyword.arg for keyword in call.keywords)
+        and fields(TEXTS["en"][key]) - {keyword.arg for keyword in call.keywords}
+    ]
+    assert lacking == []
+    assert [key for key in HELP if fields(TEXTS["en"][key])] == []
+
+
+def test_a_text_that_is_missing_is_told_in_english(monkeypatch):
+    catalogues = {"en": {"one": "one {n}", "two": "two"}, "ru": {"one": "раз {n}"}}
+    monkeypatch.setattr(ia, "catalogue", catalogues.get)
+    ia.use_language("ru")
+    assert (ia.t("one", n=1), ia.t("two")) == ("раз 1", "two")
+    ia.use_language("en")
+    assert ia.t("one", n=1) == "one 1"
+
+
+def test_an_error_is_told_in_the_language_of_the_moment():
+    error = ia.Retryable("timed_out", pause=3, url="U", seconds=5)
+    told = []
+    for language in ia.LANGUAGES:
+        ia.use_language(language)
+        told.append(str(error))
+    assert told == [TEXTS[x]["timed_out"].format(url="U", seconds=5) for x in ia.LANGUAGES]
+
+
+# Nothing depends on a text
+
+POISON = """
+import sys
+import immich_analyze as ia
+ia.catalogue = lambda language: dict.fromkeys({keys!r}, "POISON")
+sys.exit(ia.main())
+"""
+
+
+def poisoned(*argv: str) -> subprocess.CompletedProcess[str]:
+    """The command with every text the same."""
+    return subprocess.run(
+        [sys.executable, "-c", POISON.format(keys=list(TEXTS["en"])), *argv],
+        cwd=SOURCE.parent,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_whole_run_depends_on_no_text(immich, ollama):
+    photos = immich.add_many(5)
+    immich.add(description="by a person")
+    immich.add(preview=None)
+    immich.add(preview=b"GIF89a")
+    ollama.script("POST", "/api/show", servers.Reply(503))
+    ollama.script("POST", "/api/chat", servers.Reply(500, {"error": "a hiccup"}))
+    done = poisoned(
+        *("--immich-api-url", immich.url, "--immich-api-keys", immich.key),
+        *("--hosts", ollama.url, "--model-name", "tiny-vlm", "--retry-delay-seconds", "0"),
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("", "POISON\nPOISON\n", 1)
+    assert [photo.description for photo in photos] == [servers.told(p.preview) for p in photos]
+    assert ollama.count("POST", "/api/chat") == 6
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"), [(["--timeout", "x"], 2), (["-m"], 2), (["-h"], 0), (["--version"], 0)]
+)
+def test_other_runs_depend_on_no_text_either(argv, code):
+    done = poisoned(*argv)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert done.stderr == ("" if code == 0 else done.stderr)
+    assert ("POISON" in done.stdout + done.stderr) is (argv != ["--version"])
