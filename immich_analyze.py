@@ -1167,15 +1167,9 @@ class Ai:
         return description_in(dig(answer, *dialect.text))
 
     def _call(self, url: str, method: str, path: str, **options: Any) -> Any:
-        return http(
-            self._session,
-            method,
-            without_end(url, self._dialect.root) + path,
-            blame=model_host_error,
-            timeout=options.pop("timeout", self._config.timeout),
-            limit=ANSWER_LIMIT,
-            **options,
-        ).json()
+        own: dict[str, Any] = {"timeout": self._config.timeout, "limit": ANSWER_LIMIT}
+        address = without_end(url, self._dialect.root) + path
+        return http(self._session, method, address, blame=model_host_error, **own | options).json()
 
     def check(self) -> None:
         """Ask each host for the model once, before the first photo.
@@ -1311,26 +1305,14 @@ class Immich:
         self._url = url
         self._session = Session()
 
-    def call(
-        self,
-        key: str,
-        method: str,
-        path: str,
-        timeout: float = IMMICH_TIMEOUT,
-        limit: int = REPLY_LIMIT,
-        **options: Any,
-    ) -> Reply:
+    def call(self, key: str, method: str, path: str, **options: Any) -> Reply:
         """Send one request with a user's key; without one for "", where none is needed."""
-        return http(
-            self._session,
-            method,
-            self._url + path,
-            blame=immich_error,
-            timeout=timeout,
-            limit=limit,
-            headers={"x-api-key": key} if key else {},
-            **options,
-        )
+        own: dict[str, Any] = {
+            "timeout": IMMICH_TIMEOUT,
+            "headers": {"x-api-key": key} if key else {},
+        }
+        address = self._url + path
+        return http(self._session, method, address, blame=immich_error, **own | options)
 
     def close(self) -> None:
         """Close the connections."""
@@ -1415,11 +1397,9 @@ class ApiLibrary:
 
     def preview(self, asset: Asset) -> bytes:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
+        ask = functools.partial(self._immich.call, self._key(asset), limit=PREVIEW_LIMIT)
         query = {"size": "preview", "edited": "true"}
-        path = f"/assets/{asset.id}/thumbnail"
-        return self._immich.call(
-            self._key(asset), "GET", path, params=query, limit=PREVIEW_LIMIT
-        ).body
+        return ask("GET", f"/assets/{asset.id}/thumbnail", params=query).body
 
     def write(self, asset: Asset, text: str) -> bool:
         """GET and PUT /assets/{id}: there is no write on condition, so read just before.

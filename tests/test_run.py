@@ -25,7 +25,7 @@ import immich_analyze as ia
 
 ROOT = Path(__file__).parent.parent
 CHATS = ("POST", "/api/chat|/v1/chat/completions")
-ONE_TRY = ["--retry-delay-seconds", "0"]  # more, in fact, but without waiting between them
+NO_PAUSE = ["--retry-delay-seconds", "0"]
 
 
 # --- A library, behind either way of access --------------------------------------------------
@@ -415,28 +415,29 @@ def test_while_all_places_are_taken_the_next_previews_are_fetched(api, immich, o
     assert api.texts() == wanted
 
 
-class Places(threading.BoundedSemaphore):
-    """Places at the model hosts that tell when somebody finds none free."""
+@pytest.fixture
+def nothing_free(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
+    """Released whenever a worker finds all places at the model hosts taken."""
+    told = threading.Semaphore(0)
 
-    full = threading.Semaphore(0)
-
-    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
-        if super().acquire(blocking=False):
+    class Places(threading.BoundedSemaphore):
+        def __enter__(self) -> bool:
+            if not self.acquire(blocking=False):
+                told.release()
+                self.acquire()
             return True
-        self.full.release()
-        return super().acquire(blocking, timeout)
 
-    __enter__ = acquire
-
-
-def test_whoever_finds_no_free_place_waits_with_a_picture(api, immich, ollama, monkeypatch):
     monkeypatch.setattr(threading, "BoundedSemaphore", Places)
+    return told
+
+
+def test_whoever_finds_no_free_place_waits_with_a_picture(api, immich, ollama, nothing_free):
     fill(api, 8)
     ollama.hold(*CHATS)
     with describing(api, ollama, Pause(), "--max-concurrent", "3") as job:
         ollama.wait_for(3)
-        assert Places.full.acquire(timeout=servers.PATIENCE)
-        assert Places.full.acquire(timeout=servers.PATIENCE)
+        assert nothing_free.acquire(timeout=servers.PATIENCE)
+        assert nothing_free.acquire(timeout=servers.PATIENCE)
         assert (ollama.in_flight, immich.count("GET", "/thumbnail")) == (3, 5)
         ollama.gate.set()
         assert job.result(30)[0] == {ia.Outcome.DESCRIBED: 8}
@@ -513,8 +514,8 @@ def test_a_bad_preview_costs_only_its_photo(library, ollama, command):
 @pytest.mark.parametrize(
     "reply",
     [
-        servers.recorded("immich-2.7.5", "database-down-thumbnail"),  # as it was up to 3.0
-        Reply(404, {"message": "Not Found"}),  # as it is since
+        servers.recorded("immich-2.7.5", "database-down-thumbnail"),  # what older releases say
+        Reply(404, {"message": "Not Found"}),  # and newer ones
     ],
     ids=["500", "404"],
 )
@@ -622,7 +623,7 @@ def test_an_unusable_answer_fails_its_photo_after_three_tries(api, model, comman
     pictures = {name: servers.own_picture(n) for n, name in enumerate(UNUSABLE, 100)}
     ids = {name: api.add(name, picture=picture) for name, picture in pictures.items()}
     answer_by_picture(model, {pictures[name]: UNUSABLE[name][0] for name in UNUSABLE})
-    done = command(*api.argv, *asking(model), *ONE_TRY)
+    done = command(*api.argv, *asking(model), *NO_PAUSE)
     assert done.returncode == 1
     [chat] = {exchange.path for exchange in model.find(*CHATS)}
     fields = {"url": model.url + chat, "tokens": 4096, "status": 500, "why": "out of memory"}

@@ -434,13 +434,13 @@ def test_a_server_is_told_who_asks(ask, server):
 
 
 @pytest.mark.parametrize(
-    ("reply", "key"),
-    [(RESET, "connection_cut"), (CUT, "connection_cut"), (HANG, "timed_out")],
+    ("reply", "timeout", "key"),
+    [(RESET, 5, "connection_cut"), (CUT, 5, "connection_cut"), (HANG, 0.05, "timed_out")],
 )
-def test_a_server_that_gives_up_on_a_request_costs_a_try(ask, reply, key):
+def test_a_server_that_gives_up_on_a_request_costs_a_try(ask, reply, timeout, key):
     with servers.FakeServer() as server:
         server.script("POST", "/x", reply)
-        found, error = blamed(ask, f"{server.url}/x?key={SECRET}", "POST", timeout=0.05)
+        found, error = blamed(ask, f"{server.url}/x?key={SECRET}", "POST", timeout=timeout)
     assert found == (ia.Retryable, key)
     assert error.fields["url"] == f"{server.url}/x"
 
@@ -513,8 +513,9 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
     ],
 )
 def test_half_an_answer_or_none_costs_a_try(ask, data, how, key):
+    timeout = 0.3 if how.get("hold") else 5
     with saying(data, **how) as place:
-        assert blamed(ask, f"http://{place}/x", timeout=0.05)[0] == (ia.Retryable, key)
+        assert blamed(ask, f"http://{place}/x", timeout=timeout)[0] == (ia.Retryable, key)
 
 
 def closed_port():
