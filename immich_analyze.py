@@ -42,7 +42,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, Self, TypeVar
+from typing import IO, Any, NoReturn, Protocol, Self, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import configargparse
@@ -256,7 +256,7 @@ def number(least: float, *, whole: bool = False, above: bool = False) -> Callabl
         except (ValueError, OverflowError):
             valid = False
         if not valid:
-            key = "not_a_whole_number" if whole else "not_a_number"
+            key = "not_a_whole_number" if whole else "not_above" if above else "not_a_number"
             raise argparse.ArgumentTypeError(t(key, value=text, least=f"{least:g}"))
         return value if whole else min(value, threading.TIMEOUT_MAX)
 
@@ -288,7 +288,8 @@ def web_address(text: str) -> str:
     url = text.strip() if "://" in text else f"http://{text.strip()}"
     try:
         parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+        valid = parts.scheme in ("http", "https") and (parts.port or True)
+        valid = valid and not (parts.hostname or "0").isdecimal()  # a port taken for a name
     except ValueError:
         valid = False
     if not valid or re.search(r"\s", url):
@@ -342,18 +343,35 @@ class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
         return settings
 
 
+def open_config(file: str) -> IO[str]:
+    """Open a configuration file; Fatal if that cannot be done."""
+    try:
+        return open(file, encoding="utf-8")
+    except OSError as error:
+        raise Fatal("unreadable_file", file=file, why=error.strerror) from error
+
+
 class Parser(configargparse.ArgumentParser):  # type: ignore[misc]
     """Reports a wrong setting as Fatal, in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise Fatal("bad_setting", problem=message.removeprefix("argument "))
+        if isinstance(cause := sys.exception(), Fatal):
+            raise cause
+        name, _, problem = message.removeprefix("argument ").partition(": ")
+        if problem == "expected one argument":
+            problem = t("value_missing")
+        elif problem.startswith("ignored explicit argument"):
+            problem = t("value_unwanted")
+        elif name.startswith("Unexpected value for "):
+            name, problem = name.removeprefix("Unexpected value for "), t("not_a_switch")
+        raise Fatal("bad_setting", problem=f"{name}: {problem}")
 
 
 def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     """The table of options: name, variable, converter, default."""
     parser = Parser(
         prog="immich-analyze",
-        usage=argparse.SUPPRESS,  # as long as the table itself
+        usage="%(prog)s [options]",
         description=t("help_description"),
         epilog=t("help_epilog"),
         add_help=False,
@@ -361,6 +379,7 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
         add_config_file_help=False,
         add_env_var_help=False,
         default_config_files=CONFIG_FILES,
+        config_file_open_func=open_config,
         config_file_parser_class=FileParser,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
     )
@@ -370,8 +389,10 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
         option = flags[0].lstrip("-").replace("-", "_")
         variable = f"IMMICH_ANALYZE_{option.upper()}" if env is None else env
         text = t(f"help_{option}")
-        if more.get("default") not in (None, False, argparse.SUPPRESS):
-            text += f" ({more['default']})".replace("%", "%%")
+        default = more.get("default")
+        if default not in (None, False, argparse.SUPPRESS):
+            shown = f"{default:g}" if isinstance(default, float) else str(default)
+            text += f" ({shown})".replace("%", "%%")
         text += f" [{variable}]" if variable else ""
         group.add_argument(*flags, env_var=variable, help=text, **more)
 
@@ -466,17 +487,14 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
             # that has no value and so became "--line=true"
             found = (re.match(r"(?!.*=true$)(--[^=]+|-.)", word, re.S) for word in unknown)
             names = [match[0] for match in found if match]
-            raise Fatal("unknown_option", option=(names or ["…"])[0])
+            raise Fatal("unknown_option", option=names[0]) if names else Fatal("unknown_word")
         return options
 
-    try:
+    options = read()
+    old_hosts = f"IMMICH_ANALYZE_{options.interface}_HOSTS".upper()
+    if old_hosts in known and "IMMICH_ANALYZE_HOSTS" not in known:
+        known["IMMICH_ANALYZE_HOSTS"] = known[old_hosts]
         options = read()
-        old_hosts = f"IMMICH_ANALYZE_{options.interface}_HOSTS".upper()
-        if old_hosts in known and "IMMICH_ANALYZE_HOSTS" not in known:
-            known["IMMICH_ANALYZE_HOSTS"] = known[old_hosts]
-            options = read()
-    except OSError as error:
-        raise Fatal("unreadable_file", file=error.filename, why=error.strerror) from error
     return config_from(options, known)
 
 
@@ -896,7 +914,7 @@ def sql() -> Iterator[None]:
     try:
         yield
     except psycopg2.OperationalError as error:
-        why = " ".join(str(error).split())
+        why = re.sub(r"\s*Is the server running[^?]*\?", "", " ".join(str(error).split()))
         words = re.sub(r'"[^"]*"', "", why)  # without names of hosts and databases
         if not error.pgcode and REFUSED.search(words) and not WAIT_AND_SEE.search(words):
             raise Fatal("database_refused", why=why) from error
@@ -1155,6 +1173,7 @@ class Ai:
         config, dialect = self._config, self._dialect
         question = dialect.question(config.model_name, config.prompt, picture, config.max_tokens)
         switch = {} if url in self._no_switch else dialect.thinking(config.think)
+        log.debug("asking %s", public(url))
         try:
             answer = self._call(url, "POST", dialect.chat, json=question | switch)
         except Permanent as error:
@@ -1568,10 +1587,11 @@ TABLES = """
     WHERE n.nspname = current_schema() AND c.relkind IN ('r', 'p')
     GROUP BY c.relname"""
 MISSING_GRANTS = """
-    SELECT 'SELECT ON ' || name FROM unnest(%(reads)s) name
+    SELECT format('GRANT SELECT ON %%I TO %%I', name, current_user) FROM unnest(%(reads)s) name
     WHERE NOT has_any_column_privilege(quote_ident(name)::regclass, 'SELECT')
     UNION ALL
-    SELECT format('UPDATE (%%I) ON %%I', name, %(exif)s) FROM unnest(%(columns)s) name
+    SELECT format('GRANT UPDATE (%%I) ON %%I TO %%I', name, %(exif)s, current_user)
+    FROM unnest(%(columns)s) name
     WHERE NOT has_column_privilege(quote_ident(%(exif)s)::regclass, name, 'UPDATE')"""
 NO_ID = "00000000-0000-0000-0000-000000000000"
 
@@ -1689,12 +1709,13 @@ def open_database(config: Config) -> tuple[Callable[[], Library], bool]:
         chosen = statements(tables, config.policy)
         needs = {"reads": list(chosen.reads), "exif": chosen.exif, "columns": list(chosen.columns)}
         if missing := database.rows(MISSING_GRANTS, **needs):
-            raise Fatal("grants_missing", grants=", ".join(grant for (grant,) in missing))
+            raise Fatal("grants_missing", grants="; ".join(grant for (grant,) in missing))
         samples = [path for (path,) in database.rows(chosen.samples)]
     if not os.path.isdir(root / "thumbs"):  # also where it may not be looked at
         raise Fatal("root_wrong", root=root)
     if samples and not any(is_preview(root, path) for path in samples):
-        raise Fatal("root_empty", root=root, path=samples[0])
+        looked_for = root / "thumbs" / samples[0].rpartition("thumbs/")[2]
+        raise Fatal("root_empty", root=root, path=looked_for)
     if not chosen.locks:
         log.warning("%s", t("no_lock"))
     url = config.postgres_url
@@ -1850,6 +1871,7 @@ def analyze(
     picture = patience(lambda: prepared(library.preview(asset), max_image_size))
     text = ai.describe(picture)
     written = patience(lambda: library.write(asset, text), VALUABLE_TRIES)
+    log.debug("%s (%s), written: %s, %s", asset.name, asset.id, written, text)
     return Outcome.DESCRIBED if written else Outcome.SKIPPED
 
 

@@ -106,7 +106,7 @@ def test_all_variables_of_immich_and_all_older_names_are_documented():
 def test_every_further_variable_has_an_effect(name, tmp_path):
     special = {"RUST_LOG": "debug", "IMMICH_ANALYZE_NO_FINAL_OUTPUT": "true"}
     special |= dict.fromkeys(("LC_ALL", "LC_MESSAGES", "LANG"), "ru_RU.UTF-8")
-    value = special.get(name, "7432")
+    value = special.get(name, "7432" if name.startswith("DB_") else "host7432")
     usual = {"IMMICH_API_URL": "http://immich", "IMMICH_API_KEY": "key"}
     environ = dict(usual)
     if "IMMICH_API" in name:

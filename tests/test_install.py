@@ -15,11 +15,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*command: str | Path, **environ: str) -> str:
-    """Run a command in a folder that knows nothing of the checkout; what it says."""
+    """Run a command in a folder that knows nothing of the checkout; what it says.
+
+    Coverage is of the checkout's module, not of a copy of it.
+    """
+    own = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     done = subprocess.run(
         [str(word) for word in command],
         cwd="/",
-        env=os.environ | environ,
+        env=own | environ,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

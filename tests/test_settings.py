@@ -386,6 +386,7 @@ URL, KEY = ({name: API[name]} for name in API)
         (["-d", "database"], API | DB, ia.Access.DATABASE, False),
         (["-d", "database"], API, ia.Access.DATABASE, False),
         (["-d", "database"], URL, ia.Access.DATABASE, False),
+        (["-d", "database"], {}, ia.Access.DATABASE, False),
         ([], API | dict.fromkeys(DB, ""), ia.Access.API, False),
         ([], dict.fromkeys(API, ""), ia.Access.DATABASE, False),
     ],
@@ -656,8 +657,6 @@ def test_a_named_file_beats_the_users_which_beats_the_systems(settings, tmp_path
         ([], {"IMMICH_ANALYZE_OLLAMA_HOSTS": "a:port"}, "--hosts"),
         (["--immich-api-url", "immich:port"], {}, "--immich-api-url"),
         ([], {"IMMICH_API_URL": "file:///etc"}, "--immich-api-url"),
-        (["--config", "/no/such/file"], {}, "/no/such/file"),
-        (["--config", "/"], {}, "/"),
         (["--config"], {}, "--config"),
         (["--api-key", "a", "--api-key-file", "b"], {}, "--api-key"),
     ],
@@ -669,6 +668,33 @@ def test_a_wrong_setting_is_named(refused, argv, more, named):
 
 
 @pytest.mark.parametrize(
+    ("argv", "more", "name", "key", "fields"),
+    [
+        (["--timeout", "0"], {}, "--timeout", "not_above", {"value": "0", "least": "0"}),
+        (["--grace", "-1"], {}, "--grace", "not_a_number", {"value": "-1", "least": "0"}),
+        (
+            *(["--max-concurrent", "0"], {}, "--max-concurrent"),
+            *("not_a_whole_number", {"value": "0", "least": "1"}),
+        ),
+        (["--lang", "de"], {}, "--lang", "not_one_of", {"value": "de", "names": "en, ru"}),
+        (["--hosts", "11434"], {}, "--hosts", "not_an_address", {"value": "11434"}),
+        (["--hosts", "http://u:p@:1"], {}, "--hosts", "not_an_address", {"value": ":1"}),
+        (["--timeout"], {}, "--timeout", "value_missing", {}),
+        (["--think=yes"], {}, "--think/--no-think", "value_unwanted", {}),
+        *[
+            ([], {"IMMICH_ANALYZE_THINK": word}, "IMMICH_ANALYZE_THINK", "not_a_switch", {})
+            for word in ("maybe", "2", "да")
+        ],
+    ],
+)
+def test_a_wrong_setting_is_told_in_the_persons_language(refused, argv, more, name, key, fields):
+    for language in ia.LANGUAGES:
+        ia.use_language(language)
+        problem = refused(*argv, **more).fields["problem"]
+        assert problem == f"{name}: {ia.t(key, **fields)}"
+
+
+@pytest.mark.parametrize(
     ("argv", "more", "key", "fields"),
     [
         (["--nonsense"], {}, "unknown_option", {"option": "--nonsense"}),
@@ -676,12 +702,14 @@ def test_a_wrong_setting_is_named(refused, argv, more, named):
         ([f"--apikey={SECRET}"], {}, "unknown_option", {"option": "--apikey"}),
         (["--model", "x"], {}, "unknown_option", {"option": "--model"}),
         (["-x"], {}, "unknown_option", {"option": "-x"}),
-        ([SECRET], {}, "unknown_option", {"option": "…"}),
+        ([SECRET], {}, "unknown_word", {}),
         ([SECRET, "--apikey"], {}, "unknown_option", {"option": "--apikey"}),
         ([f"-k{SECRET}"], {}, "unknown_option", {"option": "-k"}),
         ([], {"file": f"apikey = {SECRET}"}, "unknown_option", {"option": "--apikey"}),
-        ([], {"file": f"think\n{SECRET}\n"}, "unknown_option", {"option": "…"}),
+        ([], {"file": f"think\n{SECRET}\n"}, "unknown_word", {}),
         ([], {"file": f"no-hosts = {ONE}"}, "unknown_option", {"option": "--no-hosts"}),
+        (["--config", "/no/such"], {}, "unreadable_file", {"file": "/no/such"}),
+        (["--config", "/"], {}, "unreadable_file", {"file": "/"}),
         (["--api-key-file", "/no/such"], {}, "unreadable_file", {"file": "/no/such"}),
         (["--api-key-file", "/"], {}, "unreadable_file", {"file": "/"}),
         ([], {"IMMICH_API_KEY_FILE": "/no/such"}, "unreadable_file", {"file": "/no/such"}),
@@ -795,6 +823,13 @@ def test_a_wrong_database_address_is_not_quoted(config, url):
     error = caught.value
     assert error.key == "bad_postgres_url"
     assert SECRET not in f"{error} {error!r} {error.fields}"
+
+
+@pytest.mark.parametrize(
+    "url", ["host=a,b port=1,2", "postgresql://u:p%40ss@h:5432/d?sslmode=require", "dbname=x"]
+)
+def test_a_good_database_address_stays_as_it_is(url):
+    assert ia.postgres_url(url) == url
 
 
 @pytest.mark.parametrize(

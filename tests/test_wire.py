@@ -3,6 +3,7 @@
 import gzip
 import json
 import socket
+import ssl
 import struct
 import threading
 from contextlib import contextmanager, suppress
@@ -264,6 +265,12 @@ def test_a_recorded_error_says_who_is_to_blame(ask, server, name, case, expected
     assert blamed(ask, f"{server.url}/x", "POST", blame=blame)[0] == expected
 
 
+def test_a_missing_permission_is_named(ask, server):
+    server.script("GET", "/x", recorded("immich-2.7.5", "thumbnail-missing-permission"))
+    found = blamed(ask, f"{server.url}/x", blame=IMMICH)[1]
+    assert found.fields == {"permission": "asset.view"}
+
+
 def error(text):
     return {"error": {"message": text, "type": "invalid_request_error"}}
 
@@ -297,6 +304,7 @@ def test_other_servers_word_it_differently(ask, server, status, body, expected):
         ({"error": "unexpected EOF"}, "unexpected EOF"),
         ({"error": {"message": "Loading model", "code": 503}}, "Loading model"),
         ({"error": '{"error":{"message":"nested","code":400}}'}, "nested"),
+        ({"error": json.dumps({"error": json.dumps({"error": "deeper"})})}, "deeper"),
         ({"message": "Not found", "error": "Bad Request"}, "Not found"),
         ({"message": ["one", "two"], "error": "Bad Request"}, "one; two"),
         ({"detail": "not that"}, "not that"),
@@ -469,6 +477,17 @@ def test_what_requests_raises_says_who_is_to_blame(ask, monkeypatch, trouble, ex
 
     monkeypatch.setattr(ia.Session, "request", request)
     assert blamed(ask, f"http://user:{SECRET}@host/x?key={SECRET}")[0] == expected
+
+
+def test_a_certificate_that_is_not_trusted_is_told_in_its_own_words(ask, monkeypatch):
+    cause = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED]")
+    cause.verify_message = "self-signed certificate"
+
+    def request(*_, **__):
+        raise requests.exceptions.SSLError("certificate verify failed") from cause
+
+    monkeypatch.setattr(ia.Session, "request", request)
+    assert blamed(ask, "https://host/x")[1].fields["why"] == "self-signed certificate"
 
 
 @contextmanager
@@ -719,6 +738,7 @@ def test_what_a_connection_over_tcp_meets_says_who_is_to_blame(tcp_address, chan
         ("FATAL:  the database system is in recovery mode", ia.HostDown),
         ("FATAL:  the database system is not yet accepting connections", ia.HostDown),
         ("FATAL:  sorry, too many clients already", ia.HostDown),
+        ("FATAL:  remaining connection slots are reserved for roles with the", ia.HostDown),
         ("timeout expired", ia.HostDown),
         ("server closed the connection unexpectedly", ia.HostDown),
         ('FATAL:  no pg_hba.conf entry for host "10.0.0.1", no encryption', ia.Fatal),
