@@ -47,6 +47,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import configargparse
 import psycopg2
+import psycopg2.errors
 import psycopg2.extensions
 import requests
 from PIL import Image
@@ -127,7 +128,7 @@ class Gone(AnalyzeError):
 
 
 class Fatal(AnalyzeError):
-    """Nothing will work (at this host) until a person acts."""
+    """Nothing will work until a person acts: at this host, with this key, or at all."""
 
 
 class Stopped(AnalyzeError):
@@ -234,14 +235,11 @@ class Config:
 
 def language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
     """Language of the texts, needed before the options can be parsed."""
-    chosen = environ.get("IMMICH_ANALYZE_LANG", "")
-    for argument, following in zip(argv, [*argv[1:], ""], strict=False):
-        if argument == "--lang":
-            chosen = following
-        elif argument.startswith("--lang="):
-            chosen = argument.removeprefix("--lang=")
-    if chosen.lower() in LANGUAGES:
-        return chosen.lower()
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--lang", nargs="?", default=environ.get("IMMICH_ANALYZE_LANG"))
+    chosen = (finder.parse_known_args(argv)[0].lang or "").lower()
+    if chosen in LANGUAGES:
+        return chosen
     locale = next((v for n in ("LC_ALL", "LC_MESSAGES", "LANG") if (v := environ.get(n))), "")
     return locale[:2] if locale[:2] in LANGUAGES else "en"
 
@@ -292,7 +290,7 @@ def web_address(text: str) -> str:
         valid = valid and not (parts.hostname or "0").isdecimal()  # a port taken for a name
     except ValueError:
         valid = False
-    if not valid or re.search(r"\s", url):
+    if not valid or re.search(r"\s|[/?#].*@", url.partition("://")[2]):
         shown = re.sub(r".*@|[?#].*", "", text, flags=re.S)  # the rest may be a password
         raise argparse.ArgumentTypeError(t("not_an_address", value=shown))
     return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
@@ -318,8 +316,9 @@ def web_addresses(text: str) -> tuple[str, ...]:
 
 def opposite(switch: str) -> str:
     """The other setting of a switch given by word; nonsense stays, to be complained about."""
-    words = {"true": "no", "yes": "no", "on": "no", "1": "no"}
-    return (words | dict.fromkeys(("false", "no", "off", "0"), "yes")).get(switch.lower(), switch)
+    others = dict.fromkeys(("true", "yes", "on", "1"), "no")
+    others |= dict.fromkeys(("false", "no", "off", "0"), "yes")
+    return others.get(switch.lower(), switch)
 
 
 class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
@@ -403,8 +402,8 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     mode = work.add_mutually_exclusive_group()
     add(mode, "--mode", type=one_of(list(Mode)), default=Mode.BATCH.value, metavar="MODE")
     for flag, value in (("-m", Mode.MONITOR), ("-c", Mode.COMBINED)):
-        name = {"const": value.value, "default": argparse.SUPPRESS}
-        add(mode, f"--{value}", flag, env="", action="store_const", dest="mode", **name)
+        more = {"const": value.value, "default": argparse.SUPPRESS}
+        add(mode, f"--{value}", flag, env="", action="store_const", dest="mode", **more)
     add(work, "--overwrite-existing", "-o", default=False, **switch)
     add(work, "--prompt", default=PROMPT, metavar="TEXT")
 
@@ -502,7 +501,7 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
     """Apply the rules that span several options."""
     given = vars(options)
     url, database_url = secret(given, "postgres_url").strip(), postgres_url_from(environ)
-    keys = words(secret(given, "immich_api_keys"))
+    keys = words(secret(given, "immich_api_keys").replace("\n", ","))
     api_url = options.immich_api_url or ""
     database_given, api_given = bool(url or database_url), bool(api_url or keys)
     access = options.data_access_mode or (
@@ -592,27 +591,19 @@ def wants(description: str, policy: Policy) -> bool:
     return policy is Policy.ALL or not description.strip()
 
 
-def picture_type(data: bytes) -> str | None:
-    """MIME type by the first bytes; None for what is no picture we know."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "image/jpeg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "image/png"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "image/webp"
-    return None
+def picture_type(data: bytes) -> tuple[str | None, bool]:
+    """MIME type by the first bytes, None for what is no picture we know; and if it is whole.
 
-
-def is_whole(data: bytes, mime: str) -> bool:
-    """Whether the file has its end: previews are rewritten in place, and seen cut then."""
+    Previews are rewritten in place, and seen cut then: a whole one has its last bytes.
+    """
     tail = data[-64:]
-    match mime:
-        case "image/jpeg":
-            return b"\xff\xd9" in tail
-        case "image/png":
-            return b"IEND" in tail
-        case _:
-            return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    if data.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg", b"\xff\xd9" in tail
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png", b"IEND" in tail
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "image/webp", len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    return None, bool(data)
 
 
 def prepared(data: bytes, max_size: int) -> Picture:
@@ -624,8 +615,8 @@ def prepared(data: bytes, max_size: int) -> Picture:
 
     Raises Retryable for a file that is being written, Permanent for no picture.
     """
-    mime = picture_type(data)
-    if not data or (mime and not is_whole(data, mime)):
+    mime, whole = picture_type(data)
+    if not whole:
         raise Retryable("preview_cut", pause=0.2)
     if not mime:
         raise Permanent("preview_unknown")
@@ -770,7 +761,7 @@ class Session(requests.Session):
         self.headers["User-Agent"] = f"immich-analyze/{__version__}"
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        """Nowhere."""
+        """Nowhere, which is how requests is kept from following redirects."""
 
 
 def http(
@@ -807,12 +798,12 @@ def http(
     except requests.exceptions.SSLError as error:
         kind = HostDown if "EOF" in str(error) else Fatal  # hung up on, or never going to work
         raise kind("tls_failed", url=shown, why=innermost(error)) from error
-    except requests.exceptions.ConnectionError as error:
-        raise connection_error(error, shown) from error
+    except requests.exceptions.InvalidHeader as error:  # in a broken answer
+        raise Retryable("connection_cut", url=shown) from error
     except ValueError as error:  # an address that neither requests nor urllib3 can read
         raise Fatal("not_an_address", value=shown) from error
-    except requests.exceptions.RequestException as error:
-        raise Retryable("connection_cut", url=shown) from error
+    except OSError as error:  # everything else that requests raises
+        raise connection_error(error, shown) from error
     if 200 <= reply.status < 300:
         return reply
     if 300 <= reply.status < 400:
@@ -820,11 +811,13 @@ def http(
     raise blame(reply)
 
 
-def connection_error(error: requests.exceptions.ConnectionError, shown: str) -> Retryable:
+def connection_error(error: OSError, shown: str) -> AnalyzeError:
     """Tell a server that cannot be reached from one that hung up on a request.
 
     The second may be the picture's doing, so it counts as a try of the picture.
     """
+    if not isinstance(error, requests.exceptions.RequestException):
+        return Fatal("tls_failed", url=shown, why=error)  # REQUESTS_CA_BUNDLE names no file
     cause = error.args[0] if error.args else None
     if isinstance(error, requests.exceptions.ConnectTimeout) or hasattr(cause, "reason"):
         return HostDown("unreachable", url=shown, why=innermost(error))
@@ -887,7 +880,7 @@ def immich_error(reply: Reply) -> AnalyzeError:
             return Gone("photo_gone")
         case 401:
             return Fatal("immich_key_refused", why=why)
-        case 403:
+        case 403 if "permission" in why:  # other ones are a proxy's
             return Fatal("immich_permission_missing", permission=why.rpartition(": ")[2])
         case 404 if why == "Asset media not found":
             return Permanent("preview_missing")
@@ -902,10 +895,13 @@ def immich_error(reply: Reply) -> AnalyzeError:
 
 
 # libpq gives no code when it cannot connect, only the server's words
-WAIT_AND_SEE = re.compile(
-    r"starting up|shutting down|recovery|not yet accepting|too many|slots are", re.I
+PASSING = re.compile(
+    r"starting up|shutting down|recovery|not yet accepting|too many|slots are"
+    r"|SYSCALL|closed unexpectedly",
+    re.I,
 )
 REFUSED = re.compile(r"FATAL|invalid|no password|SSL|certificate|GSS", re.I)
+ONE_ROW = (psycopg2.errors.LockNotAvailable, psycopg2.errors.QueryCanceled)
 
 
 @contextmanager
@@ -913,18 +909,19 @@ def sql() -> Iterator[None]:
     """Turn what psycopg2 raises into our errors."""
     try:
         yield
-    except psycopg2.OperationalError as error:
+    except psycopg2.Error as error:
         why = re.sub(r"\s*Is the server running[^?]*\?", "", " ".join(str(error).split()))
         words = re.sub(r'"[^"]*"', "", why)  # without names of hosts and databases
-        if not error.pgcode and REFUSED.search(words) and not WAIT_AND_SEE.search(words):
-            raise Fatal("database_refused", why=why) from error
-        raise HostDown("database_down", why=why) from error
-    except psycopg2.InterfaceError as error:
-        raise HostDown("database_down", why=" ".join(str(error).split())) from error
-    except psycopg2.DataError as error:
-        raise Permanent("database_refused", why=" ".join(str(error).split())) from error
-    except psycopg2.Error as error:  # no such column, no such right, a read-only server
-        raise Fatal("database_refused", why=" ".join(str(error).split())) from error
+        refused = not error.pgcode and REFUSED.search(words) and not PASSING.search(words)
+        match error:
+            case psycopg2.OperationalError() if isinstance(error, ONE_ROW):
+                raise Retryable("database_refused", why=why) from error
+            case psycopg2.OperationalError() | psycopg2.InterfaceError() if not refused:
+                raise HostDown("database_down", why=why) from error
+            case psycopg2.DataError():
+                raise Permanent("database_refused", why=why) from error
+            case _:  # a wrong password, no such column, no such right, a read-only server
+                raise Fatal("database_refused", why=why) from error
 
 
 def postgres_url(url: str) -> str:
@@ -1032,7 +1029,7 @@ DIALECTS = {
 class Host:
     """What is known of one model host."""
 
-    url: str
+    url: str = field(repr=False)
     in_flight: int = 0
     used: int = 0  # when it was picked last, counted in picks
     rests_until: float = 0.0
@@ -1059,6 +1056,7 @@ class Hosts:
         self._rest = rest
         self._clock = clock
         self._picks = 0
+        self.no_switch: set[str] = set()  # hosts that refuse the switch for thinking
 
     @contextmanager
     def place(self, stop: threading.Event) -> Iterator[str]:
@@ -1072,7 +1070,9 @@ class Hosts:
             try:
                 yield url
             finally:
-                self._leave(url)
+                with self._lock:
+                    if url in self._hosts:
+                        self._hosts[url].in_flight -= 1
 
     def pick(self) -> tuple[str, float]:
         """The host to ask; with seconds to wait first while all of them rest."""
@@ -1087,11 +1087,6 @@ class Hosts:
             host.in_flight, host.used = host.in_flight + 1, self._picks
             return host.url, 0.0
 
-    def _leave(self, url: str) -> None:
-        with self._lock:
-            if url in self._hosts:
-                self._hosts[url].in_flight -= 1
-
     def __len__(self) -> int:
         return len(self._hosts)
 
@@ -1099,24 +1094,22 @@ class Hosts:
         """Let a host rest, for as long as it asks or the setting says."""
         seconds = self._rest if error.pause is None else error.pause
         with self._lock:
-            host = self._hosts.get(url)
-            first = host is not None and host.rests_until <= self._clock()
-            if host:
-                host.rests_until = max(host.rests_until, self._clock() + seconds)
-        if first:
+            if not (host := self._hosts.get(url)):
+                return
+            now, rested_until = self._clock(), host.rests_until
+            host.rests_until = max(rested_until, now + seconds)
+        if rested_until <= now:
             log.warning("%s", t("host_rests", why=error, seconds=f"{seconds:g}"))
 
     def strike(self, url: str, error: Fatal) -> None:
         """Ask this host never again; raise the error if it was the last one."""
         with self._lock:
-            known = url in self._hosts
-            last = len(self._hosts) == 1
-            if known and not last:
-                del self._hosts[url]
-        if known and last:
-            raise error
-        if known:
-            log.error("%s", t("host_struck", why=error))
+            if url not in self._hosts:
+                return
+            if len(self._hosts) == 1:
+                raise error
+            del self._hosts[url]
+        log.error("%s", t("host_struck", why=error))
 
 
 class Ai:
@@ -1128,7 +1121,6 @@ class Ai:
         self._hosts = hosts
         self._stop = stop
         self._session = Session()
-        self._no_switch: set[str] = set()  # hosts that refuse the switch for thinking
         if config.api_key:
             # as a function, since .netrc would outrank a plain header
             self._session.auth = self._sign
@@ -1172,14 +1164,14 @@ class Ai:
         """One question to one host; asked again without the switch it refuses."""
         config, dialect = self._config, self._dialect
         question = dialect.question(config.model_name, config.prompt, picture, config.max_tokens)
-        switch = {} if url in self._no_switch else dialect.thinking(config.think)
+        switch = {} if url in self._hosts.no_switch else dialect.thinking(config.think)
         log.debug("asking %s", public(url))
         try:
             answer = self._call(url, "POST", dialect.chat, json=question | switch)
         except Permanent as error:
             if not switch or not THINK_REFUSED.search(str(error.fields["why"])):
                 raise
-            self._no_switch.add(url)
+            self._hosts.no_switch.add(url)
             answer = self._call(url, "POST", dialect.chat, json=question)
         if dig(answer, *dialect.finish) == "length":
             raise Retryable("answer_cut", tokens=config.max_tokens)
@@ -1317,25 +1309,17 @@ def onward(walk: Walk, listed: Mapping[str, datetime], more: bool, stable: bool)
     return Walk(walk.part, bound, seen=again)
 
 
-class Immich:
-    """Immich's REST interface at one address, by a session of its own."""
+class Immich(Session):
+    """A session with Immich's REST interface at one address."""
 
     def __init__(self, url: str) -> None:
-        self._url = url
-        self._session = Session()
+        super().__init__()
+        self.url = url
 
     def call(self, key: str, method: str, path: str, **options: Any) -> Reply:
         """Send one request with a user's key; without one for "", where none is needed."""
-        own: dict[str, Any] = {
-            "timeout": IMMICH_TIMEOUT,
-            "headers": {"x-api-key": key} if key else {},
-        }
-        address = self._url + path
-        return http(self._session, method, address, blame=immich_error, **own | options)
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._session.close()
+        own: dict[str, Any] = {"timeout": IMMICH_TIMEOUT, "headers": {"x-api-key": key or None}}
+        return http(self, method, self.url + path, blame=immich_error, **own | options)
 
 
 class ApiLibrary:
@@ -1362,6 +1346,8 @@ class ApiLibrary:
             query["takenBefore"] = before.replace("+00:00", "Z")
         body = query | self._filter(visibility)
         told = self._immich.call(account.key, "POST", "/search/metadata", json=body).json()
+        if not isinstance(dig(told, "assets"), dict):  # something in between said yes
+            raise Retryable("not_json", url=public(self._immich.url))
         items = [i for i in dig_list(told, "assets", "items") if isinstance(dig(i, "id"), str)]
         listed: dict[str, datetime] = {}
         date = walk.before or FAR_FUTURE
@@ -1369,8 +1355,8 @@ class ApiLibrary:
             date = moment(dig(item, "fileCreatedAt")) or date
             listed[item["id"]] = date
         fresh = [item for item in items if item["id"] not in walk.seen]
-        wanted = (item for item in fresh if is_photo(item) and self._owns(account, item))
-        assets = [photo_listed(item, str(number)) for item in wanted]
+        photos = ((item, photo_listed(item, str(number))) for item in fresh)
+        assets = [photo for item, photo in photos if photo and self._owns(account, item)]
         more, stable = dig(told, "assets", "nextPage") is not None, self._version >= (3, 1, 0)
         step = onward(walk, listed, more, stable)
         if step is None and walk.part + 1 < len(self._parts):
@@ -1446,15 +1432,15 @@ class ApiLibrary:
         self._immich.close()
 
 
-def is_photo(item: Mapping[str, Any]) -> bool:
-    """Whether a listed item is a photo to be described, whatever the search let through."""
-    unwanted = dig(item, "isTrashed") is True or dig(item, "isOffline") is True
-    hidden = dig(item, "visibility") in ("hidden", "locked")
-    return dig(item, "type") == "IMAGE" and not unwanted and not hidden
+def photo_listed(item: Mapping[str, Any], source: str) -> Asset | None:
+    """A photo as POST /search/metadata lists it; None for what the search let through besides.
 
-
-def photo_listed(item: Mapping[str, Any], source: str) -> Asset:
-    """A photo as POST /search/metadata lists it; no preview was made if thumbhash is null."""
+    No preview was made if thumbhash is null.
+    """
+    if dig(item, "type") != "IMAGE" or dig(item, "visibility") in ("hidden", "locked"):
+        return None
+    if dig(item, "isTrashed") is True or dig(item, "isOffline") is True:
+        return None
     description = dig(item, "exifInfo", "description")
     return Asset(
         id=item["id"],
@@ -1527,9 +1513,7 @@ class Statements:
     read: str  # id → description
     samples: str  # → paths of some previews
     locks: bool  # a description can be kept from being extracted anew (2.4 on)
-    reads: tuple[str, ...]  # tables to read from
-    exif: str  # table to write to
-    columns: tuple[str, ...]  # columns to write
+    needs: dict[str, Any]  # tables to read from, table and columns to write to
 
 
 LOCK = """, "lockedProperties" = (SELECT array_agg(DISTINCT p) FROM unnest(
@@ -1573,18 +1557,19 @@ def statements(tables: Mapping[str, set[str]], policy: Policy) -> Statements:
             WHERE e."assetId" = %(id)s::uuid AND {live}""",  # noqa: S608
         samples=f"SELECT path FROM {file} WHERE type = 'preview' LIMIT 50",  # noqa: S608
         locks=locks,
-        reads=(*names, "asset_job_status"),
-        exif=exif,
-        columns=("description", "lockedProperties") if locks else ("description",),
+        needs={
+            "reads": [*names, "asset_job_status"],
+            "exif": exif,
+            "columns": ["description", "lockedProperties"][: 1 + locks],
+        },
     )
 
 
 TABLES = """
     SELECT c.relname, array_agg(a.attname::text)
     FROM pg_catalog.pg_class c
-    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-    WHERE n.nspname = current_schema() AND c.relkind IN ('r', 'p')
+    WHERE pg_table_is_visible(c.oid) AND c.relkind IN ('r', 'p')
     GROUP BY c.relname"""
 MISSING_GRANTS = """
     SELECT format('GRANT SELECT ON %%I TO %%I', name, current_user) FROM unnest(%(reads)s) name
@@ -1593,7 +1578,19 @@ MISSING_GRANTS = """
     SELECT format('GRANT UPDATE (%%I) ON %%I TO %%I', name, %(exif)s, current_user)
     FROM unnest(%(columns)s) name
     WHERE NOT has_column_privilege(quote_ident(%(exif)s)::regclass, name, 'UPDATE')"""
-NO_ID = "00000000-0000-0000-0000-000000000000"
+BEFORE_ALL_IDS = "00000000-0000-0000-0000-000000000000"
+
+
+CONNECTION: dict[
+    str, Any
+] = {  # unless the setting says otherwise; a lost connection is noticed in a minute
+    "application_name": "immich-analyze",
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60000,  # ms
+}
 
 
 class Database:
@@ -1615,9 +1612,8 @@ class Database:
 
     def _open(self) -> psycopg2.extensions.connection:
         if self._connection is None or self._connection.closed:
-            connection = psycopg2.connect(
-                self._url, connect_timeout=10, fallback_application_name="immich-analyze"
-            )
+            own = psycopg2.extensions.parse_dsn(self._url)
+            connection = psycopg2.connect(**(CONNECTION | own))
             connection.autocommit = True
             connection.set_client_encoding("UTF8")
             with connection.cursor() as cursor:
@@ -1646,7 +1642,7 @@ class DbLibrary:
 
     def page(self, cursor: str | None) -> tuple[list[Asset], str | None]:
         """One page by id: only photos with work to do, each with its preview's path."""
-        listing, after = self._statements.listing, cursor or NO_ID
+        listing, after = self._statements.listing, cursor or BEFORE_ALL_IDS
         rows = self._database.rows(listing, after=after, limit=PAGE)
         assets = [Asset(str(i), name, text, path) for i, name, text, path in rows]
         return assets, assets[-1].id if len(assets) == PAGE else None
@@ -1707,8 +1703,9 @@ def open_database(config: Config) -> tuple[Callable[[], Library], bool]:
     with closing(Database(postgres_url(config.postgres_url))) as database:
         tables = {name: set(columns) for name, columns in database.rows(TABLES)}
         chosen = statements(tables, config.policy)
-        needs = {"reads": list(chosen.reads), "exif": chosen.exif, "columns": list(chosen.columns)}
-        if missing := database.rows(MISSING_GRANTS, **needs):
+        if database.rows("SHOW transaction_read_only") != [("off",)]:
+            raise Fatal("database_read_only")
+        if missing := database.rows(MISSING_GRANTS, **chosen.needs):
             raise Fatal("grants_missing", grants="; ".join(grant for (grant,) in missing))
         samples = [path for (path,) in database.rows(chosen.samples)]
     if not os.path.isdir(root / "thumbs"):  # also where it may not be looked at
@@ -1731,11 +1728,16 @@ def is_preview(root: Path, path: str) -> bool:
 
 
 def open_library(config: Config) -> tuple[Callable[[], Library], bool]:
-    """Check the library once; then what makes one for each worker, and if all can be reached."""
-    return OPEN[config.access](config)
+    """Check the library once; then what makes one for each worker, and if all can be reached.
 
-
-OPEN = {Access.DATABASE: open_database, Access.API: open_api}
+    All trouble at this point is the library's, not a photo's, so it can be waited for.
+    """
+    try:
+        return open_api(config) if config.access is Access.API else open_database(config)
+    except Retryable as error:
+        raise HostDown(error.key, pause=error.pause, **error.fields) from error
+    except (Permanent, Gone) as error:
+        raise Fatal(error.key, **error.fields) from error
 
 
 # ------------------------------------------------------------------------------
@@ -1758,11 +1760,11 @@ class Outcome(StrEnum):
 class Tally:
     """What became of every photo, shared by all workers."""
 
-    def __init__(self, show: Callable[[Counter[Outcome]], None] | None = None) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._taken: set[str] = set()
-        self._show = show
         self.counts: Counter[Outcome] = Counter()
+        self.show: Callable[[Counter[Outcome]], None] | None = None  # told of each photo
 
     def take(self, asset: Asset) -> bool:
         """Claim a photo to describe; False if it was listed and taken before."""
@@ -1775,8 +1777,8 @@ class Tally:
         """Count one photo."""
         with self._lock:
             self.counts[outcome] += 1
-        if self._show:
-            self._show(self.counts)
+        if self.show:
+            self.show(self.counts)
 
 
 class Shared:
@@ -1820,8 +1822,10 @@ class Patience:
                 pause = self.pause if error.pause is None else error.pause
                 if isinstance(error, HostDown):
                     first, away_since = not away_since, away_since or time.monotonic()
-                    if time.monotonic() - away_since + pause > self.longest:
+                    left = away_since + self.longest - time.monotonic()
+                    if left <= 0:
                         raise Fatal("library_away", why=error) from error
+                    pause = min(pause, left)
                     if first:
                         log.info("%s", t("waiting", why=error))
                 else:
@@ -1856,10 +1860,10 @@ def backlog(library: Library, patience: Patience, stop: threading.Event) -> Iter
 def sift(assets: Iterable[Asset], policy: Policy, tally: Tally) -> Iterator[Asset]:
     """The photos that need a description; counts the others, at no request each."""
     for asset in assets:
-        if not asset.ready:
-            tally.add(Outcome.NOT_READY)
-        elif not wants(asset.description, policy):
+        if not wants(asset.description, policy):
             tally.add(Outcome.SKIPPED)
+        elif not asset.ready:
+            tally.add(Outcome.NOT_READY)
         elif tally.take(asset):
             yield asset
 
@@ -1922,23 +1926,25 @@ class Signals:
         self.number = 0  # of the signal that came
         self.grace = 30.0
         self._stop = stop
+        self._told = threading.Event()
         self._wanted = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, self._wanted)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def _listen(self) -> None:
         self.number = signal.sigwait(self._wanted)
-        self._stop.set()
-        log.warning("%s", t("finishing", signal=signal.Signals(self.number).name))
-        timer = threading.Timer(self.grace, self._leave, (self.number,))
+        timer = threading.Timer(self.grace, os._exit, (128 + self.number,))
         timer.daemon = True
         timer.start()
-        self._leave(signal.sigwait(self._wanted))
+        self._stop.set()
+        log.warning("%s", t("finishing", signal=signal.Signals(self.number).name))
+        self._told.set()
+        os._exit(128 + signal.sigwait(self._wanted))
 
-    @staticmethod
-    def _leave(number: int) -> None:
-        logging.shutdown()
-        os._exit(128 + number)
+    def exit_code(self) -> int:
+        """128 + the number of the signal that came, once the line about it is out."""
+        self._told.wait(self.grace)
+        return 128 + self.number
 
 
 class Lines(logging.Handler):
@@ -1946,25 +1952,40 @@ class Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except OSError:  # nobody reads it any more; the work goes on
+            self.handleError(record)
 
 
 class OneLine(logging.Formatter):
-    """Keeps file names and servers' words from faking lines or steering a terminal."""
+    """Keeps file names and servers' words from faking lines, steering a terminal, or
+    quoting one of the `secrets`."""
+
+    secrets: tuple[str, ...] = ()
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The message with control characters replaced; tracebacks come after it."""
-        record.message = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", record.message)
+        unsafe = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+        record.message = re.sub(unsafe, "\ufffd", record.message)
         return super().formatMessage(record)
 
+    def format(self, record: logging.LogRecord) -> str:
+        """The whole text of a record."""
+        text = super().format(record)
+        for secret in filter(None, self.secrets):
+            text = text.replace(secret, "…")
+        return text
 
-def set_up_logging() -> None:
+
+def set_up_logging() -> OneLine:
     """Messages for people on a terminal; silence from cron when all is well."""
-    handler = Lines()
-    handler.setFormatter(OneLine())
+    handler, lines = Lines(), OneLine()
+    handler.setFormatter(lines)
     log.addHandler(handler)
     log.propagate = False
     log.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    return lines
 
 
 class Progress:
@@ -1991,42 +2012,26 @@ class Progress:
         self._bar.close()
 
 
-def opened(config: Config) -> tuple[Callable[[], Library], bool]:
-    """Open the library; all trouble at this point is the library's, so it can be waited for."""
-    try:
-        return open_library(config)
-    except Retryable as error:
-        raise HostDown(error.key, pause=error.pause, **error.fields) from error
-    except (Permanent, Gone) as error:
-        raise Fatal(error.key, **error.fields) from error
-
-
-def describe_library(config: Config, stop: threading.Event) -> tuple[Counter[Outcome], bool]:
-    """Check everything, then describe the backlog; the counts, and if all could be reached."""
+def describe_library(config: Config, stop: threading.Event, tally: Tally) -> bool:
+    """Check everything, then describe the backlog; whether all of it could be reached."""
     wait_timeout = config.wait_timeout or math.inf
     waiting = Patience(
         stop, config.wait_retry_interval, wait_timeout if config.wait_for_immich else 0.0
     )
     patience = Patience(stop, max(1.0, config.retry_delay_seconds), wait_timeout)
     hosts = Hosts(config.hosts, config.max_concurrent, config.unavailable_duration)
-    new_library, complete = waiting(lambda: opened(config))
+    new_library, complete = waiting(lambda: open_library(config))
     with closing(Ai(config, hosts, stop)) as ai:
         ai.check()
     with closing(new_library()) as listing:
         progress = Progress(listing) if sys.stderr.isatty() else None
-        tally = Tally(progress.show if progress else None)
+        tally.show = progress.show if progress else None
         assets = Shared(sift(backlog(listing, patience, stop), config.policy, tally))
 
         def worker() -> None:
             with closing(new_library()) as library, closing(Ai(config, hosts, stop)) as ai:
-                one = functools.partial(
-                    analyze,
-                    library=library,
-                    ai=ai,
-                    patience=patience,
-                    max_image_size=config.max_image_size,
-                )
-                work(assets, one, tally)
+                most = config.max_image_size
+                work(assets, lambda asset: analyze(asset, library, ai, patience, most), tally)
 
         # more workers than places at the hosts: the next pictures are fetched meanwhile
         workers = config.max_concurrent + max(2, config.max_concurrent // 4)
@@ -2035,7 +2040,7 @@ def describe_library(config: Config, stop: threading.Event) -> tuple[Counter[Out
         finally:
             if progress:
                 progress.close()
-    return tally.counts, complete
+    return complete
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2043,32 +2048,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = threading.Event()
     signals = Signals(stop)
     arguments = sys.argv[1:] if argv is None else list(argv)
-    began = time.monotonic()
-    set_up_logging()
+    began, tally = time.monotonic(), Tally()
+    lines = set_up_logging()
     try:
         use_language(language(arguments, os.environ))
         config = parse(arguments, os.environ)
         use_language(config.lang)
         log.setLevel(config.log_level or log.level)
+        lines.secrets = (config.api_key, *config.immich_api_keys)
         signals.grace = config.grace
         if config.mode is not Mode.BATCH:
             raise Fatal("mode_missing", mode=config.mode)
         if config.access_ambiguous:
             log.warning("%s", t("both_given"))
-        counts, complete = describe_library(config, stop)
+        complete = describe_library(config, stop, tally)
+    except Stopped:
+        return signals.exit_code()
     except Fatal as error:
         log.critical("%s", error)
-        return 2
-    except Stopped:
-        return 128 + signals.number
+        if not tally.counts:
+            return 2
+        code = 2
+    else:
+        code = 0 if complete and not tally.counts[Outcome.FAILED] else 1
     if config.final_output:
-        level = logging.WARNING if counts[Outcome.FAILED] else logging.INFO
-        fields = {outcome.value: counts[outcome] for outcome in Outcome}
+        level = logging.WARNING if code else logging.INFO
+        fields = {outcome.value: tally.counts[outcome] for outcome in Outcome}
         spent = timedelta(seconds=round(time.monotonic() - began))
         log.log(level, "%s", t("tally", time=spent, **fields))
-    if signals.number:
-        return 128 + signals.number
-    return 0 if complete and not counts[Outcome.FAILED] else 1
+    return signals.exit_code() if signals.number else code
 
 
 if __name__ == "__main__":

@@ -19,12 +19,15 @@ import immich_analyze as ia
 
 ROOT = Path(__file__).parent.parent
 FOREIGN = ("IMMICH_", "DB_", "RUST_LOG", "LC_", "LANG", "JOURNAL_STREAM", "NOTIFY_SOCKET")
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Settings of the person or service that runs the tests stay out of them."""
-    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+    for name in [
+        name for name in os.environ if name.startswith(FOREIGN) or name.upper() in PROXIES
+    ]:
         monkeypatch.delenv(name)
     home = tmp_path / "home"
     home.mkdir()
@@ -150,7 +153,7 @@ def real_llamacpp() -> Iterator[sandbox.LlamaCpp]:
 def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the real command line to its end, without a terminal."""
 
-    def run(*argv: str, timeout: float = 60, **environ: str) -> subprocess.CompletedProcess[str]:
+    def run(*argv: str, timeout: float = 30, **environ: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, str(ROOT / "immich_analyze.py"), *argv],
             cwd=tmp_path,

@@ -793,7 +793,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--model", metavar="FILE", help="a GGUF model of yours instead of the tiny one")
     add("--mmproj", metavar="FILE", help="its vision projector, also GGUF")
     add("--hosts", metavar="URLS", help="a running server instead, also as $HOSTS")
-    add("--interface", metavar="NAME", help="what it speaks: ollama, llamacpp or openai")
+    add("--interface", metavar="NAME", help="what it speaks: ollama or llamacpp")
     add("--model-name", metavar="NAME", help="which of its models to use")
     options, passed_on = parser.parse_known_args()
     options.hosts = options.hosts or os.environ.get("HOSTS")

@@ -304,7 +304,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: _Listener
 
     def _serve(self) -> None:
-        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = int(self.headers.get("Content-Length") or 0)
+        data = self.rfile.read(length)
+        if len(data) < length:  # the client or the test hung up: no request came
+            self.close_connection = True
+            return
         exchange = Exchange(self.command, self.path, self.headers, data)
         reply = self.server.fake.serve(exchange)
         if reply is None:

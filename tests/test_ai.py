@@ -156,6 +156,14 @@ def test_a_host_that_refuses_the_switch_is_asked_without_it_from_then_on(fake, s
     assert [exchange.json for exchange in second.find("POST", fake.chat)] == [complete] * 2
 
 
+def test_what_one_worker_learns_of_the_switch_all_know(fake, make):
+    fake.script("POST", fake.chat, NO_SWITCH[fake.interface])
+    one = make(fake)
+    for ai in (one, make(fake, like=one)):
+        assert ai.describe(PICTURE) == servers.told(JPEG)
+    assert [question == body(fake.interface) for question in requests(fake)] == [True, False, False]
+
+
 def test_another_refusal_is_no_matter_of_the_switch(fake, make):
     fake.script("POST", fake.chat, Reply(400, {"error": "Failed to load image or audio file"}))
     found, _ = error_of(make(fake).describe, PICTURE)
@@ -573,7 +581,11 @@ def test_a_check_that_is_refused_ends_in_one_line(fake, make, status):
     assert "invalid model name" in str(error)
 
 
-@pytest.mark.parametrize("trouble", [None, HANG, RESET, BROKEN, Reply(200, "<html>")], ids=str)
+@pytest.mark.parametrize(
+    "trouble",
+    [None, HANG, RESET, BROKEN, Reply(200, "<html>")],
+    ids=["away", "hangs", "hangs up", "fails", "says no JSON"],
+)
 def test_no_host_at_all_ends_it(fake, second, make, stop, monkeypatch, trouble):
     monkeypatch.setattr(ia, "CHECK_TIMEOUT", 0.05)
     ai = make(fake, second)

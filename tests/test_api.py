@@ -511,11 +511,11 @@ def test_an_immich_that_is_away_is_one_to_wait_for(fake, settings, trouble):
     else:
         setattr(server, trouble, True)
     with pytest.raises(ia.HostDown):
-        ia.opened(settings(server))
+        ia.open_library(settings(server))
     if trouble == "closed":
         server.start()
     server.maintenance = server.database_down = False
-    ia.opened(settings(server))
+    ia.open_library(settings(server))
 
 
 @pytest.mark.parametrize(
@@ -528,7 +528,7 @@ def test_trouble_at_the_start_that_stays_is_one_line(fake, settings, stop, path,
     server = fake()
     server.script("GET", path, trouble, forever=True)
     with pytest.raises(ia.Fatal):
-        ia.describe_library(settings(server), stop)
+        ia.describe_library(settings(server), stop, ia.Tally())
     assert sum(stop.waits) <= 120
 
 

@@ -64,6 +64,34 @@ def on_terminal(*argv: str, **environ: str) -> tuple[int, str]:
 # --- Exit codes and what is said -------------------------------------------------------------
 
 
+def test_what_was_done_is_told_also_when_the_run_cannot_go_on(api, ollama, command):
+    fill(api, 1)
+    assert command(*api.argv, *asking(ollama)).returncode == 0
+    fill(api, 2)
+    gone = Reply(404, {"error": "model 'tiny-vlm' not found"})
+    ollama.script(*CHATS, gone, forever=True)
+    done = command(*api.argv, *asking(ollama))
+    assert done.returncode == 2
+    why, last = done.stderr.splitlines()
+    assert "tiny-vlm" in why
+    assert last.startswith(tally(skipped=1))
+
+
+def test_the_work_goes_on_when_nobody_reads_the_messages(api, ollama):
+    wanted = fill(api, 3)
+    for _ in range(3):
+        api.add(picture=b"no picture")
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        argv = [sys.executable, str(ROOT / "immich_analyze.py"), *api.argv, *asking(ollama)]
+        done = subprocess.run(argv, stderr=writing, stdin=subprocess.DEVNULL, timeout=30)
+    finally:
+        os.close(writing)
+    assert done.returncode in (1, 120)  # 120: Python could not flush standard error
+    assert {id: api.texts()[id] for id in wanted} == wanted
+
+
 def test_cron_hears_of_failures_and_of_nothing_else(library, ollama, command):
     fill(library, 2)
     argv = [*library.argv, *asking(ollama)]
@@ -442,7 +470,7 @@ def test_without_waiting_an_absent_immich_is_one_line(command, ollama):
 
 
 def test_when_the_wait_is_over_an_absent_immich_is_one_line(command, ollama):
-    argv = ["--wait-timeout", "1", "--wait-retry-interval", "2", "--log-level", "info"]
+    argv = ["--wait-timeout", "0.2", "--wait-retry-interval", "2"]
     assert_refused(command(*API, *asking(ollama), *argv, timeout=20), NOWHERE)
 
 

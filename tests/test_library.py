@@ -3,6 +3,7 @@
 Every test runs twice: through the API of a fake Immich, and on a real database.
 """
 
+import itertools
 from contextlib import ExitStack, closing
 
 import pytest
@@ -234,13 +235,13 @@ def test_the_preview_of_a_photo_without_one_is_an_error_of_that_photo(store, ope
 # the write
 
 
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_the_store_holds_exactly_what_was_written(store, opened, text):
-    id, other = store.add("mine"), store.add("other", description="kept")
+def test_the_store_holds_exactly_what_was_written(store, opened):
+    ids = {store.add(name): text for name, text in TEXTS.items()}
+    other = store.add("other", description="kept")
     library = opened()
-    [asset] = wanted(library)
-    assert library.write(asset, text) is True
-    assert store.text(id) == text
+    for asset in wanted(library):
+        assert library.write(asset, ids[asset.id]) is True
+    assert {id: store.text(id) for id in ids} == ids
     assert store.text(other) == "kept"
 
 
@@ -262,26 +263,25 @@ def test_another_worker_can_write_what_one_has_listed(store, opened):
     assert store.text(id) == "By a worker."
 
 
-@pytest.mark.parametrize("listed", ["", " \n", "old text"], ids=["none", "blank", "described"])
-def test_the_listed_text_is_replaced(store, opened, listed):
-    id = store.add(description=listed)
+def test_the_listed_text_is_replaced(store, opened):
+    ids = [store.add(description=listed) for listed in ("", " \n", "old text")]
     library = opened("-o")
-    [asset] = listing(library)
-    assert library.write(asset, "New text.") is True
-    assert store.text(id) == "New text."
+    for asset in listing(library):
+        assert library.write(asset, f"New text for {asset.id}.") is True
+    assert [store.text(id) for id in ids] == [f"New text for {id}." for id in ids]
 
 
-@pytest.mark.parametrize("listed", ["", "old text"], ids=["none", "described"])
-@pytest.mark.parametrize("typed", ["typed meanwhile", " "])
-def test_what_somebody_typed_meanwhile_is_left_alone(store, opened, listed, typed):
-    id = store.add(description=listed)
+def test_what_somebody_typed_meanwhile_is_left_alone(store, opened):
+    cases = itertools.product(["", "old text"], ["typed meanwhile", " "])
+    typed = {store.add(description=listed): text for listed, text in cases}
     library = opened("-o")
-    [asset] = listing(library)
-    store.others_write(id, typed)
-    before = store.stamp(id)
-    assert library.write(asset, "Too late.") is False
-    assert store.text(id) == typed
-    assert store.stamp(id) == before
+    assets = listing(library)
+    for id, text in typed.items():
+        store.others_write(id, text)
+    stamps = {id: store.stamp(id) for id in typed}
+    assert [library.write(asset, "Too late.") for asset in assets] == [False] * 4
+    assert {id: store.text(id) for id in typed} == typed
+    assert {id: store.stamp(id) for id in typed} == stamps
 
 
 def test_writing_twice_is_one_write(store, opened):

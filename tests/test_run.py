@@ -272,13 +272,20 @@ class Pause(threading.Event):
         assert self._waits.acquire(timeout=servers.PATIENCE), "nothing was waited for"
 
 
+def described(config: ia.Config, stop: threading.Event) -> tuple[Any, bool]:
+    """Run to the end; the counts, and whether all of the library could be reached."""
+    done = ia.Tally()
+    complete = ia.describe_library(config, stop, done)
+    return done.counts, complete
+
+
 @contextmanager
 def describing(library: World, model: FakeServer, stop: Pause, *more: str) -> Iterator[Future[Any]]:
     """A run in this process, with a stop event of the test's own; it ends with the block."""
     config = ia.parse([*library.argv, *asking(model), *more], {})
     with ThreadPoolExecutor(1) as pool:
         try:
-            yield pool.submit(ia.describe_library, config, stop)
+            yield pool.submit(described, config, stop)
         finally:
             stop.set()
             stop.let_go.set()
@@ -523,8 +530,9 @@ def test_a_preview_that_immich_has_lost_costs_only_its_photo(api, immich, ollama
     good = fill(api, 5)
     lost = api.add(picture=servers.picture())
     immich.script("GET", f"{lost}/thumbnail", reply, forever=True)
-    counts, _ = ia.describe_library(ia.parse([*api.argv, *asking(ollama)], {}), stop)
-    assert counts == {ia.Outcome.DESCRIBED: 5, ia.Outcome.FAILED: 1}
+    done = ia.Tally()
+    ia.describe_library(ia.parse([*api.argv, *asking(ollama)], {}), stop, done)
+    assert done.counts == {ia.Outcome.DESCRIBED: 5, ia.Outcome.FAILED: 1}
     assert api.texts() == good | {lost: ""}
 
 

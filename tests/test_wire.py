@@ -56,7 +56,7 @@ STATUSES = [
     (400, (ia.Permanent, "picture_refused"), (ia.Permanent, "immich_refused")),
     (401, (ia.Fatal, "host_key_refused"), (ia.Fatal, "immich_key_refused")),
     (402, (ia.Permanent, "picture_refused"), (ia.Permanent, "immich_refused")),
-    (403, (ia.Fatal, "host_key_refused"), (ia.Fatal, "immich_permission_missing")),
+    (403, (ia.Fatal, "host_key_refused"), (ia.Permanent, "immich_refused")),
     (404, (ia.Fatal, "host_wrong"), (ia.Retryable, "immich_failed")),
     (405, (ia.Fatal, "host_wrong"), (ia.Retryable, "immich_failed")),
     (408, (ia.HostDown, "host_busy"), (ia.HostDown, "immich_failed")),
@@ -464,10 +464,12 @@ def test_a_server_that_gives_up_on_a_request_costs_a_try(ask, reply, timeout, ke
         ),
         (requests.exceptions.ChunkedEncodingError(), (ia.Retryable, "connection_cut")),
         (requests.exceptions.ContentDecodingError(), (ia.Retryable, "connection_cut")),
+        (requests.exceptions.InvalidHeader(), (ia.Retryable, "connection_cut")),
         (requests.exceptions.SSLError("certificate verify failed"), (ia.Fatal, "tls_failed")),
         (requests.exceptions.InvalidURL(), (ia.Fatal, "not_an_address")),
         (requests.exceptions.InvalidSchema(), (ia.Fatal, "not_an_address")),
         (requests.exceptions.InvalidProxyURL(), (ia.Fatal, "not_an_address")),
+        (OSError("no TLS CA certificate bundle, invalid path: /x"), (ia.Fatal, "tls_failed")),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
@@ -654,7 +656,7 @@ READER = {"user": "wire_reader", "password": "reader"}
         (
             "SET statement_timeout = '1ms'; SELECT pg_sleep(5)",
             {},
-            (ia.HostDown, "database_down"),
+            (ia.Retryable, "database_refused"),
         ),
         ("SELECT pg_terminate_backend(pg_backend_pid())", {}, (ia.HostDown, "database_down")),
     ],
@@ -667,11 +669,13 @@ def test_what_a_statement_meets_says_who_is_to_blame(database, statement, change
     assert "\n" not in caught.value.fields["why"]
 
 
-def test_a_locked_row_is_waited_for(database):
+def test_a_locked_row_costs_a_try(database):
     with connected(**database) as other:
         other.execute("BEGIN; LOCK TABLE wire")
-        with pytest.raises(ia.HostDown), connected(**database) as cursor:
+        with pytest.raises(ia.Retryable) as caught, connected(**database) as cursor:
             cursor.execute("SET lock_timeout = '1ms'; SELECT * FROM wire")
+    assert type(caught.value) is ia.Retryable
+    assert (type(caught.value), caught.value.key) == (ia.Retryable, "database_refused")
 
 
 def test_a_lost_connection_is_opened_anew(database):
@@ -719,7 +723,7 @@ def tcp_address():
         ({"password": SECRET}, (ia.Fatal, "database_refused")),
         ({"password": ""}, (ia.Fatal, "database_refused")),
         ({"sslmode": "require"}, (ia.Fatal, "database_refused")),
-        ({"port": str(closed_port()), "password": SECRET}, (ia.HostDown, "database_down")),
+        ({"port": "1", "password": SECRET}, (ia.HostDown, "database_down")),
     ],
     ids=str,
 )
@@ -740,6 +744,8 @@ def test_what_a_connection_over_tcp_meets_says_who_is_to_blame(tcp_address, chan
         ("FATAL:  sorry, too many clients already", ia.HostDown),
         ("FATAL:  remaining connection slots are reserved for roles with the", ia.HostDown),
         ("timeout expired", ia.HostDown),
+        ("SSL SYSCALL error: EOF detected", ia.HostDown),
+        ("SSL connection has been closed unexpectedly", ia.HostDown),
         ("server closed the connection unexpectedly", ia.HostDown),
         ('FATAL:  no pg_hba.conf entry for host "10.0.0.1", no encryption', ia.Fatal),
         ("SSL error: certificate verify failed", ia.Fatal),
