@@ -1996,7 +1996,8 @@ class Progress:
             self._total: int | None = library.total()
         except AnalyzeError:  # there is a bar without a time left as well
             self._total = None
-        self._bar = tqdm(total=self._total, unit=" " + t("photos"), dynamic_ncols=True, leave=False)
+        form = {"unit": " " + t("photos"), "dynamic_ncols": True, "leave": False}
+        self._bar = tqdm(total=self._total, miniters=1, **form)  # each photo counts
 
     def show(self, counts: Counter[Outcome]) -> None:
         """Move on to what the counts say."""
