@@ -185,14 +185,8 @@ DB_KEYWORDS = {  # Immich's own variables: keyword of libpq and default
     "DB_DATABASE_NAME": ("dbname", "immich"),
     "DB_SSL_MODE": ("sslmode", ""),
 }
-LOG_LEVELS = {
-    "error": logging.ERROR,
-    "warn": logging.WARNING,
-    "warning": logging.WARNING,
-    "info": logging.INFO,
-    "debug": logging.DEBUG,
-    "trace": logging.DEBUG,
-}
+# In logging's numbers; `warn` and `trace` as in RUST_LOG.
+LOG_LEVELS = {"error": 40, "warning": 30, "warn": 30, "info": 20, "debug": 10, "trace": 10}
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,9 +310,8 @@ def web_addresses(text: str) -> tuple[str, ...]:
 
 def opposite(switch: str) -> str:
     """The other setting of a switch given by word; nonsense stays, to be complained about."""
-    others = dict.fromkeys(("true", "yes", "on", "1"), "no")
-    others |= dict.fromkeys(("false", "no", "off", "0"), "yes")
-    return others.get(switch.lower(), switch)
+    off = {"true": "no", "yes": "no", "on": "no", "1": "no"}
+    return (off | dict.fromkeys(("false", "no", "off", "0"), "yes")).get(switch.lower(), switch)
 
 
 class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
@@ -1255,11 +1248,14 @@ class Library(Protocol):
 
 @dataclass(slots=True)
 class Account:
-    """One user's API key. Only the listing changes it, and one worker at a time lists."""
+    """One user's API key. What is learned of the user only the listing changes, one at a time."""
 
     key: str = field(repr=False)
+    number: int  # of the key as it was given, for messages
     user_id: str | None  # None until known, as some keys may not ask for it
     strangers: set[str] = field(default_factory=set)  # partners, who share their photos
+    refused: Fatal | None = None  # why the key is not used any more
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1339,13 +1335,15 @@ class ApiLibrary:
         """POST /search/metadata, in the flat shape that all releases understand."""
         walk = cursor or Walk()
         number, visibility = self._parts[walk.part]
-        account = self._accounts[number]
         query = {"size": PAGE, "page": walk.page, "order": "desc", "withExif": True}
         if walk.before:
             before = walk.before.isoformat(timespec="milliseconds")
             query["takenBefore"] = before.replace("+00:00", "Z")
         body = query | self._filter(visibility)
-        told = self._immich.call(account.key, "POST", "/search/metadata", json=body).json()
+        try:
+            told = self._call(number, "POST", "/search/metadata", json=body).json()
+        except Gone:  # with its key: on to the next one
+            told = {"assets": {}}
         if not isinstance(dig(told, "assets"), dict):  # something in between said yes
             raise Retryable("not_json", url=public(self._immich.url))
         items = [i for i in dig_list(told, "assets", "items") if isinstance(dig(i, "id"), str)]
@@ -1356,7 +1354,7 @@ class ApiLibrary:
             listed[item["id"]] = date
         fresh = [item for item in items if item["id"] not in walk.seen]
         photos = ((item, photo_listed(item, str(number))) for item in fresh)
-        assets = [photo for item, photo in photos if photo and self._owns(account, item)]
+        assets = [photo for item, photo in photos if photo and self._owns(number, item)]
         more, stable = dig(told, "assets", "nextPage") is not None, self._version >= (3, 1, 0)
         step = onward(walk, listed, more, stable)
         if step is None and walk.part + 1 < len(self._parts):
@@ -1369,15 +1367,15 @@ class ApiLibrary:
             return {"type": "IMAGE", "visibility": visibility}
         return {"type": "IMAGE", "isArchived": visibility == "archive", "isVisible": True}
 
-    def _owns(self, account: Account, item: dict[str, Any]) -> bool:
+    def _owns(self, number: int, item: dict[str, Any]) -> bool:
         """Whether the key's user owns a photo: searches list those of partners too.
 
         A key without user.read does not know its user; then one photo of each owner
         tells, since only its owner may update it. The update is empty.
         """
-        owner = dig(item, "ownerId")
+        owner, account = dig(item, "ownerId"), self._accounts[number]
         if account.user_id is None and owner not in account.strangers:
-            ask = functools.partial(self._immich.call, account.key, path=f"/assets/{item['id']}")
+            ask = functools.partial(self._call, number, path=f"/assets/{item['id']}")
             try:
                 ask("PUT", json={})
                 if owner in [other.user_id for other in self._accounts]:
@@ -1394,15 +1392,15 @@ class ApiLibrary:
         """POST /search/statistics, which needs asset.statistics."""
         count = 0
         for number, visibility in self._parts:
-            key, body = self._accounts[number].key, self._filter(visibility)
-            told = self._immich.call(key, "POST", "/search/statistics", json=body).json()
+            body = self._filter(visibility)
+            told = self._call(number, "POST", "/search/statistics", json=body).json()
             counted = dig(told, "total")
             count += counted if isinstance(counted, int) else 0
         return count
 
     def preview(self, asset: Asset) -> bytes:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
-        ask = functools.partial(self._immich.call, self._key(asset), limit=PREVIEW_LIMIT)
+        ask = functools.partial(self._call, int(asset.source), limit=PREVIEW_LIMIT)
         query = {"size": "preview", "edited": "true"}
         return ask("GET", f"/assets/{asset.id}/thumbnail", params=query).body
 
@@ -1412,8 +1410,8 @@ class ApiLibrary:
         The GET also tells whether a write that timed out was done after all. A second
         PUT close to the first could be lost.
         """
-        key, path = self._key(asset), f"/assets/{asset.id}"
-        current = self._immich.call(key, "GET", path).json()
+        number, path = int(asset.source), f"/assets/{asset.id}"
+        current = self._call(number, "GET", path).json()
         stored = dig(current, "exifInfo", "description") or ""
         if stored == text:
             return True
@@ -1421,11 +1419,25 @@ class ApiLibrary:
             raise Gone("photo_gone")
         if stored != asset.description:
             return False
-        self._immich.call(key, "PUT", path, json={"description": text})
+        self._call(number, "PUT", path, json={"description": text})
         return True
 
-    def _key(self, asset: Asset) -> str:
-        return self._accounts[int(asset.source)].key
+    def _call(self, number: int, method: str, path: str, **options: Any) -> Reply:
+        """A request by one of the keys; Gone once it is refused, Fatal if it was the last."""
+        account = self._accounts[number]
+        try:
+            if not account.refused:
+                return self._immich.call(account.key, method, path, **options)
+        except Fatal as error:
+            if error.key not in ("immich_key_refused", "immich_permission_missing"):
+                raise
+            with account.lock:
+                first, account.refused = not account.refused, error
+            if all(other.refused for other in self._accounts):
+                raise
+            if first:
+                log.error("%s", t("key_refused", number=account.number, why=error))
+        raise Gone("key_refused", number=account.number, why=account.refused)
 
     def close(self) -> None:
         """Close the connections."""
@@ -1451,7 +1463,7 @@ def photo_listed(item: Mapping[str, Any], source: str) -> Asset | None:
     )
 
 
-def open_api(config: Config) -> tuple[Callable[[], Library], bool]:
+def open_api(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
     """Check Immich's address and each key; one that is refused is left out."""
     url = config.immich_api_url
     accounts: dict[str, Account] = {}  # by user, as two keys may be of one
@@ -1461,14 +1473,18 @@ def open_api(config: Config) -> tuple[Callable[[], Library], bool]:
         for number, key in enumerate(config.immich_api_keys, 1):
             try:
                 user_id = user_of(immich, key, version)
-                accounts.setdefault(user_id or key, Account(key, user_id))
+                accounts.setdefault(user_id or key, Account(key, number, user_id))
             except Fatal as error:
                 refused.append(Fatal("key_refused", number=number, why=error))
     if not accounts:
         raise refused[0]
     for trouble in refused:
         log.error("%s", trouble)
-    return lambda: ApiLibrary(Immich(url), version, list(accounts.values())), not refused
+    users = list(accounts.values())
+    return (
+        lambda: ApiLibrary(Immich(url), version, users),
+        lambda: not refused and not any(user.refused for user in users),
+    )
 
 
 def immich_version(immich: Immich, shown: str) -> Version:
@@ -1697,7 +1713,7 @@ def read_file(path: Path) -> bytes:
         raise Permanent("unreadable_file", file=path, why=error.strerror) from error
 
 
-def open_database(config: Config) -> tuple[Callable[[], Library], bool]:
+def open_database(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
     """Check the connection, tables, rights and the folder of the previews."""
     root = config.immich_root
     with closing(Database(postgres_url(config.postgres_url))) as database:
@@ -1716,7 +1732,7 @@ def open_database(config: Config) -> tuple[Callable[[], Library], bool]:
     if not chosen.locks:
         log.warning("%s", t("no_lock"))
     url = config.postgres_url
-    return lambda: DbLibrary(Database(url), chosen, root), True
+    return lambda: DbLibrary(Database(url), chosen, root), lambda: True
 
 
 def is_preview(root: Path, path: str) -> bool:
@@ -1727,8 +1743,8 @@ def is_preview(root: Path, path: str) -> bool:
         return False
 
 
-def open_library(config: Config) -> tuple[Callable[[], Library], bool]:
-    """Check the library once; then what makes one for each worker, and if all can be reached.
+def open_library(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
+    """Check the library once; what makes one for each worker, and what tells if all was reached.
 
     All trouble at this point is the library's, not a photo's, so it can be waited for.
     """
@@ -2016,9 +2032,8 @@ class Progress:
 def describe_library(config: Config, stop: threading.Event, tally: Tally) -> bool:
     """Check everything, then describe the backlog; whether all of it could be reached."""
     wait_timeout = config.wait_timeout or math.inf
-    waiting = Patience(
-        stop, config.wait_retry_interval, wait_timeout if config.wait_for_immich else 0.0
-    )
+    at_start = wait_timeout if config.wait_for_immich else 0.0
+    waiting = Patience(stop, config.wait_retry_interval, at_start)
     patience = Patience(stop, max(1.0, config.retry_delay_seconds), wait_timeout)
     hosts = Hosts(config.hosts, config.max_concurrent, config.unavailable_duration)
     new_library, complete = waiting(lambda: open_library(config))
@@ -2041,7 +2056,7 @@ def describe_library(config: Config, stop: threading.Event, tally: Tally) -> boo
         finally:
             if progress:
                 progress.close()
-    return complete
+    return complete()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -415,7 +415,7 @@ def test_a_key_that_is_refused_is_left_out_with_one_line(fake, settings, caplog,
     server = fake(version, keys)
     mine, _ = server.add(), server.add(owner="bob")
     new_library, complete = ia.open_library(settings(server, "good", bad))
-    assert complete is False
+    assert complete() is False
     assert [record.getMessage() for record in caplog.records] == [f"API key 2: {why}"]
     with closing(new_library()) as library:
         assert ids(listing(library)) == [mine.id]
@@ -440,7 +440,7 @@ def test_enough_permissions_are_enough(fake, settings, permissions):
         settings(fake(keys={"key": FakeKey("alice", permissions)}))
     )
     new_library().close()
-    assert complete is True
+    assert complete() is True
 
 
 # the address

@@ -39,7 +39,7 @@ def opened(settings):
 
         def make(photos, *options, **places):
             new_library, complete = ia.open_library(settings(photos, *options, **places))
-            assert complete is True
+            assert complete() is True
             return stack.enter_context(closing(new_library()))
 
         yield make

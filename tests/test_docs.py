@@ -266,7 +266,7 @@ def test_the_grants_are_enough(photos, postgres, version, config):
     uri = sandbox.libpq_uri(parts | {"user": "immich_analyze", "password": "choose one"})
     settings = config("--postgres-url", uri, "--immich-root", str(library.root))
     new_library, complete = ia.open_library(settings)
-    assert complete
+    assert complete()
     opened = new_library()
     [asset], _ = opened.page(None)
     assert opened.preview(asset)

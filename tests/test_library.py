@@ -118,7 +118,7 @@ def opened(store, config):
 
         def make(*options):
             new_library, complete = ia.open_library(config(*store.settings, *options))
-            assert complete
+            assert complete()
             return stack.enter_context(closing(new_library()))
 
         yield make

@@ -536,6 +536,26 @@ def test_a_preview_that_immich_has_lost_costs_only_its_photo(api, immich, ollama
     assert api.texts() == good | {lost: ""}
 
 
+@pytest.mark.parametrize("keys", [1, 2])
+def test_a_key_that_is_revoked_stops_only_the_photos_of_its_user(command, immich, ollama, keys):
+    immich.keys["bob-key"] = FakeKey("bob")
+    mine = [immich.add(f"{n}.jpg").id for n in range(12)]
+    theirs = [immich.add(owner="bob").id for _ in range(12)]
+    ollama.hold(*CHATS)
+    argv = ["--immich-api-url", immich.url, *asking(ollama), "--max-concurrent", "2"]
+    argv += ["--immich-api-keys", ",".join(["alice-key", "bob-key"][:keys])]
+    with Running(*argv) as tool:
+        ollama.wait_for(2)
+        del immich.keys["alice-key"]
+        ollama.gate.set()
+        assert tool.end() == (1 if keys == 2 else 2)
+    refusal = ia.t("immich_key_refused", why="Invalid API key")
+    [line] = [line for line in tool.said if refusal in line]
+    assert line == (ia.t("key_refused", number=1, why=refusal) if keys == 2 else refusal)
+    assert {immich.assets[id].description for id in mine} == {""}
+    assert all(immich.assets[id].description for id in theirs) == (keys == 2)
+
+
 def test_webp_reaches_the_model_as_jpeg(library, model, command):
     id = library.add(picture=servers.picture("blue", "WEBP"))
     done = command(*library.argv, *asking(model))
