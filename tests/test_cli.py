@@ -79,12 +79,13 @@ def test_what_was_done_is_told_also_when_the_run_cannot_go_on(api, ollama, comma
 
 def test_the_work_goes_on_when_nobody_reads_the_messages(api, ollama):
     wanted = fill(api, 3)
-    for _ in range(3):
+    for _ in range(6):  # more than there are workers, and newer: they come first
         api.add(picture=b"no picture")
     reading, writing = os.pipe()
     os.close(reading)
     try:
         argv = [sys.executable, str(ROOT / "immich_analyze.py"), *api.argv, *asking(ollama)]
+        argv += ["--max-concurrent", "1"]
         done = subprocess.run(argv, stderr=writing, stdin=subprocess.DEVNULL, timeout=30)
     finally:
         os.close(writing)
