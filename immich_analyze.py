@@ -4,43 +4,54 @@
 A vision model on the user's own machine looks at the preview that Immich made,
 and what it says is written back, so that search finds the photo by what is on it:
 
-    listing ──► preview ──► model host ──► description ──► Immich
+    arrivals, backlog ──► preview ──► model host ──► description ──► Immich
        └─ one stream, pulled by a few identical workers; each takes a photo
           through all four steps alone, with connections of its own
 
-What still lacks a description is the work; there is no state besides Immich.
-Stopping means that the stream ends. The sections below follow the way of a photo,
-and each uses only the ones above it.
+What still lacks a description is the work; there is no state besides Immich. The
+modes differ only in what the stream brings, and stopping means that it ends. The
+sections below follow the way of a photo, and each uses only the ones above it.
 
-Exit codes: 0 all well, or nothing to do · 1 some photos failed · 2 the settings or
-the surroundings are wrong and nothing will work · 128+n interrupted by signal n.
+Exit codes: 0 all well, nothing to do, or a service that was asked to stop · 1 some
+photos failed · 2 the settings or the surroundings are wrong and nothing will work ·
+128+n interrupted by signal n.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import errno
 import functools
+import heapq
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
 import unicodedata
+import warnings
 import zlib
+from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from enum import StrEnum
+from hashlib import blake2b
 from http.cookiejar import DefaultCookiePolicy
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol, Self, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -52,6 +63,16 @@ import psycopg2.extensions
 import requests
 from PIL import Image
 from tqdm import tqdm
+from watchdog.events import (
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
+from watchdog.observers import Observer
+from watchdog.observers.api import BaseObserver
 
 __version__ = "0.1.0"
 
@@ -148,6 +169,16 @@ class Mode(StrEnum):
     MONITOR = "monitor"
     COMBINED = "combined"
 
+    @property
+    def backlog(self) -> bool:
+        """Whether what is in the library already is described."""
+        return self is not Mode.MONITOR
+
+    @property
+    def monitors(self) -> bool:
+        """Whether it goes on for ever with what arrives: a service."""
+        return self is not Mode.BATCH
+
 
 class Access(StrEnum):
     """How the library is reached."""
@@ -221,6 +252,9 @@ class Config:
     wait_for_immich: bool
     wait_timeout: float  # 0 = no limit
     wait_retry_interval: float
+    health_port: int  # 0 = off
+    health_host: str
+    healthcheck: bool
     grace: float
     final_output: bool
     lang: str
@@ -253,6 +287,14 @@ def number(least: float, *, whole: bool = False, above: bool = False) -> Callabl
         return value if whole else min(value, threading.TIMEOUT_MAX)
 
     return convert
+
+
+def port(text: str) -> int:
+    """Converter for a TCP port, 0 for none."""
+    value = int(number(0, whole=True)(text))
+    if value > 65535:
+        raise argparse.ArgumentTypeError(t("not_a_port", value=text))
+    return value
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
@@ -437,6 +479,11 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     add(files, "--file-check-interval", type=seconds, default=500.0, metavar="MS")
     add(files, "--event-cooldown", type=number(0), default=2.0, metavar="S")
 
+    health = parser.add_argument_group(t("help_group_health"))
+    add(health, "--health-port", type=port, default=0, metavar="PORT")
+    add(health, "--health-host", default="127.0.0.1", metavar="HOST")
+    add(health, "--healthcheck", env="", action="store_true")
+
     output = parser.add_argument_group(t("help_group_output"))
     add(output, "--lang", type=one_of(LANGUAGES), metavar="LANG")
     add(output, "--log-level", type=one_of(LOG_LEVELS), metavar="LEVEL")
@@ -448,9 +495,17 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     return parser
 
 
+def is_blank(name: str, value: str) -> bool:
+    """Whether a variable says nothing: it is empty, or names a file that is."""
+    if name.startswith(("IMMICH_", "DB_")) and name.endswith("_FILE"):
+        with suppress(OSError, UnicodeDecodeError):  # complained about where it is read
+            return not Path(value).read_text(encoding="utf-8").strip()
+    return not value.strip()
+
+
 def known_names(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without empty variables, and with older names translated."""
-    known = {name: value for name, value in environ.items() if value.strip()}
+    known = {name: value for name, value in environ.items() if not is_blank(name, value)}
     for other, name in OTHER_NAMES.items():
         if other in known:
             known.setdefault(name, known[other])
@@ -568,7 +623,9 @@ class Asset:
     name: str
     description: str
     source: str  # how its library gets at it: number of the key (API), path of the preview (SQL)
-    ready: bool = True  # Immich made its preview already
+    ready: bool = (
+        True  # False: it is to be looked up before use, Immich may not have made a preview
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -596,7 +653,7 @@ def picture_type(data: bytes) -> tuple[str | None, bool]:
         return "image/png", b"IEND" in tail
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "image/webp", len(data) >= 8 + int.from_bytes(data[4:8], "little")
-    return None, bool(data)
+    return None, len(data) >= 12
 
 
 def prepared(data: bytes, max_size: int) -> Picture:
@@ -610,7 +667,7 @@ def prepared(data: bytes, max_size: int) -> Picture:
     """
     mime, whole = picture_type(data)
     if not whole:
-        raise Retryable("preview_cut", pause=0.2)
+        raise Retryable("preview_cut")
     if not mime:
         raise Permanent("preview_unknown")
     if mime == "image/webp" or max_size:
@@ -911,6 +968,8 @@ def sql() -> Iterator[None]:
                 raise Retryable("database_refused", why=why) from error
             case psycopg2.OperationalError() | psycopg2.InterfaceError() if not refused:
                 raise HostDown("database_down", why=why) from error
+            case _ if type(error) is psycopg2.DatabaseError and not error.pgcode:  # a crash
+                raise HostDown("database_down", why=why) from error
             case psycopg2.DataError():
                 raise Permanent("database_refused", why=why) from error
             case _:  # a wrong password, no such column, no such right, a read-only server
@@ -1026,6 +1085,9 @@ class Host:
     in_flight: int = 0
     used: int = 0  # when it was picked last, counted in picks
     rests_until: float = 0.0
+    away: bool = False  # since its last answer, and said so
+    requests: int = 0  # that ended, and the seconds they took, all together
+    seconds: float = 0.0
 
 
 class Hosts:
@@ -1049,6 +1111,7 @@ class Hosts:
         self._rest = rest
         self._clock = clock
         self._picks = 0
+        self.moved = clock()  # when a request last began or ended
         self.no_switch: set[str] = set()  # hosts that refuse the switch for thinking
 
     @contextmanager
@@ -1060,12 +1123,16 @@ class Hosts:
                 url, seconds = self.pick()
             if stop.is_set():
                 raise Stopped("stopped")
+            self.moved = began = self._clock()
             try:
                 yield url
             finally:
                 with self._lock:
-                    if url in self._hosts:
-                        self._hosts[url].in_flight -= 1
+                    self.moved = self._clock()
+                    if host := self._hosts.get(url):
+                        host.in_flight -= 1
+                        host.requests += 1
+                        host.seconds += self.moved - began
 
     def pick(self) -> tuple[str, float]:
         """The host to ask; with seconds to wait first while all of them rest."""
@@ -1083,16 +1150,35 @@ class Hosts:
     def __len__(self) -> int:
         return len(self._hosts)
 
+    def seen(self) -> list[Host]:
+        """The hosts as they are now: copies to look at."""
+        with self._lock:
+            return [replace(host) for host in self._hosts.values()]
+
+    def usable(self) -> bool:
+        """Whether any host may be asked now."""
+        now = self._clock()
+        return any(host.rests_until <= now for host in self.seen())
+
     def down(self, url: str, error: Retryable) -> None:
-        """Let a host rest, for as long as it asks or the setting says."""
+        """Let a host rest, for as long as it asks or the setting says; one line an outage."""
         seconds = self._rest if error.pause is None else error.pause
         with self._lock:
             if not (host := self._hosts.get(url)):
                 return
-            now, rested_until = self._clock(), host.rests_until
-            host.rests_until = max(rested_until, now + seconds)
-        if rested_until <= now:
+            host.rests_until = max(host.rests_until, self._clock() + seconds)
+            first, host.away = not host.away, True
+        if first:
             log.warning("%s", t("host_rests", why=error, seconds=f"{seconds:g}"))
+
+    def up(self, url: str) -> None:
+        """Note that a host answered."""
+        with self._lock:
+            host = self._hosts.get(url)
+            if not host or not host.away:
+                return
+            host.away = False
+        log.info("%s", t("host_back", url=public(url)))
 
     def strike(self, url: str, error: Fatal) -> None:
         """Ask this host never again; raise the error if it was the last one."""
@@ -1135,7 +1221,9 @@ class Ai:
         while True:
             with self._hosts.place(self._stop) as url:
                 try:
-                    return self._ask(url, picture)
+                    text = self._ask(url, picture)
+                    self._hosts.up(url)
+                    return text
                 except HostDown as error:
                     self._hosts.down(url, error)
                     waits += 1
@@ -1178,8 +1266,8 @@ class Ai:
     def check(self) -> None:
         """Ask each host for the model once, before the first photo.
 
-        A host that is busy, or still loads its model, is there. Raises Fatal when no
-        host is, or when the last one cannot do the work.
+        A host that is busy, or still loads its model, is there. Raises HostDown when no
+        host is, Fatal when the last one cannot do the work.
         """
         away: dict[str, Retryable] = {}
         for url in self._config.hosts:
@@ -1196,7 +1284,7 @@ class Ai:
                 if error.key != "host_busy":
                     away[url] = error
         if len(away) == len(self._hosts):
-            raise Fatal("no_host", why="; ".join(map(str, away.values())))
+            raise HostDown("no_host", why="; ".join(map(str, away.values())))
         for url, trouble in away.items():
             self._hosts.down(url, trouble)
 
@@ -1207,7 +1295,7 @@ class Ai:
 
 # ------------------------------------------------------------------------------
 # 7 Library: where photos come from and descriptions go. Two of a kind, with one
-#   protocol; each worker has its own. Knows nothing of the AI, starts no thread.
+#   protocol; each worker has its own. Knows nothing of the AI.
 # ------------------------------------------------------------------------------
 
 PAGE = 1000  # photos a listing asks for at once; the most that Immich gives
@@ -1223,14 +1311,29 @@ Cursor = Any  # where a listing stands; only the library that made it looks insi
 class Library(Protocol):
     """What the pipeline asks of a library; every method raises only our errors."""
 
-    def page(self, cursor: Cursor | None) -> tuple[list[Asset], Cursor | None]:
-        """The next photos of the listing, and where it goes on; None at its end.
+    def clock(self) -> datetime:
+        """The time by the server's clock; ours may be wrong, or jump."""
 
-        Only live photos (no videos, nothing hidden, locked, trashed or offline).
+    def page(
+        self, cursor: Cursor | None, since: datetime | None = None
+    ) -> tuple[list[Asset], Cursor | None]:
+        """The next photos of a listing, and where it goes on; None at its end.
+
+        Only live photos (no videos, nothing hidden, locked, trashed or offline), and with
+        `since` only those uploaded from then on.
         """
 
     def total(self) -> int:
         """About how many photos the whole listing brings; an extra, so not all may ask."""
+
+    def news(self, since: datetime, now: datetime) -> list[Asset]:
+        """The photos that arrived between these times, ready or not, maybe some before."""
+
+    def watch(self, seen: Callable[[str], None], cooldown: float) -> Arrivals | None:
+        """Calls `seen` with the id of each photo whose preview is written, if it can tell."""
+
+    def find(self, asset: Asset) -> Asset:
+        """A photo as it is now, ready or not; Gone if it is not to be described."""
 
     def preview(self, asset: Asset) -> bytes:
         """The preview's file as it is."""
@@ -1244,6 +1347,22 @@ class Library(Protocol):
 
     def close(self) -> None:
         """Close the connections; twice is fine."""
+
+
+def whole_library(call: Callable[[], T]) -> Callable[[], T]:
+    """The call, with all its trouble the library's, not one photo's: to be waited for, or final."""
+
+    def strict() -> T:
+        try:
+            return call()
+        except HostDown:
+            raise
+        except Retryable as error:
+            raise HostDown(error.key, pause=error.pause, **error.fields) from error
+        except (Permanent, Gone) as error:
+            raise Fatal(error.key, **error.fields) from error
+
+    return strict
 
 
 @dataclass(slots=True)
@@ -1268,7 +1387,7 @@ class Walk:
     """
 
     part: int = 0  # which key and visibility
-    before: datetime | None = None
+    before: datetime | None = None  # when taken
     page: int = 1  # more only while a whole page lies within one millisecond
     seen: Mapping[str, datetime] = field(default_factory=dict)  # what can be listed again
     quiet: int = 0  # pages in a row that brought nothing new
@@ -1331,14 +1450,24 @@ class ApiLibrary:
         self._accounts = accounts
         self._parts = [(n, v) for n in range(len(accounts)) for v in ("timeline", "archive")]
 
-    def page(self, cursor: Walk | None) -> tuple[list[Asset], Walk | None]:
+    def clock(self) -> datetime:
+        """The Date header of GET /server/version; a proxy may have taken it away."""
+        date = self._immich.call("", "GET", "/server/version").headers.get("Date", "")
+        with suppress(ValueError):
+            return parsedate_to_datetime(date).astimezone(UTC)
+        return datetime.now(UTC)
+
+    def page(
+        self, cursor: Walk | None, since: datetime | None = None
+    ) -> tuple[list[Asset], Walk | None]:
         """POST /search/metadata, in the flat shape that all releases understand."""
         walk = cursor or Walk()
         number, visibility = self._parts[walk.part]
         query = {"size": PAGE, "page": walk.page, "order": "desc", "withExif": True}
         if walk.before:
-            before = walk.before.isoformat(timespec="milliseconds")
-            query["takenBefore"] = before.replace("+00:00", "Z")
+            query["takenBefore"] = iso(walk.before)
+        if since:
+            query["createdAfter"] = iso(since)
         body = query | self._filter(visibility)
         try:
             told = self._call(number, "POST", "/search/metadata", json=body).json()
@@ -1399,6 +1528,24 @@ class ApiLibrary:
             count += counted if isinstance(counted, int) else 0
         return count
 
+    def news(self, since: datetime, now: datetime) -> list[Asset]:
+        """What was uploaded since then: all pages of it, mostly one."""
+        assets, cursor = self.page(None, since)
+        while cursor:
+            more, cursor = self.page(cursor, since)
+            assets += more
+        return assets
+
+    def watch(self, seen: Callable[[str], None], cooldown: float) -> None:
+        """Nothing to watch: Immich tells of uploads only to keys that may do everything."""
+
+    def find(self, asset: Asset) -> Asset:
+        """GET /assets/{id}."""
+        found = photo_listed(self._read(asset), asset.source)
+        if not found:
+            raise Gone("photo_excluded")
+        return found
+
     def preview(self, asset: Asset) -> bytes:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
         ask = functools.partial(self._call, int(asset.source), limit=PREVIEW_LIMIT)
@@ -1411,8 +1558,7 @@ class ApiLibrary:
         The GET also tells whether a write that timed out was done after all. A second
         PUT close to the first could be lost.
         """
-        number, path = int(asset.source), f"/assets/{asset.id}"
-        current = self._call(number, "GET", path).json()
+        current = self._read(asset)
         stored = dig(current, "exifInfo", "description") or ""
         if stored == text:
             return True
@@ -1420,15 +1566,33 @@ class ApiLibrary:
             raise Gone("photo_gone")
         if stored != asset.description:
             return False
-        self._call(number, "PUT", path, json={"description": text})
+        body = {"description": text}
+        self._call(int(asset.source), "PUT", f"/assets/{asset.id}", json=body)
         return True
 
+    def _read(self, asset: Asset) -> dict[str, Any]:
+        """GET /assets/{id}; Retryable if something else answers."""
+        told = self._call(int(asset.source), "GET", f"/assets/{asset.id}").json()
+        if not isinstance(told, dict) or told.get("id") != asset.id:
+            raise Retryable("not_json", url=public(self._immich.url))
+        return told
+
     def _call(self, number: int, method: str, path: str, **options: Any) -> Reply:
-        """A request by one of the keys; Gone once it is refused, Fatal if it was the last."""
+        """A request by one of the keys; Gone once it is refused, Fatal if it was the last.
+
+        HostDown if Immich could answer nothing just now: it says 500 about one photo, and
+        about everything while its database is away.
+        """
         account = self._accounts[number]
         try:
             if not account.refused:
                 return self._immich.call(account.key, method, path, **options)
+        except HostDown:
+            raise
+        except Retryable as error:
+            if error.fields.get("status", 0) in range(500, 600):
+                whole_library(lambda: granted(self._immich, account.key, self._version))()
+            raise
         except Fatal as error:
             if error.key not in ("immich_key_refused", "immich_permission_missing"):
                 raise
@@ -1443,6 +1607,12 @@ class ApiLibrary:
     def close(self) -> None:
         """Close the connections."""
         self._immich.close()
+
+
+def iso(moment: datetime) -> str:
+    """A moment as all releases of Immich take it."""
+    text = moment.astimezone(UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
 
 
 def photo_listed(item: Mapping[str, Any], source: str) -> Asset | None:
@@ -1501,18 +1671,23 @@ def immich_version(immich: Immich, shown: str) -> Version:
     return major, minor, patch
 
 
+def granted(immich: Immich, key: str, version: Version) -> list[Any]:
+    """What a key may do, by GET /api-keys/me; releases before it say only that it is valid."""
+    if version < (1, 139, 0):
+        immich.call(key, "POST", "/auth/validateToken", timeout=CHECK_TIMEOUT)
+        return ["all"]
+    told = immich.call(key, "GET", "/api-keys/me", timeout=CHECK_TIMEOUT).json()
+    return dig_list(told, "permissions")
+
+
 def user_of(immich: Immich, key: str, version: Version) -> str | None:
     """The id of a key's user, None if it may not ask; Fatal for a key that cannot work."""
-    ask = functools.partial(immich.call, key, timeout=CHECK_TIMEOUT)
-    if version >= (1, 139, 0):
-        granted = dig_list(ask("GET", "/api-keys/me").json(), "permissions")
-        missing = [p for p in NEEDED_PERMISSIONS if p not in granted and "all" not in granted]
-        if missing:
-            raise Fatal("immich_permission_missing", permission=", ".join(missing))
-    else:
-        ask("POST", "/auth/validateToken")
+    allowed = granted(immich, key, version)
+    missing = [p for p in NEEDED_PERMISSIONS if p not in allowed and "all" not in allowed]
+    if missing:
+        raise Fatal("immich_permission_missing", permission=", ".join(missing))
     try:
-        user_id = dig(ask("GET", "/users/me").json(), "id")
+        user_id = dig(immich.call(key, "GET", "/users/me", timeout=CHECK_TIMEOUT).json(), "id")
     except Fatal as error:
         if error.key != "immich_permission_missing":
             raise
@@ -1524,61 +1699,71 @@ def user_of(immich: Immich, key: str, version: Version) -> str | None:
 class Statements:
     """The SQL for one generation of Immich's tables."""
 
-    listing: str  # after, limit → id, name, description, path of the preview
+    listing: str  # since, after, limit → id, name, description, path of the preview
+    news: str  # since, now, after, limit → the same and a mark to go on after, in its order
+    find: str  # id → the same, and whether it is live and whether it is ready
     count: str
     write: str  # id, text, listed
-    read: str  # id → description
     samples: str  # → paths of some previews
     locks: bool  # a description can be kept from being extracted anew (2.4 on)
-    needs: dict[str, Any]  # tables to read from, table and columns to write to
+    reads: list[str]  # tables
+    exif: str  # the table to write to, and its columns
+    writes: list[str]
 
 
 LOCK = """, "lockedProperties" = (SELECT array_agg(DISTINCT p) FROM unnest(
     coalesce(e."lockedProperties", '{}') || ARRAY['description']::varchar[]) p)"""
 
 
-def statements(tables: Mapping[str, set[str]], policy: Policy) -> Statements:
-    """Choose SQL by the tables and columns that are there, not by version.
+FEED_LAG = timedelta(seconds=2)  # a row shows only when its transaction ends
+# The UUID version 7 that an `updateId` of this moment begins with.
+UUID_AT = """(lpad(to_hex((extract(epoch FROM {}) * 1000)::bigint), 12, '0')
+    || repeat('0', 20))::uuid"""
 
-    Raises Fatal where they are not Immich's.
-    """
+
+def statements(tables: Mapping[str, set[str]], policy: Policy) -> Statements:
+    """Choose SQL by tables and columns, not by version; Fatal where they are not Immich's."""
     newer = "asset_exif" in tables  # 1.136 renamed them
     names = ("asset", "asset_exif", "asset_file") if newer else ("assets", "exif", "asset_files")
     asset, exif, file = names
     if not {*names, "asset_job_status"} <= tables.keys():
         raise Fatal("no_immich_tables")
     edited = 'ORDER BY "isEdited" DESC' if "isEdited" in tables[file] else ""
-    by_enum = "visibility" in tables[asset]  # from 1.133 on
-    shown = "a.visibility IN ('timeline', 'archive')" if by_enum else 'a."isVisible"'
+    old = "visibility" not in tables[asset]  # before 1.133
     live = f"""a."deletedAt" IS NULL AND a.status = 'active' AND NOT a."isOffline"
-        AND {shown} AND a.type = 'IMAGE' AND j."metadataExtractedAt" IS NOT NULL"""
+        AND {'a."isVisible"' if old else "a.visibility IN ('timeline', 'archive')"}
+        AND a.type = 'IMAGE'"""
+    extracted = 'j."metadataExtractedAt" IS NOT NULL'
+    ready = f'{extracted} AND e."assetId" IS NOT NULL AND f.path IS NOT NULL'
     empty = "AND coalesce(e.description, '') !~ '[^[:space:]]'" if policy is Policy.NONE else ""
-    source = f"""
-        FROM {asset} a
-        JOIN {exif} e ON e."assetId" = a.id
-        JOIN asset_job_status j ON j."assetId" = a.id
-        JOIN LATERAL (SELECT path FROM {file} WHERE "assetId" = a.id AND type = 'preview'
-                      {edited} LIMIT 1) f ON true
-        WHERE {live} {empty}"""  # noqa: S608 - names come from the two lists above
+    columns = """a.id, a."originalFileName", coalesce(e.description, ''), f.path"""
+    source = f"""FROM {asset} a
+        LEFT JOIN {exif} e ON e."assetId" = a.id
+        LEFT JOIN asset_job_status j ON j."assetId" = a.id
+        LEFT JOIN LATERAL (SELECT path FROM {file} WHERE "assetId" = a.id AND type = 'preview'
+                           {edited} LIMIT 1) f ON true"""  # noqa: S608 - names of the lists above
+    wanted = f"{live} AND {ready} {empty}"
     locks = "lockedProperties" in tables[exif]
     return Statements(
-        listing=f"""SELECT a.id, a."originalFileName", coalesce(e.description, ''), f.path
-            {source} AND a.id > %(after)s::uuid ORDER BY a.id LIMIT %(limit)s""",
-        count=f"SELECT count(*) {source}",
+        listing=f"""SELECT {columns} {source} WHERE {wanted}
+            AND (%(since)s IS NULL OR a."createdAt" >= %(since)s)
+            AND a.id > %(after)s::uuid ORDER BY a.id LIMIT %(limit)s""",
+        news=f"""SELECT {columns}, n."updateId" {source}
+            JOIN {file} n ON n."assetId" = a.id AND n.type = 'preview'
+            WHERE {wanted} AND n."updateId" < {UUID_AT.format("%(now)s")}
+            AND n."updateId" > greatest(%(after)s::uuid, {UUID_AT.format("%(since)s")})
+            ORDER BY n."updateId" LIMIT %(limit)s""",
+        find=f"SELECT {columns}, {live}, {ready} {source} WHERE a.id = %(id)s::uuid",
+        count=f"SELECT count(*) {source} WHERE {wanted}",
         write=f"""UPDATE {exif} e SET description = %(text)s {LOCK if locks else ""}
             FROM {asset} a JOIN asset_job_status j ON j."assetId" = a.id
-            WHERE e."assetId" = %(id)s::uuid AND a.id = e."assetId" AND {live}
+            WHERE e."assetId" = %(id)s::uuid AND a.id = e."assetId" AND {live} AND {extracted}
             AND coalesce(e.description, '') = %(listed)s""",  # noqa: S608
-        read=f"""SELECT coalesce(e.description, '') FROM {exif} e
-            JOIN {asset} a ON a.id = e."assetId" JOIN asset_job_status j ON j."assetId" = a.id
-            WHERE e."assetId" = %(id)s::uuid AND {live}""",  # noqa: S608
         samples=f"SELECT path FROM {file} WHERE type = 'preview' LIMIT 50",  # noqa: S608
         locks=locks,
-        needs={
-            "reads": [*names, "asset_job_status"],
-            "exif": exif,
-            "columns": ["description", "lockedProperties"][: 1 + locks],
-        },
+        reads=[*names, "asset_job_status"],
+        exif=exif,
+        writes=["description", "lockedProperties"][: 1 + locks],
     )
 
 
@@ -1593,7 +1778,7 @@ MISSING_GRANTS = """
     WHERE NOT has_any_column_privilege(quote_ident(name)::regclass, 'SELECT')
     UNION ALL
     SELECT format('GRANT UPDATE (%%I) ON %%I TO %%I', name, %(exif)s, current_user)
-    FROM unnest(%(columns)s) name
+    FROM unnest(%(writes)s) name
     WHERE NOT has_column_privilege(quote_ident(%(exif)s)::regclass, name, 'UPDATE')"""
 BEFORE_ALL_IDS = "00000000-0000-0000-0000-000000000000"
 
@@ -1657,10 +1842,17 @@ class DbLibrary:
         self._statements = statements
         self._root = root
 
-    def page(self, cursor: str | None) -> tuple[list[Asset], str | None]:
+    def clock(self) -> datetime:
+        """PostgreSQL's clock."""
+        now: datetime = self._database.rows("SELECT clock_timestamp()")[0][0]
+        return now
+
+    def page(
+        self, cursor: str | None, since: datetime | None = None
+    ) -> tuple[list[Asset], str | None]:
         """One page by id: only photos with work to do, each with its preview's path."""
         listing, after = self._statements.listing, cursor or BEFORE_ALL_IDS
-        rows = self._database.rows(listing, after=after, limit=PAGE)
+        rows = self._database.rows(listing, since=since, after=after, limit=PAGE)
         assets = [Asset(str(i), name, text, path) for i, name, text, path in rows]
         return assets, assets[-1].id if len(assets) == PAGE else None
 
@@ -1668,23 +1860,125 @@ class DbLibrary:
         """The exact number of photos that the listing brings."""
         return int(self._database.rows(self._statements.count)[0][0])
 
+    def news(self, since: datetime, now: datetime) -> list[Asset]:
+        """The feed of preview rows by `asset_file."updateId"`: only photos with work to do."""
+        assets: list[Asset] = []
+        rows: list[tuple[Any, ...]] = []
+        after = BEFORE_ALL_IDS
+        while not assets or len(rows) == PAGE:
+            bounds = {"since": since, "now": now - FEED_LAG, "after": after, "limit": PAGE}
+            rows = self._database.rows(self._statements.news, **bounds)
+            assets += (Asset(str(i), name, text, path) for i, name, text, path, _ in rows)
+            if not rows:
+                break
+            after = rows[-1][-1]
+        return assets
+
+    def watch(self, seen: Callable[[str], None], cooldown: float) -> Arrivals:
+        """Watch `thumbs/`."""
+        return Arrivals(self._root / "thumbs", seen, cooldown)
+
+    def find(self, asset: Asset) -> Asset:
+        """Look a photo up by its id."""
+        rows = self._database.rows(self._statements.find, id=asset.id)
+        if not rows or not rows[0][-2]:
+            raise Gone("photo_excluded")
+        name, text, path, _, ready = rows[0][1:]
+        return Asset(asset.id, name, text, path or "", ready)
+
     def preview(self, asset: Asset) -> bytes:
-        """Read the file that `asset_file.path` names."""
-        return read_file(inside(self._root, asset.source))
+        """Read the file that `asset_file.path` names; HostDown if the folder is not there."""
+        try:
+            return read_file(inside(self._root, asset.source))
+        except Permanent as error:
+            if not os.path.isdir(self._root / "thumbs"):  # the disk or share is away
+                raise HostDown("root_wrong", root=self._root) from error
+            raise
 
     def write(self, asset: Asset, text: str) -> bool:
         """UPDATE the row if it still holds what was listed, and lock the property."""
-        statements = self._statements
-        if self._database.rows(statements.write, id=asset.id, text=text, listed=asset.description):
+        values = {"id": asset.id, "text": text, "listed": asset.description}
+        if self._database.rows(self._statements.write, **values):
             return True
-        stored = self._database.rows(statements.read, id=asset.id)
-        if not stored:
+        stored = self.find(asset)
+        if not stored.ready:
             raise Gone("photo_gone")
-        return bool(stored[0][0] == text)
+        return stored.description == text
 
     def close(self) -> None:
         """Close the connection."""
         self._database.close()
+
+
+PREVIEW_NAME = re.compile(
+    r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})[-_]preview(?:_edited)?\.(?:jpeg|jpg|webp)"
+)
+WRITTEN = [FileCreatedEvent, FileModifiedEvent, FileClosedEvent, FileMovedEvent]
+
+
+class Arrivals(FileSystemEventHandler):
+    """Tells by inotify of previews that are written, each once in `cooldown` seconds.
+
+    It only makes things prompt: what it misses, the database has. So trouble with it is
+    one line, and no error.
+    """
+
+    def __init__(self, folder: Path, seen: Callable[[str], None], cooldown: float) -> None:
+        self.since = math.inf  # when it began to see everything
+        self._folder = folder
+        self._seen = seen
+        self._cooldown = cooldown
+        self._quiet: dict[str, float] = {}  # id: until when; only the observer's thread asks
+        self._missed = False
+        self._observer: BaseObserver | None = None
+        # in a thread of its own, as a large library has 65,536 folders to walk through
+        threading.Thread(target=self._begin, name="watch", daemon=True).start()
+
+    def _begin(self) -> None:
+        try:
+            os.scandir(self._folder).close()  # watchdog would leave it out in silence
+            self._observer = observer = Observer()
+            observer.schedule(self, str(self._folder), recursive=True, event_filter=WRITTEN)
+            observer.start()
+        except OSError as error:
+            self._complain(error)
+            return
+        try:
+            # folders that go beyond the limit are left out in silence, but then one more does too
+            nothing, parent = FileSystemEventHandler(), str(self._folder.parent)
+            observer.unschedule(observer.schedule(nothing, parent, event_filter=[]))
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                self._complain(error)
+        self.since = time.monotonic()
+
+    def _complain(self, error: OSError) -> None:
+        keys = {errno.ENOSPC: "watch_limit", errno.EMFILE: "watch_instances"}
+        key = keys.get(error.errno or 0, "watch_failed")
+        log.warning("%s", t(key, folder=self._folder, why=error.strerror))
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        """Called by the observer, in its thread."""
+        name = os.path.basename(os.fsdecode(event.dest_path or event.src_path))
+        if not (match := PREVIEW_NAME.fullmatch(name)):
+            return
+        now, asset_id = time.monotonic(), match[1]
+        while self._quiet and (first := next(iter(self._quiet))) and self._quiet[first] <= now:
+            del self._quiet[first]
+        if asset_id not in self._quiet:
+            self._quiet[asset_id] = now + self._cooldown
+            self._seen(asset_id)
+
+    def missed(self) -> None:
+        """Say, once, that photos arrived without being seen."""
+        if not self._missed:
+            self._missed = True
+            log.warning("%s", t("watch_missed"))
+
+    def close(self) -> None:
+        """End the observer."""
+        if self._observer:
+            self._observer.stop()
 
 
 def inside(root: Path, path: str) -> Path:
@@ -1722,7 +2016,8 @@ def open_database(config: Config) -> tuple[Callable[[], Library], Callable[[], b
         chosen = statements(tables, config.policy)
         if database.rows("SHOW transaction_read_only") != [("off",)]:
             raise Fatal("database_read_only")
-        if missing := database.rows(MISSING_GRANTS, **chosen.needs):
+        needs = {"reads": chosen.reads, "exif": chosen.exif, "writes": chosen.writes}
+        if missing := database.rows(MISSING_GRANTS, **needs):
             raise Fatal("grants_missing", grants="; ".join(grant for (grant,) in missing))
         samples = [path for (path,) in database.rows(chosen.samples)]
     if not os.path.isdir(root / "thumbs"):  # also where it may not be looked at
@@ -1745,16 +2040,9 @@ def is_preview(root: Path, path: str) -> bool:
 
 
 def open_library(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
-    """Check the library once; what makes one for each worker, and what tells if all was reached.
-
-    All trouble at this point is the library's, not a photo's, so it can be waited for.
-    """
-    try:
-        return open_api(config) if config.access is Access.API else open_database(config)
-    except Retryable as error:
-        raise HostDown(error.key, pause=error.pause, **error.fields) from error
-    except (Permanent, Gone) as error:
-        raise Fatal(error.key, **error.fields) from error
+    """Check the library once; what makes one for each worker, and what tells if all was reached."""
+    opener = open_api if config.access is Access.API else open_database
+    return whole_library(lambda: opener(config))()
 
 
 # ------------------------------------------------------------------------------
@@ -1762,7 +2050,19 @@ def open_library(config: Config) -> tuple[Callable[[], Library], Callable[[], bo
 # ------------------------------------------------------------------------------
 
 LIBRARY_TRIES = 3  # of a call that fails by itself; a library that is away costs none
-VALUABLE_TRIES = 12  # of a write, whose text took minutes, and of a page of the listing
+VALUABLE_TRIES = 12  # of a write, whose text took minutes
+
+OVERLAP = timedelta(minutes=1)  # a photo may show in a listing so long after its time
+HINT_PAUSE = 0.05  # Immich writes a preview's row 20 to 110 ms after its file
+PENDING_PAUSE = 1.0  # until a photo without a preview is looked up
+FAILED_PAUSE = 60.0
+GROWTH = 1.5  # of each of these pauses
+LASTING = 3600.0  # how long they go on; what is left then is left to the sweep
+MOST_HINTS = 1000
+SWEEP_INTERVAL = 3600.0
+SWEEP_SPAN = timedelta(days=2)
+LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+SWEEPS_A_DAY = 24
 
 
 class Outcome(StrEnum):
@@ -1774,28 +2074,159 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
 
+class Stop(threading.Event):
+    """Set once the process is to end. Who naps is also woken by news."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._news = threading.Event()
+
+    def set(self) -> None:
+        """End all waiting, for good."""
+        super().set()
+        self._news.set()
+
+    def rouse(self) -> None:
+        """End the nap of whoever naps now, or the next nap."""
+        self._news.set()
+
+    def nap(self, seconds: float) -> None:
+        """Wait for so long, for news, or for the end."""
+        self._news.wait(seconds)
+        self._news.clear()
+
+
+@dataclass(slots=True)
+class Job:
+    """A photo on its way, and what is known of it from earlier tries."""
+
+    asset: Asset
+    text: str = ""  # its description, made but not stored yet
+    pause: float = 0.0  # until it is looked at again, growing
+    until: float = 0.0  # when it is left to the sweep, by the monotonic clock
+    failed: bool = False  # which was said and counted once
+
+
+class Agenda:
+    """Photos to be looked at again, each at its time; shared by all.
+
+    They hold no worker meanwhile. `lasting` is how long a photo that fails is tried again,
+    in seconds: 0 in a batch, where the next run does that.
+    """
+
+    def __init__(self, wake: Callable[[], None], lasting: float) -> None:
+        self._lock = threading.Lock()
+        self._due: list[tuple[float, int, Job]] = []  # a heap; the number keeps their order
+        self._numbers = itertools.count()
+        self._wake = wake
+        self._lasting = lasting
+
+    def put(self, job: Job, pause: float = 0.0) -> None:
+        """Have a photo looked at after so many seconds."""
+        with self._lock:
+            heapq.heappush(self._due, (time.monotonic() + pause, next(self._numbers), job))
+        self._wake()
+
+    def plan(self, job: Job, pause: float, lasting: float | None = None) -> None:
+        """Let a photo be put off from now on, first for `pause` seconds."""
+        job.pause = pause
+        job.until = time.monotonic() + (self._lasting if lasting is None else lasting)
+
+    def again(self, job: Job) -> bool:
+        """Put a photo off, longer each time; False once that went on for long enough."""
+        if time.monotonic() >= job.until:
+            return False
+        job.asset = replace(job.asset, ready=False)  # a person may have written meanwhile
+        self.put(job, job.pause)
+        job.pause *= GROWTH
+        return True
+
+    def due(self) -> Job | None:
+        """A photo whose time has come."""
+        with self._lock:
+            come = self._due and self._due[0][0] <= time.monotonic()
+            return heapq.heappop(self._due)[-1] if come else None
+
+    def next_time(self) -> float:
+        """When the next one is due, by the monotonic clock."""
+        with self._lock:
+            return self._due[0][0] if self._due else math.inf
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+
+class Ids:
+    """A set of ids at eight bytes each, as a service may run for months."""
+
+    def __init__(self) -> None:
+        self._hashes = array("Q")
+
+    def _find(self, asset_id: str) -> tuple[int, int, bool]:
+        value = int.from_bytes(blake2b(asset_id.encode(), digest_size=8).digest())
+        at = bisect_left(self._hashes, value)
+        return value, at, self._hashes[at : at + 1] == array("Q", [value])
+
+    def add(self, asset_id: str) -> bool:
+        """Put an id in; False if it was there."""
+        value, at, there = self._find(asset_id)
+        if not there:
+            self._hashes.insert(at, value)
+        return not there
+
+    def remove(self, asset_id: str) -> None:
+        """Take an id out."""
+        _, at, there = self._find(asset_id)
+        if there:
+            self._hashes.pop(at)
+
+
 class Tally:
-    """What became of every photo, shared by all workers."""
+    """Which photos were taken and what became of them, shared by all workers."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._taken: set[str] = set()
+        self._taken = Ids()
+        self._failed: list[str] = []
         self.counts: Counter[Outcome] = Counter()
+        self.reasons: Counter[tuple[Outcome, str]] = Counter()  # the same by message key
+        self.total: int | None = None  # photos of the backlog, where that is known
+        self.moved = time.monotonic()  # when the stream or a photo last went on
         self.show: Callable[[Counter[Outcome]], None] | None = None  # told of each photo
 
     def take(self, asset: Asset) -> bool:
-        """Claim a photo to describe; False if it was listed and taken before."""
+        """Claim a photo; False if somebody has or had it in this run."""
         with self._lock:
-            fresh = asset.id not in self._taken
-            self._taken.add(asset.id)
-            return fresh
+            return self._taken.add(asset.id)
 
-    def add(self, outcome: Outcome) -> None:
+    def release(self, asset: Asset) -> None:
+        """Let a photo be taken again."""
+        with self._lock:
+            self._taken.remove(asset.id)
+
+    def give_up(self, asset: Asset) -> None:
+        """Leave a photo that failed alone, until `forgive`."""
+        with self._lock:
+            self._failed.append(asset.id)
+
+    def forgive(self) -> None:
+        """Let the photos that failed be taken again."""
+        with self._lock:
+            for asset_id in self._failed:
+                self._taken.remove(asset_id)
+            self._failed.clear()
+
+    def add(self, outcome: Outcome, reason: str = "") -> None:
         """Count one photo."""
         with self._lock:
             self.counts[outcome] += 1
+            self.reasons[outcome, reason] += 1
+            self.moved = time.monotonic()
         if self.show:
             self.show(self.counts)
+
+    def __str__(self) -> str:
+        return t("tally", **{outcome.value: self.counts[outcome] for outcome in Outcome})
 
 
 class Shared:
@@ -1805,67 +2236,100 @@ class Shared:
     waits behind it has nothing else to do.
     """
 
-    def __init__(self, assets: Iterator[Asset]) -> None:
-        self._assets = assets
+    def __init__(self, jobs: Iterator[Job]) -> None:
+        self._jobs = jobs
         self._turn = threading.Lock()
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Asset:
+    def __next__(self) -> Job:
         with self._turn:
-            return next(self._assets)
+            return next(self._jobs)
 
 
-@dataclass(frozen=True, slots=True)
 class Patience:
-    """Calls the library again on trouble that may pass.
+    """Calls the library again on trouble that may pass; shared by all workers.
 
-    A library that is away is waited for, and Fatal in the end; a call that fails by
-    itself is given up after some tries, with its last error.
+    A library that is away is waited for, and Fatal after `longest` seconds; a call that
+    fails by itself is given up after some tries, with its last error. An outage is two
+    lines, however many wait.
     """
 
-    stop: threading.Event
-    pause: float
-    longest: float  # seconds to wait for a library
+    def __init__(self, stop: threading.Event, pause: float, longest: float) -> None:
+        self._lock = threading.Lock()
+        self._stop = stop
+        self._pause = pause
+        self._longest = longest
+        self._waiting = 0
+        self._since = 0.0  # when the first of those who wait began to
 
     def __call__(self, call: Callable[[], T], tries: int = LIBRARY_TRIES) -> T:
         """What the call gives; Stopped when asked to stop meanwhile."""
-        away_since = 0.0
-        while True:
-            try:
-                return call()
-            except Retryable as error:
-                pause = self.pause if error.pause is None else error.pause
-                if isinstance(error, HostDown):
-                    first, away_since = not away_since, away_since or time.monotonic()
-                    left = away_since + self.longest - time.monotonic()
+        began = None
+        try:
+            while True:
+                try:
+                    return call()
+                except HostDown as error:
+                    now = time.monotonic()
+                    left = self._longest - (now - (began or now))
                     if left <= 0:
                         raise Fatal("library_away", why=error) from error
-                    pause = min(pause, left)
-                    if first:
-                        log.info("%s", t("waiting", why=error))
-                else:
+                    if began is None:
+                        began = now
+                        self._begin(error)
+                    self._wait(error, left)
+                except Retryable as error:
                     tries -= 1
                     if tries <= 0:
                         raise
-                if self.stop.wait(pause):
-                    raise Stopped("stopped") from error
+                    self._wait(error, math.inf)
+        finally:
+            if began is not None:
+                self._end(answered=not isinstance(sys.exception(), Fatal | Stopped))
+
+    def _wait(self, error: Retryable, most: float) -> None:
+        if self._stop.wait(min(most, self._pause if error.pause is None else error.pause)):
+            raise Stopped("stopped") from error
+
+    def _begin(self, error: HostDown) -> None:
+        with self._lock:
+            self._waiting += 1
+            first = self._waiting == 1
+            if first:
+                self._since = time.monotonic()
+        if first:
+            log.info("%s", t("waiting", why=error))
+
+    def _end(self, *, answered: bool) -> None:
+        with self._lock:
+            self._waiting -= 1
+            last = self._waiting == 0
+            away = time.monotonic() - self._since
+        if last and answered:
+            log.info("%s", t("back", time=timedelta(seconds=round(away))))
+
+    def away(self) -> float:
+        """For how many seconds the library has been waited for; 0 while it is there."""
+        with self._lock:
+            return time.monotonic() - self._since if self._waiting else 0.0
 
 
-def backlog(library: Library, patience: Patience, stop: threading.Event) -> Iterator[Asset]:
-    """The whole listing, page by page; ends early when stopped.
+def backlog(
+    library: Library,
+    patience: Patience,
+    stop: threading.Event,
+    since: datetime | None = None,
+) -> Iterator[Asset]:
+    """A whole listing, page by page; ends early when stopped.
 
     Where it stands is kept here, so trouble with one page repeats that page only.
     """
     cursor: Cursor | None = None
     while not stop.is_set():
-        try:
-            assets, cursor = patience(functools.partial(library.page, cursor), VALUABLE_TRIES)
-        except Stopped:
-            return
-        except (Retryable, Permanent, Gone) as error:
-            raise Fatal("listing_failed", why=error) from error
+        page = functools.partial(library.page, cursor, since)
+        assets, cursor = patience(whole_library(page))
         for asset in assets:
             if stop.is_set():
                 return
@@ -1874,47 +2338,181 @@ def backlog(library: Library, patience: Patience, stop: threading.Event) -> Iter
             return
 
 
-def sift(assets: Iterable[Asset], policy: Policy, tally: Tally) -> Iterator[Asset]:
-    """The photos that need a description; counts the others, at no request each."""
+def sift(
+    assets: Iterable[Asset],
+    policy: Policy,
+    tally: Tally,
+    note: Callable[[Outcome, str], None],
+) -> Iterator[Job]:
+    """The photos that need a description; the others are noted, at no request each."""
     for asset in assets:
         if not wants(asset.description, policy):
-            tally.add(Outcome.SKIPPED)
+            note(Outcome.SKIPPED, "has_description")
         elif not asset.ready:
-            tally.add(Outcome.NOT_READY)
+            note(Outcome.NOT_READY, "")
         elif tally.take(asset):
-            yield asset
+            yield Job(asset)
 
 
-def analyze(
-    asset: Asset, library: Library, ai: Ai, patience: Patience, max_image_size: int
-) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class State:
+    """All that the threads of a run share; each part guards itself."""
+
+    config: Config
+    stop: Stop
+    hosts: Hosts
+    patience: Patience
+    agenda: Agenda
+    tally: Tally
+
+
+def hint(asset_id: str, state: State) -> None:
+    """Have a photo looked up whose preview is being written, until it is there.
+
+    In a flood of hints the rest is left to the next look for news.
+    """
+    asset = Asset(asset_id, asset_id, description="", source="", ready=False)
+    if len(state.agenda) < MOST_HINTS and state.tally.take(asset):
+        job = Job(asset)
+        state.agenda.plan(job, HINT_PAUSE, state.config.file_write_timeout)
+        state.agenda.put(job)
+
+
+class Newsreader:
+    """Looks for photos that arrived since its last look, and sweeps up what was missed."""
+
+    def __init__(self, library: Library, state: State) -> None:
+        self._library = library
+        self._state = state
+        self._began = self._mark = self._clock()
+        self._sweeps = 0
+
+    def _clock(self) -> datetime:
+        return self._state.patience(whole_library(self._library.clock))
+
+    def look(self) -> bool:
+        """Put what arrived on the agenda, to be done first; whether there was anything."""
+        state, now = self._state, self._clock()
+        since = min(self._mark, now) - OVERLAP
+        news = state.patience(whole_library(lambda: self._library.news(since, now)))
+        wanted = (a for a in news if not a.ready or wants(a.description, state.config.policy))
+        jobs = [Job(asset) for asset in wanted if state.tally.take(asset)]
+        for job in jobs:
+            state.agenda.plan(job, PENDING_PAUSE)
+            state.agenda.put(job, 0.0 if job.asset.ready else PENDING_PAUSE)
+        self._mark = now
+        return bool(jobs)
+
+    def sweep(self) -> Iterator[Job]:
+        """What needs a description among the uploads of two days, once a day among all.
+
+        In monitor mode: among those since the start.
+        """
+        state, since = self._state, self._clock() - SWEEP_SPAN
+        self._sweeps += 1
+        if self._sweeps % SWEEPS_A_DAY == 0:
+            state.tally.forgive()
+            since = LONG_AGO
+        if not state.config.mode.backlog:
+            since = max(since, self._began)
+        listing = backlog(self._library, state.patience, state.stop, since)
+        return sift(listing, state.config.policy, state.tally, lambda *_: None)
+
+
+def stream(
+    state: State, listing: Iterator[Job], news: Newsreader | None, watch: Arrivals | None
+) -> Iterator[Job]:
+    """What to do next: what is due, arrivals first, then the listing.
+
+    Ends when stopped; without news to wait for, when the listing ends.
+    """
+    interval = state.config.api_poll_interval
+    next_look, next_sweep = 0.0, time.monotonic() + SWEEP_INTERVAL
+    while not state.stop.is_set():
+        now = state.tally.moved = time.monotonic()
+        if news and now >= next_look:
+            next_look = now + interval
+            if news.look() and watch and watch.since < now - interval - FEED_LAG.total_seconds():
+                watch.missed()
+        job = state.agenda.due() or next(listing, None)
+        if job:
+            yield job
+        elif not news:
+            return
+        elif now >= next_sweep:
+            next_sweep = now + SWEEP_INTERVAL
+            listing = news.sweep()
+        else:
+            soonest = min(next_look, next_sweep, state.agenda.next_time())
+            state.stop.nap(soonest - time.monotonic())
+
+
+def settled(read: Callable[[], bytes], config: Config, stop: threading.Event) -> bytes:
+    """A preview, read again while it is being written: until it has its end, or stays the same."""
+    deadline, data = time.monotonic() + config.file_write_timeout, read()
+    while not picture_type(data)[1] and time.monotonic() < deadline:
+        if stop.wait(config.file_check_interval):
+            raise Stopped("stopped")
+        before, data = data, read()
+        if data == before:
+            break
+    return data
+
+
+def analyze(job: Job, library: Library, ai: Ai, state: State) -> Outcome:
     """The whole story of one photo."""
-    picture = patience(lambda: prepared(library.preview(asset), max_image_size))
-    text = ai.describe(picture)
-    written = patience(lambda: library.write(asset, text), VALUABLE_TRIES)
-    log.debug("%s (%s), written: %s, %s", asset.name, asset.id, written, text)
+    config, patience = state.config, state.patience
+    if not job.asset.ready:
+        job.asset = patience(lambda: library.find(job.asset))
+        if not job.asset.ready:
+            return Outcome.NOT_READY
+        if not wants(job.asset.description, config.policy):
+            return Outcome.SKIPPED
+    if not job.text:
+        preview = functools.partial(library.preview, job.asset)
+        data = settled(lambda: patience(preview), config, state.stop)
+        job.text = ai.describe(prepared(data, config.max_image_size))
+    written = patience(lambda: library.write(job.asset, job.text), VALUABLE_TRIES)
+    log.debug("%s (%s), written: %s, %s", job.asset.name, job.asset.id, written, job.text)
     return Outcome.DESCRIBED if written else Outcome.SKIPPED
 
 
-def work(assets: Iterable[Asset], analyze: Callable[[Asset], Outcome], tally: Tally) -> None:
-    """Analyze photos until there are no more; one that fails does not stop the others."""
-    for asset in assets:
-        try:
-            outcome = analyze(asset)
-        except Stopped:
-            return
-        except Fatal:
-            raise
-        except Gone as error:
-            log.debug("%s: %s", asset.id, error)
-            outcome = Outcome.SKIPPED
-        except AnalyzeError as error:
-            log.error("%s", t("photo_failed", name=asset.name, id=asset.id, why=error))
-            outcome = Outcome.FAILED
-        except Exception:  # a bug that one photo meets must not cost the others
-            log.exception("%s", t("photo_failed", name=asset.name, id=asset.id, why=t("bug")))
-            outcome = Outcome.FAILED
+def conclude(job: Job, outcome: Outcome, error: Exception | None, state: State) -> None:
+    """Count what became of a photo, or put it off: what may pass is tried again later."""
+    tally, agenda, asset = state.tally, state.agenda, job.asset
+    known = isinstance(error, AnalyzeError)
+    reason = error.key if isinstance(error, AnalyzeError) else "bug" if error else ""
+    if outcome is Outcome.FAILED and not job.failed:
+        job.failed = True
+        agenda.plan(job, FAILED_PAUSE)
+        tally.add(outcome, reason)
+        why, bug = (error, None) if known else (t("bug"), error)
+        log.error("%s", t("photo_failed", name=asset.name, id=asset.id, why=why), exc_info=bug)
+    if outcome is Outcome.FAILED:
+        if not isinstance(error, Retryable) or not agenda.again(job):
+            tally.give_up(asset)
+    elif outcome is not Outcome.NOT_READY:
+        tally.add(outcome, reason or ("has_description" if outcome is Outcome.SKIPPED else ""))
+    elif not agenda.again(job):
         tally.add(outcome)
+        tally.release(asset)
+
+
+def work(jobs: Iterable[Job], analyze: Callable[[Job], Outcome], state: State) -> None:
+    """Analyze photos until there are no more; one that fails does not stop the others."""
+    with suppress(Stopped):
+        for job in jobs:
+            error: Exception | None = None
+            try:
+                outcome = analyze(job)
+            except (Stopped, Fatal):
+                raise
+            except Gone as gone:
+                log.debug("%s: %s", job.asset.id, gone)
+                outcome, error = Outcome.SKIPPED, gone
+            except Exception as trouble:  # noqa: BLE001 - a bug costs only the photo that meets it
+                outcome, error = Outcome.FAILED, trouble
+            conclude(job, outcome, error, state)
 
 
 def run(worker: Callable[[], None], workers: int, stop: threading.Event) -> None:
@@ -1928,7 +2526,7 @@ def run(worker: Callable[[], None], workers: int, stop: threading.Event) -> None
 
 
 # ------------------------------------------------------------------------------
-# 9 Process: signals, output, main. The only place that reads the environment.
+# 9 Process: signals, output, health, main. The only place that reads the environment.
 # ------------------------------------------------------------------------------
 
 
@@ -1958,10 +2556,10 @@ class Signals:
         self._told.set()
         os._exit(128 + signal.sigwait(self._wanted))
 
-    def exit_code(self) -> int:
-        """128 + the number of the signal that came, once the line about it is out."""
+    def exit_code(self, mode: Mode) -> int:
+        """What a signal makes of it, once the line about it is out: services are ended by one."""
         self._told.wait(self.grace)
-        return 128 + self.number
+        return 0 if mode.monitors else 128 + self.number
 
 
 class Lines(logging.Handler):
@@ -1985,6 +2583,7 @@ class OneLine(logging.Formatter):
         """The message with control characters replaced; tracebacks come after it."""
         unsafe = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
         record.message = re.sub(unsafe, "\ufffd", record.message)
+        record.priority = PRIORITIES[record.levelno]
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -1995,26 +2594,41 @@ class OneLine(logging.Formatter):
         return text
 
 
-def set_up_logging() -> OneLine:
-    """Messages for people on a terminal; silence from cron when all is well."""
-    handler, lines = Lines(), OneLine()
+PRIORITIES = {50: 2, 40: 3, 30: 4, 20: 6, 10: 7}  # sd-daemon(3), by the level of logging
+TO_PEOPLE = "%(message)s"
+TO_A_FILE = "%(asctime)s %(levelname)s %(message)s"
+TO_THE_JOURNAL = "<%(priority)d>%(message)s"
+
+
+def set_up_logging(config: Config | None = None, journal: str = "") -> None:
+    """Choose what is said, and how, by who reads it.
+
+    For people on a terminal, messages; for cron, only what is wrong; for a service, a log;
+    for systemd's journal (`journal` is its JOURNAL_STREAM), its priorities.
+    """
+    terminal, service = sys.stderr.isatty(), bool(config and config.mode.monitors)
+    here = os.fstat(sys.stderr.fileno())
+    form = TO_PEOPLE if terminal or not service else TO_A_FILE
+    lines = OneLine(TO_THE_JOURNAL if journal == f"{here.st_dev}:{here.st_ino}" else form)
+    lines.secrets = (config.api_key, *config.immich_api_keys) if config else ()
+    handler = Lines()
     handler.setFormatter(lines)
-    log.addHandler(handler)
+    log.handlers[:] = [handler]
     log.propagate = False
-    log.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
-    return lines
+    usual = logging.INFO if terminal or service else logging.WARNING
+    log.setLevel((config and config.log_level) or usual)
+    # what watchdog misses is noticed anyway, and it warns of races that cost nothing
+    logging.getLogger("watchdog").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="watchdog")
 
 
 class Progress:
     """A bar on a terminal: photos done, rate and time left. Skipped ones are no progress."""
 
-    def __init__(self, library: Library) -> None:
-        try:
-            self._total: int | None = library.total()
-        except AnalyzeError:  # there is a bar without a time left as well
-            self._total = None
+    def __init__(self, total: int | None) -> None:
+        self._total = total
         form = {"unit": " " + t("photos"), "dynamic_ncols": True, "leave": False}
-        self._bar = tqdm(total=self._total, miniters=1, **form)  # each photo counts
+        self._bar = tqdm(total=total, miniters=1, **form)  # each photo counts
 
     def show(self, counts: Counter[Outcome]) -> None:
         """Move on to what the counts say."""
@@ -2030,70 +2644,267 @@ class Progress:
         self._bar.close()
 
 
-def describe_library(config: Config, stop: threading.Event, tally: Tally) -> bool:
-    """Check everything, then describe the backlog; whether all of it could be reached."""
-    wait_timeout = config.wait_timeout or math.inf
-    at_start = wait_timeout if config.wait_for_immich else 0.0
-    waiting = Patience(stop, config.wait_retry_interval, at_start)
-    patience = Patience(stop, max(1.0, config.retry_delay_seconds), wait_timeout)
-    hosts = Hosts(config.hosts, config.max_concurrent, config.unavailable_duration)
-    new_library, complete = waiting(lambda: open_library(config))
-    with closing(Ai(config, hosts, stop)) as ai:
-        ai.check()
-    with closing(new_library()) as listing:
-        progress = Progress(listing) if sys.stderr.isatty() else None
-        tally.show = progress.show if progress else None
-        assets = Shared(sift(backlog(listing, patience, stop), config.policy, tally))
+AWAY_LIMIT = 300.0  # seconds Immich or the database may be away before that is ill health
+STALL_LIMIT = 60.0  # beyond the longest wait that is usual
+POST_INTERVAL = 10.0
+LINE_INTERVAL = 3600.0  # between two lines that sum up
+
+
+class Status:
+    """How a run stands, told in the same words to /health, /metrics and systemd."""
+
+    def __init__(self, state: State) -> None:
+        self.ready = False  # whether the check at the start is over
+        self._tally = state.tally
+        self._hosts = state.hosts
+        self._patience = state.patience
+        usual = max(state.config.timeout, state.config.api_poll_interval)
+        self._longest = usual + STALL_LIMIT
+
+    def stalled(self) -> bool:
+        """Whether nothing moves, though nobody waits for a library or a model host."""
+        moved = max(self._tally.moved, self._hosts.moved)
+        waits = not self.ready or self._patience.away() or not self._hosts.usable()
+        return not waits and time.monotonic() - moved > self._longest
+
+    def trouble(self) -> str:
+        """Why it is not healthy, in a word; "" when it is. Slow and idle are healthy."""
+        if not self.ready:
+            return "starting"
+        if self._patience.away() > AWAY_LIMIT:
+            return "library_away"
+        if not self._hosts.usable():
+            return "no_model_host"
+        return "stalled" if self.stalled() else ""
+
+    def left(self) -> int | None:
+        """How much of the backlog is left, where that is known."""
+        total = self._tally.total
+        return None if total is None else max(0, total - sum(self._tally.counts.values()))
+
+    def report(self) -> dict[str, Any]:
+        """What GET /health answers."""
+        hosts = self._hosts.seen()
+        return {
+            "status": self.trouble() or "ok",
+            "version": __version__,
+            "library_away_seconds": round(self._patience.away()),
+            "model_hosts": {public(host.url): "away" if host.away else "ok" for host in hosts},
+            "in_flight": sum(host.in_flight for host in hosts),
+            "backlog_left": self.left(),
+            **{outcome.value: self._tally.counts[outcome] for outcome in Outcome},
+        }
+
+    def metrics(self) -> str:
+        """What GET /metrics answers: Prometheus' text format."""
+        now, left = time.monotonic(), self.left()
+        hosts = [(label(host=public(host.url)), host) for host in self._hosts.seen()]
+        reasons = sorted(self._tally.reasons.items())
+        families: list[tuple[str, str, list[tuple[str, float]]]] = [
+            ("healthy", "gauge", [("", not self.trouble())]),
+            ("photos_total", "counter", [(label(outcome=o, reason=r), n) for (o, r), n in reasons]),
+            ("library_away_seconds", "gauge", [("", self._patience.away())]),
+            ("backlog_left", "gauge", [] if left is None else [("", left)]),
+            ("in_flight", "gauge", [(name, host.in_flight) for name, host in hosts]),
+            ("requests_total", "counter", [(name, host.requests) for name, host in hosts]),
+            ("request_seconds_total", "counter", [(name, host.seconds) for name, host in hosts]),
+            ("rest_seconds", "gauge", [(n, max(0.0, h.rests_until - now)) for n, h in hosts]),
+        ]
+        lines = []
+        for name, kind, samples in families:
+            lines.append(f"# TYPE immich_analyze_{name} {kind}")
+            lines += (f"immich_analyze_{name}{labels} {value:.12g}" for labels, value in samples)
+        return "\n".join(lines) + "\n"
+
+
+def label(**labels: str) -> str:
+    """Labels of a sample; Prometheus escapes as JSON does."""
+    pairs = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in labels.items())
+    return "{" + ",".join(pairs) + "}"
+
+
+def serve_health(status: Status, host: str, number: int) -> None:
+    """Answer GET /health and /metrics from threads; a port in use costs only these."""
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 10  # of a client that says nothing
+
+        def do_GET(self) -> None:
+            code, kind, body = 404, "text/plain", "/health /metrics\n"
+            if self.path == "/health":
+                report = status.report()
+                code = 200 if report["status"] == "ok" else 503
+                kind, body = "application/json", json.dumps(report) + "\n"
+            elif self.path == "/metrics":
+                code, kind, body = 200, "text/plain; version=0.0.4; charset=utf-8", status.metrics()
+            self.send_response(code)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing of each request."""
+
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+    try:
+        server = Server((host, number), Handler)
+    except OSError as error:
+        log.error("%s", t("no_health", host=host, port=number, why=error.strerror))
+    else:
+        threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
+
+
+def ask_health(config: Config) -> int:
+    """Ask the running tool's /health by the same settings; 0 if it is well, or does not tell."""
+    if not config.health_port:
+        return 0
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where it may listen
+    host = everywhere.get(config.health_host, config.health_host)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{config.health_port}/health"
+    with closing(Session()) as session:
+        session.trust_env = False  # no proxy stands between
+        try:
+            http(session, "GET", url, timeout=10.0, blame=unhealthy)
+        except AnalyzeError as error:
+            log.critical("%s", error)
+            return 1
+    return 0
+
+
+def unhealthy(reply: Reply) -> AnalyzeError:
+    """What /health said."""
+    return Retryable("unhealthy", why=reply.body.decode("utf-8", "replace").strip())
+
+
+def notify(address: str, message: str) -> None:
+    """Tell systemd how the service stands, by sd_notify(3); nothing where nobody listens."""
+    if address:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(message.encode(), re.sub("^@", "\0", address))
+
+
+def keep_posted(
+    status: Status, tally: Tally, stop: threading.Event, environ: Mapping[str, str]
+) -> None:
+    """Tell systemd the counts, and that all moves, until the end; and the log once an hour."""
+    address = environ.get("NOTIFY_SOCKET", "")
+    watchdog = float(environ.get("WATCHDOG_USEC") or math.inf) / 1e6
+    notify(address, "READY=1")
+    told, said = time.monotonic(), str(tally)
+    while not stop.wait(min(watchdog / 2, POST_INTERVAL)):
+        notify(address, f"STATUS={tally}" + ("" if status.stalled() else "\nWATCHDOG=1"))
+        if time.monotonic() >= told + LINE_INTERVAL and said != str(tally):
+            told, said = time.monotonic(), str(tally)
+            log.info("%s", said)
+    notify(address, "STOPPING=1")
+
+
+def upcoming(library: Library, state: State, stack: ExitStack) -> Iterator[Job]:
+    """The stream of this run's mode; what has to be closed in the end goes on the stack."""
+    config, news, watch = state.config, None, None
+    listing: Iterator[Job] = iter(())
+    if config.mode.backlog:
+        listed = backlog(library, state.patience, state.stop)
+        listing = sift(listed, config.policy, state.tally, state.tally.add)
+    if config.mode.monitors:
+        news = Newsreader(library, state)
+        watch = library.watch(lambda seen: hint(seen, state), config.event_cooldown)
+    if watch:
+        stack.callback(watch.close)
+    return stream(state, listing, news, watch)
+
+
+def describe_library(state: State, new_library: Callable[[], Library]) -> None:
+    """Describe what is there and what arrives, with as many workers as were asked for."""
+    config, tally = state.config, state.tally
+    with ExitStack() as stack:
+        library = stack.enter_context(closing(new_library()))
+        terminal = sys.stderr.isatty()
+        if config.mode.backlog and (terminal or config.health_port):
+            with suppress(AnalyzeError):  # an extra, that not every key may ask for
+                tally.total = library.total()
+        if terminal:
+            progress = stack.enter_context(closing(Progress(tally.total)))
+            tally.show = progress.show
+        jobs = Shared(upcoming(library, state, stack))
 
         def worker() -> None:
-            with closing(new_library()) as library, closing(Ai(config, hosts, stop)) as ai:
-                most = config.max_image_size
-                work(assets, lambda asset: analyze(asset, library, ai, patience, most), tally)
+            with (
+                closing(new_library()) as library,
+                closing(Ai(config, state.hosts, state.stop)) as ai,
+            ):
+                story = functools.partial(analyze, library=library, ai=ai, state=state)
+                work(jobs, story, state)
 
         # more workers than places at the hosts: the next pictures are fetched meanwhile
-        workers = config.max_concurrent + max(2, config.max_concurrent // 4)
-        try:
-            run(worker, workers, stop)
-        finally:
-            if progress:
-                progress.close()
+        run(worker, config.max_concurrent + max(2, config.max_concurrent // 4), state.stop)
+
+
+def serve(config: Config, stop: Stop, tally: Tally) -> bool:
+    """One run from its settings to its end; whether all photos could be reached."""
+    service, longest = config.mode.monitors, config.wait_timeout or math.inf
+
+    def patience(longest: float, pause: float = config.wait_retry_interval) -> Patience:
+        return Patience(stop, pause, longest)
+
+    state = State(
+        config,
+        stop,
+        Hosts(config.hosts, config.max_concurrent, config.unavailable_duration),
+        patience(math.inf if service else longest, max(1.0, config.retry_delay_seconds)),
+        Agenda(stop.rouse, LASTING if service else 0.0),
+        tally,
+    )
+    status = Status(state)
+    if config.health_port:
+        serve_health(status, config.health_host, config.health_port)
+    if config.access_ambiguous:
+        log.warning("%s", t("both_given"))
+    check = patience(longest if config.wait_for_immich else 0.0)
+    new_library, complete = check(lambda: open_library(config))
+    with closing(Ai(config, state.hosts, stop)) as ai:
+        patience(longest if service else 0.0)(ai.check)
+    status.ready = True
+    if service:
+        log.info("%s", t("ready"))
+        posts = (status, tally, stop, os.environ)
+        threading.Thread(target=keep_posted, args=posts, name="posts", daemon=True).start()
+    describe_library(state, new_library)
     return complete()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is one of those at the top of this file."""
-    stop = threading.Event()
+    stop = Stop()
     signals = Signals(stop)
     arguments = sys.argv[1:] if argv is None else list(argv)
+    journal = os.environ.get("JOURNAL_STREAM", "")
     began, tally = time.monotonic(), Tally()
-    lines = set_up_logging()
+    set_up_logging(None, journal)
     try:
         use_language(language(arguments, os.environ))
         config = parse(arguments, os.environ)
         use_language(config.lang)
-        log.setLevel(config.log_level or log.level)
-        lines.secrets = (config.api_key, *config.immich_api_keys)
+        set_up_logging(config, journal)
         signals.grace = config.grace
-        if config.mode is not Mode.BATCH:
-            raise Fatal("mode_missing", mode=config.mode)
-        if config.access_ambiguous:
-            log.warning("%s", t("both_given"))
-        complete = describe_library(config, stop, tally)
+        if config.healthcheck:
+            return ask_health(config)
+        complete = serve(config, stop, tally)
+        code = 0 if complete and not tally.counts[Outcome.FAILED] else 1
     except Stopped:
-        return signals.exit_code()
+        return signals.exit_code(config.mode)
     except Fatal as error:
         log.critical("%s", error)
         if not tally.counts:
             return 2
         code = 2
-    else:
-        code = 0 if complete and not tally.counts[Outcome.FAILED] else 1
     if config.final_output:
         level = logging.WARNING if code else logging.INFO
-        fields = {outcome.value: tally.counts[outcome] for outcome in Outcome}
         spent = timedelta(seconds=round(time.monotonic() - began))
-        log.log(level, "%s", t("tally", time=spent, **fields))
-    return signals.exit_code() if signals.number else code
+        log.log(level, "%s", t("tally_time", tally=tally, time=spent))
+    return signals.exit_code(config.mode) if signals.number else code
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def no_thread_left() -> Iterator[None]:
     assert not [thread for thread in left if thread.is_alive()]
 
 
-class FakeStop(threading.Event):
+class FakeStop(ia.Stop):
     """A stop event whose time is invented: waiting is noted and over at once.
 
     Its `clock` moves by what was waited for. `after` sets it at the end of that many waits.
@@ -72,6 +72,9 @@ class FakeStop(threading.Event):
         if len(self.waits) == self._after:
             self.set()
         return self.is_set()
+
+    def nap(self, seconds: float) -> None:
+        self.wait(seconds)
 
 
 @pytest.fixture

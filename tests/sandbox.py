@@ -215,8 +215,9 @@ class Postgres:
         self._drop(name)
         self._databases.discard(name)
 
-    def stop(self) -> None:
-        self._cluster.stop()
+    def stop(self, mode: str = "fast") -> None:
+        """End the server; "immediate" as a crash does."""
+        self._cluster.stop(mode)
 
     def start(self) -> None:
         self._cluster.start()
@@ -460,8 +461,9 @@ class PhotoLibrary:
         quoted = {key: f'"{name}"' for key, name in self.tables.items()}
         try:
             return self._run(sql.format_map(quoted), values)
-        except (psycopg2.OperationalError, psycopg2.InterfaceError):
-            if self._connection is not None and not self._connection.closed:
+        except psycopg2.Error as error:
+            crashed = type(error) is psycopg2.DatabaseError and not error.pgcode
+            if self._connection is not None and not self._connection.closed and not crashed:
                 raise
             self._connection = None
             return self._run(sql.format_map(quoted), values)
@@ -619,14 +621,30 @@ class PhotoLibrary:
     def _previews(
         self, ids: Sequence[str], owner_id: str, prefix: str, picture: bytes | None, *, edited: bool
     ) -> None:
-        ending = ("_preview_edited" if edited else "_preview") + ".jpeg"
-        if not self._has("file", "isEdited"):
-            ending = "-preview.jpeg"
-        paths = {id: f"thumbs/{owner_id}/{id[:2]}/{id[2:4]}/{id}{ending}" for id in ids}
+        paths = {id: self._preview_path(id, owner_id, edited=edited) for id in ids}
         for path in paths.values() if picture is not None else ():
             self._write(self.root / path, picture)
         row = {"type": "preview", "isEdited": edited}
         self._copy("file", ({"assetId": id, "path": prefix + paths[id], **row} for id in ids))
+
+    def _preview_path(self, id: str, owner_id: str, *, edited: bool) -> str:
+        ending = ("_preview_edited" if edited else "_preview") + ".jpeg"
+        if not self._has("file", "isEdited"):
+            ending = "-preview.jpeg"
+        return f"thumbs/{owner_id}/{id[:2]}/{id[2:4]}/{id}{ending}"
+
+    def write_preview(self, id: str, picture: bytes) -> None:
+        """Write the file of a preview that has no row yet, as Immich does first."""
+        self._write(self.root / self._preview_path(id, self._owner_of(id), edited=False), picture)
+
+    def add_preview(self, id: str) -> None:
+        """Add the row of a preview whose file was written."""
+        self._previews([id], self._owner_of(id), self.prefix, None, edited=False)
+        self.run('UPDATE {asset} SET "thumbhash" = \'12\' WHERE "id" = %s', id)
+
+    def _owner_of(self, id: str) -> str:
+        [(owner_id,)] = self.run('SELECT "ownerId" FROM {asset} WHERE "id" = %s', id)
+        return owner_id
 
     @staticmethod
     def _write(file: Path, picture: bytes) -> None:
@@ -638,7 +656,7 @@ class PhotoLibrary:
 
     def add_person(self, id: str, name: str, *, hidden: bool = False) -> None:
         """Add a face to an asset, and the person it belongs to ("" for one without a name)."""
-        [(owner_id,)] = self.run('SELECT "ownerId" FROM {asset} WHERE "id" = %s', id)
+        owner_id = self._owner_of(id)
         group, person = str(uuid.uuid4()), {"ownerId": owner_id, "name": name, "isHidden": hidden}
         if "person_group" in self._columns:
             self._copy("person_group", [{"id": group, "clusterGroupId": self._cluster_group}])
@@ -647,7 +665,7 @@ class PhotoLibrary:
 
     def add_tag(self, id: str, value: str) -> None:
         """Put a tag on an asset, written as Immich writes it: "Holidays/Sea"."""
-        [(owner_id,)] = self.run('SELECT "ownerId" FROM {asset} WHERE "id" = %s', id)
+        owner_id = self._owner_of(id)
         known = 'SELECT "id" FROM {tag} WHERE "userId" = %s AND "value" = %s'
         if not self.run(known, owner_id, value):
             self._copy("tag", [{"userId": owner_id, "value": value}])

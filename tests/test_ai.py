@@ -595,7 +595,7 @@ def test_no_host_at_all_ends_it(fake, second, make, stop, monkeypatch, trouble):
         else:
             server.close()
     found, error = error_of(ai.check)
-    assert found == (ia.Fatal, "no_host")
+    assert found == (ia.HostDown, "no_host")
     assert [str(error).count(server.url) for server in (fake, second)] == [1, 1]
     assert [len(server.exchanges) for server in (fake, second)] == [bool(trouble)] * 2
     assert stop.waits == []
@@ -641,4 +641,4 @@ def test_one_host_that_cannot_work_is_left_out(fake, second, make, caplog):
 def test_one_host_away_and_the_other_wrong_ends_it(fake, second, make, first, then):
     fake.script(".*", "", first)
     second.script(".*", "", then)
-    assert error_of(make(fake, second).check)[0] == (ia.Fatal, "no_host")
+    assert error_of(make(fake, second).check)[0] == (ia.HostDown, "no_host")

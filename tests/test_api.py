@@ -528,13 +528,13 @@ def test_trouble_at_the_start_that_stays_is_one_line(fake, settings, stop, path,
     server = fake()
     server.script("GET", path, trouble, forever=True)
     with pytest.raises(ia.Fatal):
-        ia.describe_library(settings(server), stop, ia.Tally())
+        ia.serve(settings(server), stop, ia.Tally())
     assert sum(stop.waits) <= 120
 
 
 @pytest.mark.parametrize(
     ("trouble", "kind"),
-    [("maintenance", ia.HostDown), ("database_down", ia.Retryable), ("closed", ia.HostDown)],
+    [("maintenance", ia.HostDown), ("database_down", ia.HostDown), ("closed", ia.HostDown)],
 )
 def test_an_immich_in_trouble_later_costs_no_photo(fake, opened, trouble, kind):
     server = fake()
@@ -552,6 +552,35 @@ def test_an_immich_in_trouble_later_costs_no_photo(fake, opened, trouble, kind):
     ):
         with pytest.raises(kind):
             call()
+
+
+@pytest.mark.parametrize("version", ["1.132.3", "3.1.0"])
+def test_a_500_about_one_photo_is_not_taken_for_an_outage(fake, opened, version):
+    """Only when Immich cannot even say whose key it is, everything is away."""
+    server = fake(version)
+    server.add_many(1)
+    library = opened(server)
+    [asset] = listing(library)
+    server.script("GET", "thumbnail", Reply(500, {"message": "Internal server error"}))
+    with pytest.raises(ia.Retryable) as raised:
+        library.preview(asset)
+    assert not isinstance(raised.value, ia.HostDown)
+    server.script(".*", "", Reply(500, {"message": "Internal server error"}), forever=True)
+    with pytest.raises(ia.HostDown):
+        library.preview(asset)
+
+
+@pytest.mark.parametrize("told", [[], "no", {}, {"id": "another"}])
+def test_what_is_no_photo_is_not_overwritten(fake, opened, told):
+    server = fake()
+    server.add_many(1)
+    library = opened(server)
+    [asset] = listing(library)
+    server.script("GET", f"/assets/{asset.id}", Reply(200, told), forever=True)
+    for call in (lambda: library.write(asset, "A lake."), lambda: library.find(asset)):
+        with pytest.raises(ia.Retryable):
+            call()
+    assert server.count("PUT", "") == 0
 
 
 # the way of one photo

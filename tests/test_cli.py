@@ -261,8 +261,9 @@ def test_a_run_begins_once_immich_is_there(library, ollama):
         finally:
             library.end("gone")
         assert tool.end() == 0
-    assert len(tool.said) == 2
-    assert tool.said[1].startswith(tally(described=2))
+    assert tool.said[1].startswith(ia.t("back", time=""))
+    assert tool.said[2].startswith(tally(described=2))
+    assert len(tool.said) == 3
     assert library.texts() == wanted
 
 
@@ -408,7 +409,6 @@ def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
         (["--lang", "xx"], ["--lang", "xx", "en", "ru"]),
         (["--lang", "\x1b[2J\nxx"], ["--lang", "xx"]),
         (["--mode", "sometimes"], ["--mode", "sometimes", "batch"]),
-        (["--monitor"], ["monitor", "batch"]),
         (["-m", "-c"], ["--combined", "--monitor"]),
         (["--hosts", f"http://me:{SECRET}@[host"], ["--hosts"]),
         (["--hosts", f"http://me:{SECRET}@host:port"], ["--hosts", "host:port"]),
@@ -432,7 +432,8 @@ def test_a_wrong_setting_is_one_line(command, argv, parts):
     ("name", "value", "part"),
     [
         ("MAX_CONCURRENT", "many", "--max-concurrent"),
-        ("MODE", "combined", "combined"),
+        ("MODE", "now and then", "now and then"),
+        ("HEALTH_PORT", "65536", "65536"),
         ("WAIT_FOR_IMMICH", "perhaps", "WAIT_FOR_IMMICH"),
         ("NO_FINAL_OUTPUT", "perhaps", "FINAL_OUTPUT"),
         ("HOSTS", f"http://me:{SECRET}@", "--hosts"),

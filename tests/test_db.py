@@ -2,8 +2,10 @@
 
 import os
 import secrets
+import tempfile
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -134,6 +136,9 @@ def test_every_generation_is_listed_read_and_written(photos, opened, version):
     assert {asset.id for asset in assets} == colours.keys()
     assert [asset.id for asset in assets] == sorted(colours)
     assert tool.total() == 2
+    now = tool.clock() + timedelta(minutes=1)
+    assert {asset.id for asset in tool.news(now - timedelta(minutes=5), now)} == colours.keys()
+    assert [tool.find(asset) for asset in assets] == assets
     for asset in assets:
         assert tool.preview(asset) == library.preview_file(asset.id).read_bytes()
         assert tool.write(asset, f"Photo {asset.id}.") is True
@@ -681,13 +686,27 @@ def test_what_is_no_file_fails_that_photo(preview_of, kind):
     error_of(partial(preview_of, path), ia.Permanent)
 
 
-def test_a_file_that_may_not_be_read_fails_that_photo(preview_of):
-    file = preview_of.root / "thumbs/it.jpeg"
-    file.write_bytes(b"secret")
-    file.chmod(0)
-    with without_privileges():
-        error = error_of(partial(preview_of, file), ia.Permanent)
+def test_a_file_that_may_not_be_read_fails_that_photo():
+    with tempfile.TemporaryDirectory() as folder:  # not below pytest's, which is private
+        root, file = Path(folder), Path(folder) / "thumbs/it.jpeg"
+        file.parent.mkdir()
+        file.write_bytes(b"secret")
+        file.chmod(0)
+        root.chmod(0o755)
+        tool = ia.DbLibrary(ia.Database(""), None, root)
+        with without_privileges():
+            asset = ia.Asset("", "it.jpeg", "", str(file))
+            error = error_of(partial(tool.preview, asset), ia.Permanent)
     assert error.key == "unreadable_file"
+
+
+def test_a_library_whose_folder_is_away_is_waited_for(preview_of):
+    (preview_of.root / "thumbs/it.jpeg").write_bytes(b"picture")
+    (preview_of.root / "thumbs").rename(preview_of.root / "away")
+    error = error_of(partial(preview_of, "/data/thumbs/it.jpeg"), ia.HostDown)
+    assert str(preview_of.root) in str(error)
+    (preview_of.root / "away").rename(preview_of.root / "thumbs")
+    assert preview_of("/data/thumbs/it.jpeg") == b"picture"
 
 
 def test_an_empty_file_is_one_that_is_being_written(preview_of):

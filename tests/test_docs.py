@@ -162,6 +162,7 @@ def test_the_exit_codes_are_the_same_everywhere(told):
 
 NEVER_SHOWN = {
     "bad_setting",  # shows one of the others
+    "photo_excluded",  # as photo_gone
     "photo_gone",  # such a photo is only left out
     "photos",  # a word of the progress bar
     "stopped",  # the exit code says it

@@ -158,7 +158,20 @@ def test_a_rest_is_told_once(hosts, stop, lines):
     assert lines() == [("WARNING", why)]
     stop.now += 60
     mine.down(A, DOWN)
-    assert lines() == [("WARNING", why)] * 2
+    assert lines() == [("WARNING", why)]
+
+
+def test_a_host_that_answers_again_is_told_once(hosts, stop, lines):
+    mine = hosts(A, B)
+    mine.up(A)
+    mine.down(A, DOWN)
+    mine.up(B)
+    before = lines()
+    mine.up(A)
+    mine.up(A)
+    assert lines()[len(before) :] == [("INFO", ia.t("host_back", url=A))]
+    mine.down(A, DOWN)
+    assert lines()[-1][0] == "WARNING"
 
 
 # Striking off

@@ -4,7 +4,9 @@ Every test runs twice: through the API of a fake Immich, and on a real database.
 """
 
 import itertools
+import uuid
 from contextlib import ExitStack, closing
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import servers
@@ -69,6 +71,13 @@ class ApiStore:
     def lock(self, id):
         self.immich.assets[id].visibility = "locked"
 
+    def backdate(self, id, moment):
+        """Make an upload of another time of it."""
+        self.immich.assets[id].created_at = moment
+
+    def make_preview(self, id):
+        self.immich.assets[id].preview = servers.picture()
+
     def delete(self, id):
         del self.immich.assets[id]
 
@@ -95,6 +104,18 @@ class DbStore:
 
     def lock(self, id):
         self.photos.run("UPDATE {asset} SET visibility = 'locked' WHERE id = %s", id)
+
+    def backdate(self, id, moment):
+        """Make an upload of another time of it."""
+        self.photos.run('UPDATE {asset} SET "createdAt" = %s WHERE id = %s', moment, id)
+        mark = int(moment.timestamp() * 1000) << 80
+        sql = 'ALTER TABLE {file} DISABLE TRIGGER USER; UPDATE {file} SET "updateId" = %s'
+        sql += ' WHERE "assetId" = %s; ALTER TABLE {file} ENABLE TRIGGER USER'
+        self.photos.run(sql, str(uuid.UUID(int=mark)), id)
+
+    def make_preview(self, id):
+        where = self.photos.owner(), self.photos.prefix
+        self.photos._previews([id], *where, servers.picture(), edited=False)
 
     def delete(self, id):
         self.photos.run("DELETE FROM {asset} WHERE id = %s", id)
@@ -212,6 +233,87 @@ def test_the_total_counts_what_the_listing_brings(store, opened):
 
 
 # the preview
+
+
+# what arrives
+
+
+def test_the_clock_is_the_servers(opened):
+    library = opened()
+    assert abs(library.clock() - datetime.now(UTC)) < timedelta(seconds=5)
+
+
+def seconds(number):
+    return timedelta(seconds=number)
+
+
+def test_a_listing_may_be_of_the_uploads_since_a_moment(store, opened, monkeypatch):
+    monkeypatch.setattr(ia, "PAGE", 2)
+    library = opened()
+    now = library.clock()
+    ids = {age: store.add() for age in (0, 30, 59, 61, 90, 5000)}
+    for age, id in ids.items():
+        store.backdate(id, now - seconds(age))
+    pages, cursor = library.page(None, now - seconds(60))
+    while cursor:
+        more, cursor = library.page(cursor, now - seconds(60))
+        pages += more
+    assert {asset.id for asset in pages} == {ids[age] for age in (0, 30, 59)}
+    assert len(pages) == 3
+
+
+def test_the_news_are_what_arrived_since_a_moment_over_many_pages(store, opened, monkeypatch):
+    monkeypatch.setattr(ia, "PAGE", 2)
+    library = opened()
+    now = library.clock()
+    ids = {age: store.add() for age in (3, 10, 20, 30, 61, 90)}
+    for age, id in ids.items():
+        store.backdate(id, now - seconds(age))
+    news = library.news(now - seconds(60), now)
+    assert {asset.id for asset in news} == {ids[age] for age in (3, 10, 20, 30)}
+    assert len(news) == 4
+    assert all(asset.ready for asset in news)
+    for asset in news:
+        assert library.preview(asset)
+        assert library.write(asset, "New.")
+
+
+@pytest.mark.parametrize("kind", UNWANTED)
+def test_no_news_are_made_of_what_is_not_to_be_described(store, opened, kind):
+    library = opened()
+    now = library.clock()
+    id = store.add(**UNWANTED[kind])
+    news = library.news(now - seconds(60), now + seconds(60))
+    assert [asset for asset in news if asset.ready] == []
+    assert {asset.id for asset in news} <= {id}  # which may become ready
+
+
+def test_a_photo_is_found_as_it_is_now(store, opened):
+    library = opened()
+    id = store.add("lake.jpg", preview=False)
+    asset = next(iter(listing(library)), ia.Asset(id, "", "", "0", ready=False))
+    assert not asset.ready
+    assert not library.find(asset).ready
+    store.make_preview(id)
+    found = library.find(asset)
+    assert (found.id, found.name, found.description, found.ready) == (id, "lake.jpg", "", True)
+    assert library.preview(found) == servers.picture()
+    store.others_write(id, "By a person.")
+    assert library.find(asset).description == "By a person."
+    assert library.write(found, "By the tool.") is False
+
+
+@pytest.mark.parametrize("kind", ["video", "trashed", "offline", "hidden", "locked"])
+def test_what_is_not_to_be_described_is_not_found(store, opened, kind):
+    library = opened()
+    id = store.add(**UNWANTED[kind])
+    with pytest.raises(ia.Gone):
+        library.find(ia.Asset(id, "", "", "0", ready=False))
+
+
+def test_what_does_not_exist_is_not_found(opened):
+    with pytest.raises(ia.Gone):
+        opened().find(ia.Asset(str(uuid.uuid4()), "", "", "0", ready=False))
 
 
 def test_the_preview_is_the_files_bytes(store, opened):

@@ -255,7 +255,7 @@ class Running:
         self.process.stderr.close()
 
 
-class Pause(threading.Event):
+class Pause(ia.Stop):
     """A stop event whose waits take until the test lets them go, and none after that."""
 
     def __init__(self) -> None:
@@ -275,7 +275,7 @@ class Pause(threading.Event):
 def described(config: ia.Config, stop: threading.Event) -> tuple[Any, bool]:
     """Run to the end; the counts, and whether all of the library could be reached."""
     done = ia.Tally()
-    complete = ia.describe_library(config, stop, done)
+    complete = ia.serve(config, stop, done)
     return done.counts, complete
 
 
@@ -295,7 +295,7 @@ def describing(library: World, model: FakeServer, stop: Pause, *more: str) -> It
 def tally(**counts: int) -> str:
     """The last line of a run, but for the time it took."""
     numbers = {outcome.value: counts.get(outcome.value, 0) for outcome in ia.Outcome}
-    return ia.t("tally", time="\0", **numbers).partition("\0")[0]
+    return ia.t("tally", **numbers)
 
 
 def failure(id: str, name: str, key: str, **fields: Any) -> str:
@@ -531,7 +531,7 @@ def test_a_preview_that_immich_has_lost_costs_only_its_photo(api, immich, ollama
     lost = api.add(picture=servers.picture())
     immich.script("GET", f"{lost}/thumbnail", reply, forever=True)
     done = ia.Tally()
-    ia.describe_library(ia.parse([*api.argv, *asking(ollama)], {}), stop, done)
+    ia.serve(ia.parse([*api.argv, *asking(ollama)], {}), stop, done)
     assert done.counts == {ia.Outcome.DESCRIBED: 5, ia.Outcome.FAILED: 1}
     assert api.texts() == good | {lost: ""}
 

@@ -85,6 +85,9 @@ DEFAULTS = {
     "wait_for_immich": True,
     "wait_timeout": 120.0,
     "wait_retry_interval": 5.0,
+    "health_port": 0,
+    "health_host": "127.0.0.1",
+    "healthcheck": False,
     "grace": 30.0,
     "final_output": True,
     "lang": "en",
@@ -182,6 +185,11 @@ OPTIONS = [
     ),
     whole("--max-tokens", "max_tokens"),
     whole("--max-image-size", "max_image_size"),
+    whole("--health-port", "health_port"),
+    Option(
+        *("--health-host", "IMMICH_ANALYZE_HEALTH_HOST", "health_host"),
+        *("0.0.0.0", "0.0.0.0", "::", "::"),
+    ),
     seconds("--grace", "grace"),
 ]
 WITH_A_VALUE = pytest.mark.parametrize("option", OPTIONS, ids=lambda o: f"{o.flag} {o.variable}")
@@ -300,7 +308,7 @@ def test_every_option_with_a_value_has_a_variable_and_a_row_here():
     twins = {"immich_api_keys_file": "IMMICH_API_KEY_FILE"}
     for action in ia.build_parser()._actions:
         option = action.option_strings[0].removeprefix("--").replace("-", "_")
-        if option in ("help", "version", "config", "monitor", "combined"):
+        if option in ("help", "version", "config", "monitor", "combined", "healthcheck"):
             assert not action.env_var
         else:
             usual = f"IMMICH_ANALYZE_{option.upper()}"
@@ -876,3 +884,18 @@ def test_the_version_is_told(config, capsys, flag):
         0,
         f"immich-analyze {ia.__version__}\n",
     )
+
+
+@pytest.mark.parametrize("content", ["", "\n", " \n\t\n"])
+def test_a_variable_that_names_an_empty_file_counts_as_unset(config, tmp_path, content):
+    (tmp_path / "empty").write_text(content)
+    files = ["IMMICH_API_KEY_FILE", "IMMICH_ANALYZE_API_KEY_FILE", "DB_PASSWORD_FILE"]
+    empty = dict.fromkeys(files, str(tmp_path / "empty"))
+    given = {
+        "IMMICH_API_URL": "http://immich",
+        "IMMICH_API_KEY": "key",
+        "DB_PASSWORD": "word",
+        "IMMICH_ANALYZE_API_KEY": "model",
+    }
+    assert config(environ=given | empty) == config(environ=given)
+    assert config(environ=empty) == config()

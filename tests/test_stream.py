@@ -41,9 +41,10 @@ class Listing:
         self.trouble = {number: iter(errors) for number, errors in (trouble or {}).items()}
         self.asked = []
 
-    def page(self, cursor):
+    def page(self, cursor, since=None):
         number = cursor or 0
         self.asked.append(number)
+        self.since = since
         error = next(self.trouble.get(number, iter(())), None)
         if error:
             raise error
@@ -53,6 +54,17 @@ class Listing:
 @pytest.fixture
 def patience(stop):
     return ia.Patience(stop, pause=5, longest=60)
+
+
+@pytest.fixture
+def state(stop, patience, config):
+    """What the threads of a batch share."""
+    return state_of(config(), stop, patience, lasting=0)
+
+
+def state_of(config, stop, patience, lasting):
+    hosts = ia.Hosts(["http://host"], 1, 60, stop.clock)
+    return ia.State(config, stop, hosts, patience, ia.Agenda(stop.rouse, lasting), ia.Tally())
 
 
 # the backlog
@@ -76,7 +88,7 @@ def test_pages_come_in_order_and_only_when_they_are_needed(patience, stop):
     [
         ([away()], [5]),
         ([away()] * 7, [5] * 7),
-        ([hiccup()] * 2, [5, 5]),
+        ([hiccup()] * 7, [5] * 7),
         ([hiccup(), away(), away(), hiccup(0.5)], [5, 5, 5, 0.5]),
     ],
     ids=["away", "away for long", "hiccups", "both"],
@@ -94,9 +106,9 @@ def test_trouble_with_a_page_repeats_only_that_page(patience, stop, sick, errors
 @pytest.mark.parametrize(
     ("errors", "key"),
     [
-        (repeat(hiccup()), "listing_failed"),
-        ([ia.Permanent("immich_refused", status=418, why="")], "listing_failed"),
-        ([ia.Gone("photo_gone")], "listing_failed"),
+        (repeat(hiccup()), "library_away"),
+        ([ia.Permanent("immich_refused", status=418, why="")], "immich_refused"),
+        ([ia.Gone("photo_gone")], "photo_gone"),
         (repeat(away()), "library_away"),
         ([fatal()], "database_refused"),
     ],
@@ -129,10 +141,13 @@ def test_a_stream_stops_within_a_page_and_between_pages(patience, stop, taken):
 
 
 @pytest.mark.parametrize("sick", [0, 1])
-def test_a_stream_that_is_stopped_while_the_library_is_away_just_ends(patience, stop, sick):
+def test_a_stream_that_is_stopped_while_the_library_is_away_just_ends(patience, stop, state, sick):
     stop._after = 2
     library = Listing([photo(1)], [photo(2)], trouble={sick: repeat(away())})
-    assert list(ia.backlog(library, patience, stop)) == [photo(1)][:sick]
+    jobs = map(ia.Job, ia.backlog(library, patience, stop))
+    ran = []
+    ia.work(jobs, lambda job: ran.append(job.asset) or ia.Outcome.DESCRIBED, state)
+    assert ran == [photo(1)][:sick]
     assert stop.waits == [5, 5]
 
 
@@ -140,13 +155,13 @@ def test_a_worker_that_waits_does_not_hide_why_another_ended_the_run():
     stop, listing_waits = threading.Event(), threading.Event()
 
     class Away(Listing):
-        def page(self, cursor):
+        def page(self, cursor, since):
             listing_waits.set()
             raise away()
 
     def lists():
         stream = ia.backlog(Away(), ia.Patience(stop, pause=60, longest=math.inf), stop)
-        ia.work(stream, lambda _: ia.Outcome.DESCRIBED, ia.Tally())
+        ia.work(stream, lambda _: ia.Outcome.DESCRIBED, None)
 
     def fails():
         assert listing_waits.wait(5)
@@ -173,22 +188,28 @@ def test_a_worker_that_waits_does_not_hide_why_another_ended_the_run():
 def test_each_photo_is_taken_or_counted(fields, none, all):
     for policy, fate in ((ia.Policy.NONE, none), (ia.Policy.ALL, all)):
         tally, asset = ia.Tally(), photo(1, **fields)
-        taken = list(ia.sift([asset], policy, tally))
-        assert taken == ([asset] if fate == "taken" else [])
+        taken = list(ia.sift([asset], policy, tally, tally.add))
+        assert taken == ([ia.Job(asset)] if fate == "taken" else [])
         assert tally.counts == ({} if fate == "taken" else {fate: 1})
 
 
 def test_a_photo_listed_twice_is_taken_once():
     tally, listed = ia.Tally(), [photo(1), photo(2), photo(1), photo(1, description=" ")]
-    assert list(ia.sift(listed, ia.Policy.NONE, tally)) == [photo(1), photo(2)]
+
+    def sifted(listed):
+        return [job.asset for job in ia.sift(listed, ia.Policy.NONE, tally, tally.add)]
+
+    assert sifted(listed) == [photo(1), photo(2)]
     assert tally.counts == {}
-    assert list(ia.sift([photo(2), photo(3)], ia.Policy.NONE, tally)) == [photo(3)]
+    assert sifted([photo(2), photo(3)]) == [photo(3)]
 
 
 def test_sifting_asks_for_no_more_than_it_gives():
     read = []
-    stream = ia.sift((read.append(n) or photo(n) for n in range(9)), ia.Policy.NONE, ia.Tally())
-    assert next(stream) == photo(0)
+    listed = (read.append(n) or photo(n) for n in range(9))
+    tally = ia.Tally()
+    stream = ia.sift(listed, ia.Policy.NONE, tally, tally.add)
+    assert next(stream) == ia.Job(photo(0))
     assert read == [0]
 
 
@@ -217,15 +238,14 @@ def test_those_who_share_a_stream_get_each_photo_once():
     ],
     ids=repr,
 )
-def test_what_became_of_a_photo_is_counted_and_the_others_go_on(caplog, became, outcome):
-    def analyze(asset):
-        if asset.id == "2" and isinstance(became, Exception):
+def test_what_became_of_a_photo_is_counted_and_the_others_go_on(caplog, state, became, outcome):
+    def analyze(job):
+        if job.asset.id == "2" and isinstance(became, Exception):
             raise became
-        return became if asset.id == "2" else ia.Outcome.DESCRIBED
+        return became if job.asset.id == "2" else ia.Outcome.DESCRIBED
 
-    tally = ia.Tally()
-    ia.work([photo(1), photo(2), photo(3)], analyze, tally)
-    assert tally.counts == Counter({"described": 2}) + Counter({outcome: 1})
+    ia.work([ia.Job(photo(n)) for n in (1, 2, 3)], analyze, state)
+    assert state.tally.counts == Counter({"described": 2}) + Counter({outcome: 1})
     said = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(said) == (outcome == "failed")
     for record in said:
@@ -236,23 +256,22 @@ def test_what_became_of_a_photo_is_counted_and_the_others_go_on(caplog, became, 
 
 
 @pytest.mark.parametrize("error", [fatal(), ia.Stopped("stopped")], ids=["fatal", "stopped"])
-def test_the_end_for_all_leaves_the_photo_in_hand_uncounted(error):
+def test_the_end_for_all_leaves_the_photo_in_hand_uncounted(state, error):
     seen = []
 
-    def analyze(asset):
-        seen.append(asset.id)
-        if asset.id == "2":
+    def analyze(job):
+        seen.append(job.asset.id)
+        if job.asset.id == "2":
             raise error
         return ia.Outcome.DESCRIBED
 
-    tally = ia.Tally()
     with pytest.raises(ia.Fatal) if isinstance(error, ia.Fatal) else nullcontext():
-        ia.work([photo(1), photo(2), photo(3)], analyze, tally)
+        ia.work([ia.Job(photo(n)) for n in (1, 2, 3)], analyze, state)
     assert seen == ["1", "2"]
-    assert tally.counts == {"described": 1}
+    assert state.tally.counts == {"described": 1}
 
 
-def test_every_photo_taken_ends_in_exactly_one_outcome(patience, stop):
+def test_every_photo_taken_ends_in_exactly_one_outcome(patience, stop, state):
     fates = {
         0: ia.Outcome.DESCRIBED,
         1: ia.Outcome.SKIPPED,
@@ -264,18 +283,18 @@ def test_every_photo_taken_ends_in_exactly_one_outcome(patience, stop):
     pages = [[photo(n) for n in range(start, start + 10)] for start in range(0, 60, 10)]
     extra = [photo(60, description="by a person"), photo(61, ready=False), photo(3), photo(17)]
     library = Listing(*pages, extra, trouble={2: [away()], 4: [hiccup()]})
-    tally, taken = ia.Tally(), []
+    tally, taken = state.tally, []
 
-    def analyze(asset):
+    def analyze(job):
         assert sum(tally.counts.values()) == len(taken)  # all but the one in hand
-        taken.append(asset.id)
-        fate = fates[int(asset.id) % 6]
+        taken.append(job.asset.id)
+        fate = fates[int(job.asset.id) % 6]
         if isinstance(fate, Exception):
             raise fate
         return fate
 
-    stream = ia.sift(ia.backlog(library, patience, stop), ia.Policy.NONE, tally)
-    ia.work(ia.Shared(stream), analyze, tally)
+    stream = ia.sift(ia.backlog(library, patience, stop), ia.Policy.NONE, tally, tally.add)
+    ia.work(ia.Shared(stream), analyze, state)
     assert taken == [str(n) for n in range(60)]
     assert tally.counts == {"described": 10, "skipped": 21, "failed": 30, "not_ready": 1}
 
@@ -294,14 +313,14 @@ def test_the_counts_are_shown_after_each_photo():
 
 
 def calling(errors, answer="answer"):
-    """A call that raises these, in turn, before it answers."""
+    """A call that raises these, in turn, before it answers; what is no error is called."""
     rest = iter(errors)
 
     def call():
         error = next(rest, None)
-        if error:
+        if isinstance(error, Exception):
             raise error
-        return answer
+        return error() if error else answer
 
     return call
 
@@ -389,10 +408,46 @@ def test_waiting_ends_when_stopped(stop, error):
     assert stop.waits == [5, 5]
 
 
-def test_an_outage_is_one_line(stop, caplog):
+WAITING = "PostgreSQL does not answer: away. Waiting."
+BACK = "It answers again, after 0:04:10."
+
+
+def test_an_outage_is_two_lines(stop, caplog):
     caplog.set_level(logging.INFO)
-    ia.Patience(stop, pause=5, longest=math.inf)(calling([away()] * 50))
-    assert caplog.messages == ["PostgreSQL does not answer: away. Waiting."]
+    patience = ia.Patience(stop, pause=5, longest=math.inf)
+    patience(calling([]))
+    patience(calling([hiccup()]))
+    assert caplog.messages == []
+    patience(calling([away()] * 50))
+    assert caplog.messages == [WAITING, BACK]
+    assert patience.away() == 0
+
+
+def test_an_outage_that_several_meet_is_two_lines(stop, caplog):
+    caplog.set_level(logging.INFO)
+    patience = ia.Patience(stop, pause=5, longest=math.inf)
+
+    def another():
+        assert caplog.messages == [WAITING]
+        patience(calling([away()] * 3))
+        assert patience.away() == 20
+        return "answer"
+
+    patience(calling([away(), another]))
+    assert caplog.messages == [WAITING, "It answers again, after 0:00:20."]
+
+
+@pytest.mark.parametrize("longest", [0, 60])
+def test_nobody_says_that_an_outage_is_over_which_is_not(stop, caplog, longest):
+    caplog.set_level(logging.INFO)
+    patience = ia.Patience(stop, pause=5, longest=longest)
+    with pytest.raises(ia.Fatal):
+        patience(calling(repeat(away())))
+    assert caplog.messages == [WAITING][: longest and 1]
+    stop.set()
+    with pytest.raises(ia.AnalyzeError):
+        patience(calling(repeat(away())))
+    assert BACK[:20] not in "".join(caplog.messages)
 
 
 # one photo
@@ -430,25 +485,24 @@ class Desk:
         ([WHOLE], [True], "PDW", "described"),
         ([WHOLE], [False], "PDW", "skipped"),
         ([CUT, b"", WHOLE], [True], "PPPDW", "described"),
+        ([CUT, CUT + b"more", WHOLE], [True], "PPPDW", "described"),
         ([away(), hiccup(), WHOLE], [True], "PPPDW", "described"),
         ([WHOLE], [away(), away(), hiccup(), True], "PDWWWW", "described"),
         ([WHOLE], [hiccup(), False], "PDWW", "skipped"),
         ([WHOLE], [*[hiccup()] * 11, True], "PD" + "W" * 12, "described"),
     ],
 )
-def test_the_model_is_asked_once_whatever_the_library_does(
-    patience, stop, previews, writes, said, outcome
-):
+def test_the_model_is_asked_once_whatever_the_library_does(state, previews, writes, said, outcome):
     desk = Desk(previews, writes)
-    assert ia.analyze(photo(1), desk, desk, patience, 0) == outcome
+    assert ia.analyze(ia.Job(photo(1)), desk, desk, state) == outcome
     words = {"P": "preview", "D": "describe", "W": "write A photo."}
     assert desk.said == [words[letter] for letter in said]
 
 
-def test_a_text_that_cannot_be_written_fails_in_the_end(patience, stop):
+def test_a_text_that_cannot_be_written_fails_in_the_end(state, stop):
     desk = Desk(writes=repeat(hiccup()))
     with pytest.raises(ia.Retryable):
-        ia.analyze(photo(1), desk, desk, patience, 0)
+        ia.analyze(ia.Job(photo(1)), desk, desk, state)
     assert desk.said[1:] == ["describe"] + ["write A photo."] * ia.VALUABLE_TRIES
     assert stop.waits == [5] * (ia.VALUABLE_TRIES - 1)
 
@@ -456,22 +510,29 @@ def test_a_text_that_cannot_be_written_fails_in_the_end(patience, stop):
 @pytest.mark.parametrize(
     ("previews", "kind", "tries"),
     [
-        ([CUT] * 3, ia.Retryable, 3),
-        ([b"", CUT, b""], ia.Retryable, 3),
+        ([CUT] * 2, ia.Retryable, 2),
+        ([b"", CUT, b"", b""], ia.Retryable, 4),
         ([b"<html>no picture</html>"], ia.Permanent, 1),
         ([ia.Permanent("preview_missing")], ia.Permanent, 1),
         ([ia.Gone("photo_gone")], ia.Gone, 1),
         ([fatal()], ia.Fatal, 1),
     ],
 )
-def test_without_a_preview_the_model_is_not_asked(patience, previews, kind, tries):
+def test_without_a_preview_the_model_is_not_asked(state, previews, kind, tries):
     desk = Desk(previews)
     with pytest.raises(kind):
-        ia.analyze(photo(1), desk, desk, patience, 0)
+        ia.analyze(ia.Job(photo(1)), desk, desk, state)
     assert desk.said == ["preview"] * tries
 
 
-def test_a_preview_that_is_being_written_is_read_again_soon(patience, stop):
-    desk = Desk([CUT, CUT, WHOLE])
-    ia.analyze(photo(1), desk, desk, patience, 0)
-    assert stop.waits == [0.2, 0.2]
+def test_a_preview_that_is_being_written_is_read_again_soon(state, stop):
+    growing = [WHOLE[:n] for n in (0, 100, 200)]
+    ia.analyze(ia.Job(photo(1)), desk := Desk([*growing, WHOLE]), desk, state)
+    assert stop.waits == [0.5] * 3
+
+
+def test_a_preview_that_never_gets_its_end_is_given_up(state, stop):
+    desk = Desk(WHOLE[: n % 200] for n in range(1000))
+    with pytest.raises(ia.Retryable):
+        ia.analyze(ia.Job(photo(1)), desk, desk, state)
+    assert sum(stop.waits) == state.config.file_write_timeout

@@ -138,12 +138,6 @@ def test_a_preview_that_cannot_be_sent_says_why(data, most, error, key):
     assert (type(caught.value), caught.value.key) == (error, key)
 
 
-def test_a_cut_preview_is_read_again_at_once():
-    with pytest.raises(ia.Retryable) as caught:
-        ia.prepared(JPEG[:-2], 0)
-    assert caught.value.pause == 0.2
-
-
 def test_a_decompression_bomb_is_not_decoded(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 48 // 2 - 1)
     with pytest.raises(ia.Permanent, match="cannot be decoded"):

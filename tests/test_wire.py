@@ -771,3 +771,9 @@ def test_a_name_in_the_words_does_not_count(text, expected):
     with pytest.raises(ia.AnalyzeError) as caught, ia.sql():
         raise psycopg2.OperationalError(text)
     assert type(caught.value) is expected
+
+
+def test_a_server_that_crashes_in_the_middle_of_a_statement_is_waited_for():
+    """psycopg2 has no class of its own for it, and PostgreSQL had no time for a code."""
+    with pytest.raises(ia.HostDown), ia.sql():
+        raise psycopg2.DatabaseError("error with status PGRES_TUPLES_OK and no message")
