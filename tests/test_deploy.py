@@ -1,0 +1,304 @@
+"""The unit, the image, the flake and README's compose file agree with the tool and do their work.
+
+Where systemd, hadolint or Nix is installed, it judges them too.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import immich_analyze as ia
+
+ROOT = Path(__file__).parent.parent
+UNIT = (ROOT / "immich-analyze.service").read_text(encoding="utf-8")
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+FLAKE = (ROOT / "flake.nix").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+OPTIONS = ia.build_parser()
+[SCRIPT] = PROJECT["project"]["scripts"]
+
+
+def default(option):
+    return OPTIONS.get_default(option)
+
+
+def seconds(duration):
+    units = {"": 1, "s": 1, "m": 60, "min": 60}
+    number, unit = re.fullmatch(r"(\d+)(\w*?)", duration).groups()
+    return int(number) * units[unit]
+
+
+def tool(name):
+    """The command of that name, beside Python or in the path; else there is no test."""
+    path = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    return path or pytest.skip(f"no {name} here")
+
+
+def run(*command):
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=60, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def compose_files():
+    """The services of that name in README's compose examples."""
+    blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    found = [yaml.safe_load(block) for block in blocks if f"{SCRIPT}:" in block]
+    return [file["services"][SCRIPT] for file in found]
+
+
+# names
+
+
+@pytest.mark.parametrize("text", [UNIT, DOCKERFILE, FLAKE], ids=["unit", "image", "flake"])
+def test_every_variable_and_flag_named_exists(text):
+    of_immich = {"DB_URL", *ia.DB_KEYWORDS}
+    known = {action.env_var for action in OPTIONS._actions} | {*ia.OTHER_NAMES} | of_immich
+    known |= {f"{name}_FILE" for name in of_immich}
+    named = set(re.findall(r"\b(?:IMMICH|DB)_[A-Z_]+[A-Z]\b", text))
+    assert named
+    assert named <= known
+    flags = {flag for action in OPTIONS._actions for flag in action.option_strings}
+    ours = re.findall(r"^ExecStart=.*|(?<=# )More than .*|(?<= CMD ).*", text, re.MULTILINE)
+    assert {*re.findall(r"--[a-z-]+", " ".join(ours))} <= flags
+
+
+# the unit
+
+
+def said(key):
+    """All values that the unit gives to a key."""
+    return re.findall(rf"^{key}=(.*)$", UNIT, re.MULTILINE)
+
+
+def service(folder, more=(), **files):
+    """The settings that systemd starts the tool with, by variables and the files of secrets."""
+    for word in said("SetCredential"):
+        name, value = word.split(":", 1)
+        value = files.get(name, value.encode().decode("unicode_escape"))
+        (folder / name).write_text(value, encoding="utf-8")
+    environ = dict(word.replace("%d", str(folder)).split("=", 1) for word in said("Environment"))
+    return ia.parse(said("ExecStart")[0].split()[1:], environ | dict(more))
+
+
+def test_the_service_starts_without_any_setting(tmp_path):
+    config = service(tmp_path)
+    assert (config.mode, config.access) == (ia.Mode.COMBINED, ia.Access.DATABASE)
+    assert config.postgres_url == ia.parse([], {}).postgres_url
+    assert (config.wait_for_immich, config.wait_timeout) == (True, 0)
+
+
+@pytest.mark.parametrize("where", ["variable", "file"])
+def test_the_service_takes_each_secret_from_either_place(where, tmp_path):
+    url = {"IMMICH_API_URL": "http://immich:2283"}
+    secrets = {"IMMICH_API_KEY": "one", "IMMICH_ANALYZE_API_KEY": "two"}
+    files = {"immich-api-key": "one\n", "model-key": "two\n"}
+    variables, files = (secrets, {}) if where == "variable" else ({}, files)
+    config = service(tmp_path, url | variables, **files)
+    assert (config.access, config.immich_api_keys) == (ia.Access.API, ("one",))
+    assert config.api_key == "two"
+
+
+@pytest.mark.parametrize("where", ["variable", "file"])
+def test_the_service_takes_the_password_from_either_place(where, tmp_path):
+    settings = {"DB_HOSTNAME": "localhost"}
+    files = {"db-password": "three\n"}
+    variables, files = ({"DB_PASSWORD": "three"}, {}) if where == "variable" else ({}, files)
+    config = service(tmp_path, settings | variables, **files)
+    assert config.access is ia.Access.DATABASE
+    assert "host='localhost'" in config.postgres_url
+    assert "password='three'" in config.postgres_url
+
+
+def test_a_secret_that_is_not_there_stops_no_service():
+    loaded = [word.split(":")[0] for word in said("LoadCredential")]
+    assert loaded == [word.split(":")[0] for word in said("SetCredential")]
+    assert [word.split("%d/")[1] for word in said("Environment") if "%d" in word] == loaded
+
+
+def test_the_service_is_patient_and_ends_in_time():
+    assert said("Type") == ["notify"]
+    assert said("TimeoutStartSec") == ["infinity"]
+    assert said("After") == ["multi-user.target"]  # else the boot would wait for Immich
+    assert seconds(said("TimeoutStopSec")[0]) > default("grace")
+    assert seconds(said("WatchdogSec")[0]) >= 180
+    assert said("Restart") == ["on-failure"]
+    assert said("RestartPreventExitStatus") == ["2"]
+    assert said("SuccessExitStatus") == [str(128 + signal.SIGTERM)]
+
+
+def test_systemd_finds_no_fault(tmp_path):
+    unit = tmp_path / "immich-analyze.service"
+    unit.write_text(UNIT.replace(said("ExecStart")[0].split()[0], sys.executable))
+    code, output = run(tool("systemd-analyze"), "verify", unit)
+    assert (code, [line for line in output.splitlines() if unit.name in line]) == (0, [])
+
+
+def test_the_service_is_shut_in():
+    unit = ROOT / "immich-analyze.service"
+    judge = [tool("systemd-analyze"), "security", "--offline=true", "--threshold=20"]
+    code, output = run(*judge, unit)
+    assert code == 0, output
+
+
+# the image
+
+
+def instructions(name):
+    """What the last stage says by an instruction."""
+    stage = re.split(r"^FROM ", DOCKERFILE.replace("\\\n", " "), flags=re.MULTILINE)[-1]
+    return re.findall(rf"^{name} +(.*)$", stage, re.MULTILINE)
+
+
+def image_settings():
+    return dict(word.split("=", 1) for line in instructions("ENV") for word in line.split())
+
+
+def test_the_image_watches_what_is_in_data():
+    config = ia.parse([], image_settings())
+    assert (config.mode, config.immich_root) == (ia.Mode.COMBINED, Path("/data"))
+    assert config.health_port
+
+
+def test_the_image_runs_the_command_and_asks_it_how_it_is():
+    [entry], [check] = instructions("ENTRYPOINT"), instructions("HEALTHCHECK")
+    command, *flags = json.loads(check.partition("CMD ")[2])
+    assert json.loads(entry) == [command] == [SCRIPT]
+    assert ia.parse(flags, image_settings()).healthcheck
+    assert instructions("STOPSIGNAL") == ["SIGTERM"]
+
+
+def test_the_image_is_not_run_by_root():
+    [user] = instructions("USER")
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+
+
+def test_only_the_package_is_sent_to_the_builder():
+    text = (ROOT / ".dockerignore").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    parts = {*wheel["include"], *wheel["force-include"], "pyproject.toml"}
+    parts |= {PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
+    assert lines[0] == "*"
+    assert sorted(lines[1:]) == sorted(f"!{part}" for part in parts)
+
+
+def test_hadolint_finds_no_fault():
+    assert run(tool("hadolint"), ROOT / "Dockerfile") == (0, "")
+
+
+# the compose file
+
+
+@pytest.mark.parametrize("access", ia.Access)
+def test_the_compose_example_is_for_existing_setups(access):
+    found = compose_files()
+    of_immich = [{"DB_PASSWORD": "p"} if one.get("env_file") == ".env" else {} for one in found]
+    configs = [
+        ia.parse([], image_settings() | dotenv | one["environment"])
+        for one, dotenv in zip(found, of_immich, strict=True)
+    ]
+    [(example, config)] = [
+        pair for pair in zip(found, configs, strict=True) if pair[1].access is access
+    ]
+    database = {"env_file": ".env", "volumes": ["${UPLOAD_LOCATION}:/data:ro"]}
+    expected = database if access is ia.Access.DATABASE else {}
+    assert {key: example[key] for key in database if key in example} == expected
+    assert example["restart"] == "unless-stopped"
+    assert seconds(example["stop_grace_period"]) > default("grace")
+    [(name, _)] = [host.split(":") for host in example["extra_hosts"]]
+    assert config.hosts == (f"http://{name}:11434",)
+
+
+# the flake
+
+
+def test_the_flake_takes_its_hardening_from_the_unit():
+    keys = set(re.findall(r"^([A-Z]\w+)=", UNIT.partition("[Service]")[2], re.MULTILINE))
+    assert keys & set(re.findall(r"\w+", FLAKE)) == {"EnvironmentFile", "LoadCredential"}
+    assert "systemd.packages = [ cfg.package ];" in FLAKE
+    [folder] = re.findall(r"--replace-fail (/\S+) \$out/bin/$", FLAKE, re.MULTILINE)
+    assert f"{folder}{SCRIPT}" == said("ExecStart")[0].split()[0]
+
+
+def test_the_flake_has_the_dependencies():
+    listed = re.search(r"dependencies = with [\w.]+; \[(.*?)\]", FLAKE, re.DOTALL)[1].split()
+    asked = {re.match(r"[\w-]+", line)[0] for line in PROJECT["project"]["dependencies"]}
+    assert {*listed} == asked - {"psycopg2-binary"} | {"psycopg2"}
+
+
+def test_the_flake_knows_the_secrets_of_the_unit():
+    names = re.findall(r"^ +([\w-]+) = secret ", FLAKE, re.MULTILINE)
+    assert names == [word.split(":")[0] for word in said("LoadCredential")]
+
+
+# As much of nixpkgs as the flake asks for.
+NIXPKGS = """
+rec {
+  legacyPackages.x86_64-linux = {
+    inherit lib;
+    stdenv.hostPlatform.system = "x86_64-linux";
+    python3Packages = { buildPythonApplication = made: made; hatchling = { }; };
+  };
+  lib = with builtins; rec {
+    genAttrs = names: make: listToAttrs (map (name: { inherit name; value = make name; }) names);
+    mapAttrsToList = make: set: map (name: make name set.${name}) (attrNames set);
+    mapAttrs' = make: set: listToAttrs (mapAttrsToList make set);
+    filterAttrs = keep: set:
+      removeAttrs set (filter (name: !(keep name set.${name})) (attrNames set));
+    optional = given: value: if given then [ value ] else [ ];
+    boolToString = value: if value then "true" else "false";
+    toUpper = replaceStrings LOWER UPPER;
+    mkIf = given: value: if given then value else { };
+    licenses.mit = { };
+  };
+}
+"""
+
+
+def test_nix_makes_the_service(tmp_path):
+    nix = tool("nix-instantiate")
+    assert run(nix, "--parse", ROOT / "flake.nix")[0] == 0
+    lower = " ".join(f'"{letter}"' for letter in "abcdefghijklmnopqrstuvwxyz")
+    stub = NIXPKGS.replace("LOWER", f"[ {lower} ]").replace("UPPER", f"[ {lower.upper()} ]")
+    asked = f"""
+    let
+      flake = (import {ROOT}/flake.nix).outputs {{ self = flake; nixpkgs = {stub}; }};
+      pkgs = ({stub}).legacyPackages.x86_64-linux;
+      module = flake.nixosModules.default {{
+        inherit pkgs;
+        lib = pkgs.lib;
+        config.services.immich-analyze = {{
+          enable = true;
+          package = "package";
+          settings = {{ hosts = [ "http://a" "http://b" ]; final-output = false; grace = 2.5;
+                        immich-api-url = "http://immich"; }};
+          environmentFile = "/env";
+          credentials = {{ immich-api-key = "/key"; model-key = null; }};
+        }};
+      }};
+      service = module.config.systemd.services.immich-analyze;
+    in [
+      flake.packages.x86_64-linux.default.version
+      flake.packages.x86_64-linux.default.meta.mainProgram
+      module.config.systemd.packages service.serviceConfig service.environment
+    ]"""
+    code, output = run(nix, "--eval", "--strict", "--json", "--store", "dummy://", "-E", asked)
+    assert code == 0, output
+    version, program, packages, limits, environ = json.loads(output.splitlines()[0])
+    assert (version, program, packages) == (ia.__version__, SCRIPT, ["package"])
+    assert limits == {"EnvironmentFile": ["/env"], "LoadCredential": ["immich-api-key:/key"]}
+    config = ia.parse([], environ | {"IMMICH_API_KEY": "key"})
+    assert (config.hosts, config.final_output) == (("http://a", "http://b"), False)
+    assert (config.grace, config.immich_api_url) == (2.5, "http://immich/api")
