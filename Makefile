@@ -4,13 +4,14 @@
 #   make demo    describe a throwaway library with a tiny model; see tests/sandbox.py
 #   make demo HOSTS=http://127.0.0.1:11434 ARGS="--interface ollama --model-name NAME"
 #   make test    what CI runs
+#   make faults  break everything around the service for some minutes; see tests/faults.py
 #   make bench   measure; see tests/bench.py
 #   make clean   remove .venv and what the tools leave behind
 
 PYTHON ?= python3
 IN_VENV = .venv/bin/python
 
-.PHONY: demo test bench clean
+.PHONY: demo test faults bench clean
 
 demo: .venv/sandbox
 	@$(IN_VENV) tests/sandbox.py $(ARGS)
@@ -22,6 +23,9 @@ test: .venv/dev
 	$(IN_VENV) -m coverage run --parallel-mode -m pytest $(ARGS)
 	$(IN_VENV) -m coverage combine --quiet
 	$(IN_VENV) -m coverage report
+
+faults: .venv/dev
+	@$(IN_VENV) tests/faults.py $(ARGS)
 
 bench: .venv/dev
 	@$(IN_VENV) tests/bench.py $(ARGS)

@@ -2845,27 +2845,25 @@ def describe_library(state: State, new_library: Callable[[], Library]) -> None:
 def serve(config: Config, stop: Stop, tally: Tally) -> bool:
     """One run from its settings to its end; whether all photos could be reached."""
     service, longest = config.mode.monitors, config.wait_timeout or math.inf
-
-    def patience(longest: float, pause: float = config.wait_retry_interval) -> Patience:
-        return Patience(stop, pause, longest)
-
+    at_start = functools.partial(Patience, stop, config.wait_retry_interval)
+    pause = max(1.0, config.retry_delay_seconds)
     state = State(
         config,
         stop,
-        Hosts(config.hosts, config.max_concurrent, config.unavailable_duration),
-        patience(math.inf if service else longest, max(1.0, config.retry_delay_seconds)),
-        Agenda(stop.rouse, LASTING if service else 0.0),
-        tally,
+        hosts=Hosts(config.hosts, config.max_concurrent, config.unavailable_duration),
+        patience=Patience(stop, pause, math.inf if service else longest),
+        agenda=Agenda(stop.rouse, LASTING if service else 0.0),
+        tally=tally,
     )
     status = Status(state)
     if config.health_port:
         serve_health(status, config.health_host, config.health_port)
     if config.access_ambiguous:
         log.warning("%s", t("both_given"))
-    check = patience(longest if config.wait_for_immich else 0.0)
-    new_library, complete = check(lambda: open_library(config))
+    library_wait = at_start(longest if config.wait_for_immich else 0.0)
+    new_library, complete = library_wait(lambda: open_library(config))
     with closing(Ai(config, state.hosts, stop)) as ai:
-        patience(longest if service else 0.0)(ai.check)
+        at_start(longest if service else 0.0)(ai.check)
     status.ready = True
     if service:
         log.info("%s", t("ready"))
