@@ -947,7 +947,7 @@ def immich_error(reply: Reply) -> AnalyzeError:
 # libpq gives no code when it cannot connect, only the server's words
 PASSING = re.compile(
     r"starting up|shutting down|recovery|not yet accepting|too many|slots are"
-    r"|SYSCALL|closed unexpectedly",
+    r"|terminating connection|SYSCALL|closed (?:the connection )?unexpectedly",
     re.I,
 )
 REFUSED = re.compile(r"FATAL|invalid|no password|SSL|certificate|GSS", re.I)
@@ -1175,8 +1175,8 @@ class Hosts:
         """Note that a host answered."""
         with self._lock:
             host = self._hosts.get(url)
-            if not host or not host.away:
-                return
+            if not host or not host.away or host.rests_until > self._clock():
+                return  # an answer to a question of earlier is no recovery
             host.away = False
         log.info("%s", t("host_back", url=public(url)))
 
@@ -1804,13 +1804,16 @@ class Database:
 
     def rows(self, statement: str, **parameters: object) -> list[tuple[Any, ...]]:
         """Run one statement as a transaction of its own; the rows, if it gives any."""
+        kept = self._connection is not None  # since an earlier call, and maybe dead since then
         try:
             with sql(), self._open().cursor() as cursor:
                 cursor.execute(statement, parameters)
                 return cursor.fetchall() if cursor.description else [()] * cursor.rowcount
         except HostDown:
             self.close()
-            raise
+            if not kept:
+                raise
+        return self.rows(statement, **parameters)
 
     def _open(self) -> psycopg2.extensions.connection:
         if self._connection is None or self._connection.closed:
@@ -2385,6 +2388,9 @@ class Newsreader:
         self._library = library
         self._state = state
         self._began = self._mark = self._clock()
+        self._listed = state.config.mode.backlog  # the first look is for previews still to be made
+        if self._listed:
+            self._mark -= SWEEP_SPAN
         self._sweeps = 0
 
     def _clock(self) -> datetime:
@@ -2395,7 +2401,9 @@ class Newsreader:
         state, now = self._state, self._clock()
         since = min(self._mark, now) - OVERLAP
         news = state.patience(whole_library(lambda: self._library.news(since, now)))
-        wanted = (a for a in news if not a.ready or wants(a.description, state.config.policy))
+        listed, self._listed = self._listed, False  # what is ready is in the backlog
+        policy = state.config.policy
+        wanted = (a for a in news if not a.ready or (not listed and wants(a.description, policy)))
         jobs = [Job(asset) for asset in wanted if state.tally.take(asset)]
         for job in jobs:
             state.agenda.plan(job, PENDING_PAUSE)

@@ -166,7 +166,9 @@ def test_a_host_that_answers_again_is_told_once(hosts, stop, lines):
     mine.up(A)
     mine.down(A, DOWN)
     mine.up(B)
+    mine.up(A)  # the answer to a question of before
     before = lines()
+    stop.now += 60
     mine.up(A)
     mine.up(A)
     assert lines()[len(before) :] == [("INFO", ia.t("host_back", url=A))]

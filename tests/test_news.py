@@ -142,7 +142,7 @@ def test_a_clock_that_jumps_costs_no_photo(service, library, hours):
 
 
 def test_what_has_a_description_is_no_news(service, library):
-    day = Day(service("-c"), library)
+    day = Day(service("-m"), library)
     library.arrive(photo(1, description="By the camera."), photo(2))
     assert day.until(100) == [(0, "2")]
     assert day.state.tally.counts == {"described": 1}
@@ -168,7 +168,7 @@ def test_what_is_listed_and_arrives_is_done_once(service, library):
 
 
 def test_overwriting_does_each_arrival_once(service, library):
-    day = Day(service("-c", "-o", "--api-poll-interval", "10"), library)
+    day = Day(service("-m", "-o", "--api-poll-interval", "10"), library)
     library.arrive(photo(1, description="By the camera."))
     assert day.until(3 * 24 * 3600) == [(0, "1")]
 
@@ -183,7 +183,7 @@ def test_a_batch_has_no_news_and_ends(stop, config):
 @pytest.mark.parametrize("error", [away(), hiccup()], ids=["away", "hiccup"])
 def test_a_look_that_fails_is_made_again(service, library, caplog, error):
     caplog.set_level(logging.INFO)
-    day = Day(service("-c", "--api-poll-interval", "10"), library)
+    day = Day(service("-m", "--api-poll-interval", "10"), library)
     library.arrive(photo(1))
     library.trouble = iter([error] * 1000)
     assert day.until(9999) == [(5000, "1")]
@@ -199,6 +199,24 @@ def test_a_service_that_waits_for_its_library_can_be_stopped(service, library, s
 
 
 # photos whose preview is not there yet
+
+
+def test_previews_that_are_still_to_be_made_at_the_start_are_waited_for(service, library, stop):
+    """The backlog leaves them out; those that are ready are left to it."""
+
+    def analyze(job):
+        return ia.Outcome.DESCRIBED if stop.now - day.began > 30 else ia.Outcome.NOT_READY
+
+    day = Day(service("-c"), library, analyze)
+    hour, days = timedelta(hours=1), timedelta(days=3)
+    library.photos = [
+        (START - hour, photo(1, ready=False)),
+        (START - hour, photo(2)),
+        (START - days, photo(3, ready=False)),
+    ]
+    found = day.until(100)
+    assert {asset_id for _, asset_id in found} == {"1"}
+    assert 30 < found[-1][0] < 60
 
 
 def test_a_photo_without_a_preview_is_looked_up_again_for_an_hour(service, library):
@@ -242,7 +260,7 @@ def test_after_that_hour_the_sweep_finds_it(service, library):
 
 
 def test_a_photo_that_fails_in_passing_is_taken_again_and_holds_no_worker(service, library, caplog):
-    day = Day(service("-c", "--api-poll-interval", "10"), library)
+    day = Day(service("-m", "--api-poll-interval", "10"), library)
     tries = Counter()
 
     def analyze(job):
@@ -251,7 +269,7 @@ def test_a_photo_that_fails_in_passing_is_taken_again_and_holds_no_worker(servic
             raise hiccup()
         return ia.Outcome.DESCRIBED
 
-    day = Day(service("-c", "--api-poll-interval", "10"), library, analyze)
+    day = Day(service("-m", "--api-poll-interval", "10"), library, analyze)
     library.arrive(photo(1), photo(2))
     assert day.until(3000) == [(0, "1"), (0, "2"), (60, "1"), (150, "1"), (285, "1")]
     assert day.state.tally.counts == {"failed": 1, "described": 2}
@@ -346,7 +364,7 @@ def test_in_monitor_mode_sweeps_begin_at_the_start(service, library):
 def test_a_sweep_counts_nothing_that_needs_nothing(service, library):
     day = Day(service("-c"), library)
     early = START - timedelta(hours=1)
-    library.photos = [(early, photo(1, description="By a person.")), (early, photo(2, ready=False))]
+    library.photos = [(early, photo(1, description="By a person."))]
     day.until(4000)
     assert len(library.sweeps) == 1
     assert day.state.tally.counts == {}
@@ -483,7 +501,7 @@ def test_the_reasons_are_counted(service, library):
             raise fate
         return fate
 
-    day = Day(service("-c"), library, analyze)
+    day = Day(service("-m"), library, analyze)
     library.arrive(*[photo(n) for n in range(1, 6)])
     day.until(1)
     reasons = {f"{outcome} {reason}": n for (outcome, reason), n in day.state.tally.reasons.items()}

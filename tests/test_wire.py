@@ -747,6 +747,7 @@ def test_what_a_connection_over_tcp_meets_says_who_is_to_blame(tcp_address, chan
         ("SSL SYSCALL error: EOF detected", ia.HostDown),
         ("SSL connection has been closed unexpectedly", ia.HostDown),
         ("server closed the connection unexpectedly", ia.HostDown),
+        ("FATAL:  terminating connection due to administrator command", ia.HostDown),
         ('FATAL:  no pg_hba.conf entry for host "10.0.0.1", no encryption', ia.Fatal),
         ("SSL error: certificate verify failed", ia.Fatal),
         ('invalid port number: "x"', ia.Fatal),
