@@ -1,11 +1,12 @@
 """Measure the tool beside bare clients; nothing here passes or fails.
 
-    python tests/bench.py [start|memory|listing|photo|all]
+    python tests/bench.py [start|memory|listing|photo|service|all]
 
 Each figure is the median of five runs of a whole process, and stands beside a yardstick from
 the same minutes on the same machine: the bare clients below send the same requests or the same
 SQL, parse the answers, and do nothing else. Immich, the model host and PostgreSQL run in child
-processes, where they cost nobody memory but some of the two sides' time. Results: BENCHMARKS.md.
+processes, where they cost nobody memory but some of the two sides' time; only the group
+service has them in its own, to know when what arrives and is asked. Results: BENCHMARKS.md.
 """
 
 import argparse
@@ -15,10 +16,13 @@ import io
 import json
 import os
 import platform
+import queue
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,15 +33,19 @@ from typing import Any, NamedTuple
 RUNS = 5
 LARGE, SMALL = 100_000, 1_000  # described photos
 PHOTOS = 300  # to be described
+ARRIVALS, BURST, MANY_ARRIVALS = 20, 2_000, 50_000
+BURST_SECONDS = 20
 TESTS = Path(__file__).resolve().parent
 TOOL = TESTS.parent / "immich_analyze.py"
-PACKAGES = ("requests", "urllib3", "psycopg2-binary", "pillow", "ConfigArgParse", "tqdm")
+PACKAGES = (
+    *("requests", "urllib3", "psycopg2-binary", "pillow", "ConfigArgParse", "tqdm", "watchdog"),
+)
 FOREIGN = ("IMMICH_", "DB_", "RUST_LOG", "TEST_DATABASE_URL")
 ENVIRONMENT = {name: text for name, text in os.environ.items() if not name.startswith(FOREIGN)}
 
 # --- the yardsticks: what a client cannot do without ----------------------------------------------
 
-IMPORTS = "import configargparse, psycopg2, requests, tqdm, PIL.Image"
+IMPORTS = "import configargparse, psycopg2, requests, tqdm, PIL.Image, watchdog.observers"
 
 BARE_API_LISTING = """
 import datetime, requests, sys
@@ -62,7 +70,7 @@ import psycopg2, sys
 cursor = psycopg2.connect(sys.argv[1]).cursor()
 after = "00000000-0000-0000-0000-000000000000"
 while after:
-    cursor.execute(sys.argv[2], {"after": after, "limit": 1000})
+    cursor.execute(sys.argv[2], {"since": None, "after": after, "limit": 1000})
     rows = cursor.fetchall()
     after = rows[-1][0] if len(rows) == 1000 else None
 """
@@ -105,7 +113,8 @@ def describe(row):
     own.connection.cursor().execute(write, {"id": row[0], "text": text, "listed": row[2]})
 
 cursor = psycopg2.connect(uri).cursor()
-cursor.execute(listing, {"after": "00000000-0000-0000-0000-000000000000", "limit": 1000})
+first = {"since": None, "after": "00000000-0000-0000-0000-000000000000", "limit": 1000}
+cursor.execute(listing, first)
 with concurrent.futures.ThreadPoolExecutor(6) as pool:
     list(pool.map(describe, cursor.fetchall()))
 """
@@ -334,7 +343,7 @@ def start() -> None:
     )
     row("--version", seconds(version.wall), seconds(nothing.wall), "python -c pass")
     row("-h", seconds(usage.wall), seconds(nothing.wall), "python -c pass")
-    row("-h", seconds(usage.wall), seconds(imports.wall), "importing the five dependencies")
+    row("-h", seconds(usage.wall), seconds(imports.wall), "importing the six dependencies")
 
 
 def memory() -> None:
@@ -396,7 +405,158 @@ def photo() -> None:
         row(what + ", CPU", milliseconds(whole.cpu), milliseconds(client.cpu), "bare client")
 
 
-GROUPS = {"start": start, "memory": memory, "listing": listing, "photo": photo}
+class Counting(Instant):
+    """A model host that says when it was asked about a picture, and how many asked at a time."""
+
+    asked: queue.SimpleQueue[float] = queue.SimpleQueue()
+    lock, now, most = threading.Lock(), 0, 0
+
+    def do_POST(self) -> None:
+        if self.path == "/api/chat":
+            self.asked.put(time.monotonic())
+        with Counting.lock:
+            Counting.now += 1
+            Counting.most = max(Counting.most, Counting.now)
+        super().do_POST()
+        with Counting.lock:
+            Counting.now -= 1
+
+
+@contextmanager
+def running(*options: str) -> Iterator[subprocess.Popen[str]]:
+    """The tool as a service, ready; it is told to stop at the end if it still runs."""
+    with (
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counting) as model,
+        tempfile.TemporaryDirectory() as home,
+    ):
+        threading.Thread(target=model.serve_forever, daemon=True).start()
+        hosts = ["--hosts", f"http://127.0.0.1:{model.server_port}"]
+        command = tool("--combined", *options, *hosts)
+        environment = ENVIRONMENT | {"HOME": home, "LANG": "C.UTF-8"}
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        if "Ready" not in (line := process.stderr.readline()):
+            sys.exit(f"the service did not start: {line}")
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield process
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        model.shutdown()
+
+
+def latencies(arrive: Callable[[], None], number: int = ARRIVALS) -> list[float]:
+    """Seconds from the end of each arrival to the request about it."""
+    found = []
+    for _ in range(number):
+        arrive()
+        began = time.monotonic()
+        found.append(Counting.asked.get(timeout=60) - began)
+    return found
+
+
+def resident(process: subprocess.Popen[str]) -> float:
+    """MiB of memory that a process has now."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+
+def stopping(process: subprocess.Popen[str]) -> float:
+    """Seconds from SIGTERM to the end."""
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    return time.monotonic() - began
+
+
+def arrivals_row(what: str, found: list[float]) -> None:
+    note = "slowest of them"
+    row(what, seconds(statistics.median(found)), seconds(max(found)), note)
+
+
+def service_api() -> None:
+    """Arrivals through the API, whose preview is made a second after the upload."""
+    import servers
+
+    with servers.FakeImmich() as immich:
+
+        def arrive() -> None:
+            asset = immich.add(preview=None)
+            threading.Event().wait(1.0)
+            asset.preview = servers.picture()
+
+        given = ["--immich-api-url", immich.url, "--immich-api-keys", immich.key]
+        with running(*given) as process:
+            arrivals_row("API: preview made to model asked (poll 10 s)", latencies(arrive, 10))
+            row("API: SIGTERM when idle", seconds(stopping(process)), "", "")
+
+
+def service_database() -> None:
+    """Arrivals through the database: with the help of inotify, without it, many, and very many."""
+    import sandbox
+
+    with sandbox.Postgres() as server, tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        with sandbox.PhotoLibrary(server.database(), Path(folder)) as library:
+            given = ["--postgres-url", library.uri, "--immich-root", folder]
+            small = sandbox.draw("red", (64, 48))
+            early = library.add_many(6, preview=False)
+            for photo in early:
+                library.write_preview(photo, small)
+            with running(*given) as process:
+                found = latencies(lambda: library.add(preview_bytes=small) and None)
+                arrivals_row("database: row to model asked, inotify", found)
+                rows = iter(early)
+                found = latencies(lambda: library.add_preview(next(rows)), len(early))
+                arrivals_row("database: row to model asked, no event (poll 10 s)", found)
+                row("database: SIGTERM when idle", seconds(stopping(process)), "", "")
+            with running(*given) as process:
+                Counting.most, began = 0, time.monotonic()
+                for number in range(BURST):
+                    library.add(preview_bytes=small)
+                    ahead = began + (number + 1) * BURST_SECONDS / BURST - time.monotonic()
+                    threading.Event().wait(max(0.0, ahead))
+                for _ in range(BURST):
+                    Counting.asked.get(timeout=60)
+                what = f"database: {BURST:,} arrivals, until all are asked about"
+                took = time.monotonic() - began
+                row(what, seconds(took), f"{BURST_SECONDS} s", "the time in which they arrive")
+                row(
+                    "... requests at a time, and twice", str(Counting.most), "4", "--max-concurrent"
+                )
+            with running(*given, "--api-poll-interval", "0.5") as process:
+                ids = add_quick(library, small)
+                before = resident(process)
+                for _ in range(0, MANY_ARRIVALS, 1000):
+                    ids = add_quick(library, small)
+                what = f"database: memory after {MANY_ARRIVALS:,} more arrivals"
+                row(what, megabytes(resident(process)), megabytes(before), f"after {len(ids):,}")
+
+
+def add_quick(library: Any, picture: bytes) -> list[str]:
+    """A thousand photos that share one preview; returns when all were asked about."""
+    ids = library.add_many(1000, files=False)
+    library.write_preview(ids[0], picture)
+    one = "(SELECT path FROM {file} WHERE \"assetId\" = %s AND type = 'preview')"
+    library.run(f'UPDATE {{file}} SET path = {one} WHERE "assetId" = ANY(%s::uuid[])', ids[0], ids)
+    for _ in ids:
+        Counting.asked.get(timeout=120)
+    return ids
+
+
+def service() -> None:
+    """How a service fares: how prompt it is, how much it bears, how it ends."""
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+    service_api()
+    service_database()
+
+
+GROUPS = {
+    "start": start,
+    "memory": memory,
+    "listing": listing,
+    "photo": photo,
+    "service": service,
+}
 
 
 def processor() -> str:
