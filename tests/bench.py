@@ -1,22 +1,25 @@
 """Measure the tool beside bare clients; nothing here passes or fails.
 
-    python tests/bench.py [start|memory|listing|photo|service|all]
+    python tests/bench.py [start|memory|listing|photo|arrival|burst|stop|growth|all]
 
 Each figure is the median of five runs of a whole process, and stands beside a yardstick from
 the same minutes on the same machine: the bare clients below send the same requests or the same
 SQL, parse the answers, and do nothing else. Immich, the model host and PostgreSQL run in child
-processes, where they cost nobody memory but some of the two sides' time; only the group
-service has them in its own, to know when what arrives and is asked. Results: BENCHMARKS.md.
+processes, where they cost nobody memory but some of the two sides' time. From arrival on it is
+about the service, whose settings are the default ones but for addresses. Results: BENCHMARKS.md.
 """
 
 import argparse
+import base64
+import functools
 import http.server
 import importlib.metadata
 import io
 import json
 import os
 import platform
-import queue
+import random
+import re
 import signal
 import statistics
 import subprocess
@@ -24,17 +27,20 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 RUNS = 5
 LARGE, SMALL = 100_000, 1_000  # described photos
 PHOTOS = 300  # to be described
-ARRIVALS, BURST, MANY_ARRIVALS = 20, 2_000, 50_000
-BURST_SECONDS = 20
+ARRIVALS = 40  # that are timed
+POLL = 10.0  # seconds between two looks, by default
+BURST, BURST_SECONDS = 2_000, 20.0
+GROWTH, BATCH = 50_000, 500  # arrivals after the first SMALL ones, so many at once
 TESTS = Path(__file__).resolve().parent
 TOOL = TESTS.parent / "immich_analyze.py"
 PACKAGES = (
@@ -119,6 +125,26 @@ with concurrent.futures.ThreadPoolExecutor(6) as pool:
     list(pool.map(describe, cursor.fetchall()))
 """
 
+BARE_ARRIVALS = """
+import base64, requests, sys
+session = requests.Session()
+for line in sys.stdin:
+    with open(line[:-1], "rb") as file:
+        picture = base64.b64encode(file.read()).decode()
+    message = {"role": "user", "content": "?", "images": [picture]}
+    question = {"model": "m", "stream": False, "messages": [message]}
+    session.post(sys.argv[1] + "/api/chat", json=question).json()
+    print(flush=True)
+"""
+
+BARE_WAITING = f"""
+import signal, sys
+{IMPORTS}
+signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGTERM}})
+print("Ready", file=sys.stderr, flush=True)
+signal.sigwait({{signal.SIGTERM}})
+"""
+
 # --- the servers, each in a child process ---------------------------------------------------------
 
 
@@ -130,7 +156,7 @@ class Instant(http.server.BaseHTTPRequestHandler):
     wbufsize = -1
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.note(self.rfile.read(int(self.headers["Content-Length"])))
         message = {"role": "assistant", "content": "A photo of a lake between two mountains."}
         answer = {"message": message, "done": True, "done_reason": "stop"}
         body = json.dumps(answer | {"capabilities": ["completion", "vision"]}).encode()
@@ -139,8 +165,34 @@ class Instant(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def note(self, request: bytes) -> None:
+        """Take no note of it."""
+
     def log_message(self, *_: object) -> None:
         """Say nothing."""
+
+
+class Noting(Instant):
+    """The same, but it notes when it was asked about each numbered picture."""
+
+    IMAGE = re.compile(rb'"images": \["([\w+/]{40})')
+    asked: ClassVar[defaultdict[int, list[float]]] = defaultdict(list)
+
+    def note(self, request: bytes) -> None:
+        if image := self.IMAGE.search(request):
+            self.asked[int(base64.b64decode(image[1])[6:14])].append(time.monotonic())
+
+    @classmethod
+    def forget(cls) -> dict[int, list[float]]:
+        """What was noted, which begins anew."""
+        asked = dict(cls.asked)
+        cls.asked.clear()
+        return asked
+
+
+def numbered(picture: bytes, number: int) -> bytes:
+    """The same JPEG with its number as a comment."""
+    return picture[:2] + b"\xff\xfe\0\x0a%08d" % number + picture[2:]
 
 
 def preview() -> bytes:
@@ -154,28 +206,35 @@ def preview() -> bytes:
 
 
 @contextmanager
-def model_server() -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
-    import threading
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Instant)
+def model_server(notes: bool = False) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Noting if notes else Instant)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {"url": f"http://127.0.0.1:{server.server_port}"}, lambda: None
+    yield {"url": f"http://127.0.0.1:{server.server_port}"}, Noting.forget
+
+
+def quick_immich() -> Any:
+    """A fake of Immich without the checks, whose time would be that of the requests."""
+    import servers
+
+    class QuickImmich(servers.FakeImmich):
+        described = 0
+
+        def verify(self, *_: object) -> None:
+            """Take it for right; the tests have checked it."""
+
+        def _describe(self, asset: Any, text: str) -> None:
+            super()._describe(asset, text)
+            self.described += 1
+
+    return QuickImmich()
 
 
 @contextmanager
 def immich_server(
     photos: int, described: bool
 ) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
-    import servers
-
-    class QuickImmich(servers.FakeImmich):
-        """Without the checks, whose time would be that of the requests."""
-
-        def verify(self, *_: object) -> None:
-            """Take it for right; the tests have checked it."""
-
-    with QuickImmich() as immich:
+    with quick_immich() as immich:
         text = "A photo of a lake between two mountains." if described else ""
         picture = preview()
         immich.add_many(photos, description=text, preview=picture)
@@ -225,8 +284,7 @@ def serve(name: str, *arguments: Any) -> None:
     with SERVERS[name](*arguments) as (told, reset):
         print(json.dumps(told), flush=True)
         for _ in sys.stdin:
-            reset()
-            print("{}", flush=True)
+            print(json.dumps(reset()), flush=True)
 
 
 class Server:
@@ -238,7 +296,7 @@ class Server:
         self._process = subprocess.Popen(command, env=ENVIRONMENT, **pipes)
         self.facts = self._answer()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> Any:
         line = self._process.stdout.readline()
         if not line:
             sys.exit("a server of the benchmark did not start")
@@ -247,11 +305,11 @@ class Server:
     def __getattr__(self, name: str) -> Any:
         return self.facts[name]
 
-    def reset(self) -> None:
-        """Back to where it began."""
+    def reset(self) -> Any:
+        """Back to where it began; what it noted until then."""
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        self._answer()
+        return self._answer()
 
     def __enter__(self) -> "Server":
         return self
@@ -405,149 +463,309 @@ def photo() -> None:
         row(what + ", CPU", milliseconds(whole.cpu), milliseconds(client.cpu), "bare client")
 
 
-class Counting(Instant):
-    """A model host that says when it was asked about a picture, and how many asked at a time."""
+# --- the service ----------------------------------------------------------------------------------
 
-    asked: queue.SimpleQueue[float] = queue.SimpleQueue()
-    lock, now, most = threading.Lock(), 0, 0
 
-    def do_POST(self) -> None:
-        if self.path == "/api/chat":
-            self.asked.put(time.monotonic())
-        with Counting.lock:
-            Counting.now += 1
-            Counting.most = max(Counting.most, Counting.now)
-        super().do_POST()
-        with Counting.lock:
-            Counting.now -= 1
+class Service:
+    """A process that is ready for what arrives; what it says of trouble is shown."""
+
+    def __init__(self, command: list[str]) -> None:
+        environment = ENVIRONMENT | {"HOME": "/nonexistent", "LANG": "C.UTF-8"}
+        pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, env=environment, **pipes)
+        line = self._process.stderr.readline()
+        if "Ready" not in line:
+            sys.exit(f"the service did not start: {line}")
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        time.sleep(1)  # by then it watches its folder, and has nothing to do
+
+    def _read(self) -> None:
+        for line in self._process.stderr:
+            if not re.search(" INFO |SIGTERM", line):
+                print(line.rstrip(), file=sys.stderr)
+
+    def memory(self) -> float:
+        """What it takes now, in MiB."""
+        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+    def watched(self) -> int:
+        """How many folders it watches."""
+        count = 0
+        for file in Path(f"/proc/{self._process.pid}/fdinfo").iterdir():
+            with suppress(FileNotFoundError):  # it closes others meanwhile
+                count += file.read_text().count("inotify wd:")
+        return count
+
+    def end(self) -> float:
+        """Ask it to end; the seconds until it has, which must be well."""
+        began = time.perf_counter()
+        self._process.send_signal(signal.SIGTERM)
+        code = self._process.wait()  # a timeout would look only every 50 ms
+        spent = time.perf_counter() - began
+        self._reader.join()
+        self._process.stderr.close()
+        if code:
+            sys.exit(f"exit code {code} of the service")
+        return spent
+
+    def __enter__(self) -> "Service":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+def service(*options: str) -> Service:
+    return Service(tool("--combined", *options))
 
 
 @contextmanager
-def running(*options: str) -> Iterator[subprocess.Popen[str]]:
-    """The tool as a service, ready; it is told to stop at the end if it still runs."""
-    with (
-        http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counting) as model,
-        tempfile.TemporaryDirectory() as home,
-    ):
-        threading.Thread(target=model.serve_forever, daemon=True).start()
-        hosts = ["--hosts", f"http://127.0.0.1:{model.server_port}"]
-        command = tool("--combined", *options, *hosts)
-        environment = ENVIRONMENT | {"HOME": home, "LANG": "C.UTF-8"}
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        if "Ready" not in (line := process.stderr.readline()):
-            sys.exit(f"the service did not start: {line}")
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield process
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        model.shutdown()
-
-
-def latencies(arrive: Callable[[], None], number: int = ARRIVALS) -> list[float]:
-    """Seconds from the end of each arrival to the request about it."""
-    found = []
-    for _ in range(number):
-        arrive()
-        began = time.monotonic()
-        found.append(Counting.asked.get(timeout=60) - began)
-    return found
-
-
-def resident(process: subprocess.Popen[str]) -> float:
-    """MiB of memory that a process has now."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
-
-
-def stopping(process: subprocess.Popen[str]) -> float:
-    """Seconds from SIGTERM to the end."""
-    began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    process.wait()
-    return time.monotonic() - began
-
-
-def arrivals_row(what: str, found: list[float]) -> None:
-    note = "slowest of them"
-    row(what, seconds(statistics.median(found)), seconds(max(found)), note)
-
-
-def service_api() -> None:
-    """Arrivals through the API, whose preview is made a second after the upload."""
-    import servers
-
-    with servers.FakeImmich() as immich:
-
-        def arrive() -> None:
-            asset = immich.add(preview=None)
-            threading.Event().wait(1.0)
-            asset.preview = servers.picture()
-
-        given = ["--immich-api-url", immich.url, "--immich-api-keys", immich.key]
-        with running(*given) as process:
-            arrivals_row("API: preview made to model asked (poll 10 s)", latencies(arrive, 10))
-            row("API: SIGTERM when idle", seconds(stopping(process)), "", "")
-
-
-def service_database() -> None:
-    """Arrivals through the database: with the help of inotify, without it, many, and very many."""
+def sql_library() -> Iterator[tuple[Any, list[str]]]:
+    """A library in PostgreSQL for photos to arrive in, and the tool's options for it."""
     import sandbox
 
     with sandbox.Postgres() as server, tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        with sandbox.PhotoLibrary(server.database(), Path(folder)) as library:
-            given = ["--postgres-url", library.uri, "--immich-root", folder]
-            small = sandbox.draw("red", (64, 48))
-            early = library.add_many(6, preview=False)
-            for photo in early:
-                library.write_preview(photo, small)
-            with running(*given) as process:
-                found = latencies(lambda: library.add(preview_bytes=small) and None)
-                arrivals_row("database: row to model asked, inotify", found)
-                rows = iter(early)
-                found = latencies(lambda: library.add_preview(next(rows)), len(early))
-                arrivals_row("database: row to model asked, no event (poll 10 s)", found)
-                row("database: SIGTERM when idle", seconds(stopping(process)), "", "")
-            with running(*given) as process:
-                Counting.most, began = 0, time.monotonic()
-                for number in range(BURST):
-                    library.add(preview_bytes=small)
-                    ahead = began + (number + 1) * BURST_SECONDS / BURST - time.monotonic()
-                    threading.Event().wait(max(0.0, ahead))
-                for _ in range(BURST):
-                    Counting.asked.get(timeout=60)
-                what = f"database: {BURST:,} arrivals, until all are asked about"
-                took = time.monotonic() - began
-                row(what, seconds(took), f"{BURST_SECONDS} s", "the time in which they arrive")
-                row(
-                    "... requests at a time, and twice", str(Counting.most), "4", "--max-concurrent"
-                )
-            with running(*given, "--api-poll-interval", "0.5") as process:
-                ids = add_quick(library, small)
-                before = resident(process)
-                for _ in range(0, MANY_ARRIVALS, 1000):
-                    ids = add_quick(library, small)
-                what = f"database: memory after {MANY_ARRIVALS:,} more arrivals"
-                row(what, megabytes(resident(process)), megabytes(before), f"after {len(ids):,}")
+        uri = server.database()
+        with sandbox.PhotoLibrary(uri, Path(folder)) as library:
+            options = ["-d", "database", "--postgres-url", uri, "--immich-root", folder]
+            yield library, options
 
 
-def add_quick(library: Any, picture: bytes) -> list[str]:
-    """A thousand photos that share one preview; returns when all were asked about."""
-    ids = library.add_many(1000, files=False)
-    library.write_preview(ids[0], picture)
-    one = "(SELECT path FROM {file} WHERE \"assetId\" = %s AND type = 'preview')"
-    library.run(f'UPDATE {{file}} SET path = {one} WHERE "assetId" = ANY(%s::uuid[])', ids[0], ids)
-    for _ in ids:
-        Counting.asked.get(timeout=120)
-    return ids
+def wait_until_described(library: Any, but: int = 0) -> None:
+    """Return once no more than so many photos in PostgreSQL have no description."""
+    left = but + 1
+    while left > but:
+        time.sleep(0.02)
+        [(left,)] = library.run("SELECT count(*) FROM {exif} WHERE description = ''")
 
 
-def service() -> None:
-    """How a service fares: how prompt it is, how much it bears, how it ends."""
-    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-    service_api()
-    service_database()
+class Arrivals:
+    """Numbered previews that appear at certain times, and how soon the model is asked of each."""
+
+    def __init__(self) -> None:
+        self._picture = preview()
+        self._steps: list[tuple[float, Callable[[], Any], int | None]] = []
+        self._appeared: dict[int, float] = {}
+
+    def at(self, moment: float, step: Callable[[], Any], appears: int | None = None) -> None:
+        """Do this after so many seconds; if it makes a preview appear, that is noted."""
+        self._steps.append((moment, step, appears))
+
+    def picture(self, number: int) -> bytes:
+        return numbered(self._picture, number)
+
+    def let_happen(self) -> float:
+        """Do it all; when that began, by the monotonic clock."""
+        began = time.monotonic()
+        for moment, step, number in sorted(self._steps, key=lambda each: each[0]):
+            time.sleep(max(0.0, began + moment - time.monotonic()))
+            if number is not None:
+                self._appeared[number] = time.monotonic()
+            step()
+        return began
+
+    def delays(self, asked: dict[str, list[float]]) -> list[float]:
+        """Seconds from each preview to the first request about it, as the model noted them."""
+        return [asked[str(number)][0] - there for number, there in self._appeared.items()]
+
+
+def let_rows_appear(arrivals: Arrivals, library: Any, number: int, pause: float) -> None:
+    """Have as many previews made in PostgreSQL: each a file, and its row a little later."""
+    for n, id in enumerate(library.add_many(number, preview=False)):
+
+        def write(n: int = n, id: str = id) -> None:
+            library.write_preview(id, arrivals.picture(n))
+
+        arrivals.at(pause * n, write)
+        row_later = pause * n + random.uniform(0.02, 0.11)
+        arrivals.at(row_later, functools.partial(library.add_preview, id), appears=n)
+
+
+def told_at_once(model: Server) -> list[float]:
+    """The delays of a bare client that is told of each preview."""
+    arrivals, pipes = Arrivals(), {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        tempfile.NamedTemporaryFile() as file,
+        subprocess.Popen(bare(BARE_ARRIVALS, model.url), **pipes) as client,
+    ):
+
+        def tell() -> None:
+            client.stdin.write(file.name.encode() + b"\n")
+            client.stdin.flush()
+            client.stdout.readline()
+
+        for n in range(ARRIVALS):
+            write = functools.partial(Path(file.name).write_bytes, arrivals.picture(n))
+            arrivals.at(1 + 0.2 * n, write)
+            arrivals.at(1.1 + 0.2 * n, tell, appears=n)
+        arrivals.let_happen()
+        client.stdin.close()
+    return arrivals.delays(model.reset())
+
+
+def tell_delays(what: str, delays: list[float], *yardsticks: tuple[float, str]) -> None:
+    """Lines for the usual and the longest of some delays, each with its yardstick."""
+    figures = {"median": statistics.median(delays), "longest": max(delays)}
+    for (name, figure), (yardstick, note) in zip(figures.items(), yardsticks, strict=True):
+        row(f"{what}: {name} of {len(delays)}", seconds(figure), seconds(yardstick), note)
+
+
+def arrival() -> None:
+    """How soon the model is asked of a preview that appears, while there is nothing else to do."""
+    random.seed(1)
+    with sql_library() as (library, options), Server("model", True) as model:
+        arrivals = Arrivals()
+        let_rows_appear(arrivals, library, ARRIVALS, pause=0.7)
+        with service(*options, "--hosts", model.url):
+            arrivals.let_happen()
+            wait_until_described(library)
+        delays, least = arrivals.delays(model.reset()), told_at_once(model)
+    who = "bare client that is told"
+    tell_delays("arrival, inotify", delays, (statistics.median(least), who), (max(least), who))
+    arrival_without_events()
+
+
+def arrival_without_events() -> None:
+    """The same where only looking helps, at moments spread over six looks."""
+    import servers
+
+    with ExitStack() as stack:
+        library, options = stack.enter_context(sql_library())
+        immich = stack.enter_context(servers.FakeImmich())
+        of_rows, of_uploads = (stack.enter_context(Server("model", True)) for _ in range(2))
+        rows, uploads = Arrivals(), Arrivals()
+        for n, id in enumerate(library.add_many(ARRIVALS, preview=False)):
+            library.write_preview(id, rows.picture(n))  # before anybody watches
+            show = functools.partial(library.add_preview, id)
+            rows.at(random.uniform(0, 6 * POLL), show, appears=n)
+        for n in range(ARRIVALS):
+            asset, moment = immich.add(preview=None), random.uniform(0, 6 * POLL)
+            del immich.assets[asset.id]
+
+            def upload(asset: Any = asset) -> None:
+                asset.created_at = immich.now()
+                immich.assets[asset.id] = asset
+
+            uploads.at(moment, upload)
+            show = functools.partial(setattr, asset, "preview", uploads.picture(n))
+            uploads.at(moment + 1, show, appears=n)
+        stack.enter_context(service(*options, "--hosts", of_rows.url))
+        given = ["--immich-api-url", immich.url, "--immich-api-keys", immich.key]
+        stack.enter_context(service(*given, "--hosts", of_uploads.url))
+        other = threading.Thread(target=uploads.let_happen)
+        other.start()
+        rows.let_happen()
+        other.join()
+        time.sleep(2 * POLL)
+        found, half = rows.delays(of_rows.reset()), "half the poll interval"
+        promised = (POLL + 2.5, "promised: the poll interval + 2.5 s")
+        tell_delays("arrival, no event", found, (POLL / 2 + 2, half + ", feed's 2 s"), promised)
+        promised = (POLL + 1, "promised: the poll interval + 1 s")
+        found = uploads.delays(of_uploads.reset())
+        tell_delays("arrival, API, 1 s after upload", found, (POLL / 2, half), promised)
+
+
+def burst() -> None:
+    """Many previews in new folders, with a model that answers at once."""
+    random.seed(1)
+    with sql_library() as (library, options), Server("model", True) as model:
+        arrivals = Arrivals()
+        let_rows_appear(arrivals, library, BURST, pause=BURST_SECONDS / BURST)
+        with service(*options, "--hosts", model.url):
+            began = arrivals.let_happen()
+            there = time.monotonic() - began
+            wait_until_described(library)
+            described = time.monotonic() - began
+        asked = model.reset()
+    what, delays = f"burst of {BURST:,} previews", arrivals.delays(asked)
+    row(f"{what}: all described", seconds(described), seconds(there), "all there")
+    row(f"{what}: longest wait", seconds(max(delays)), seconds(statistics.median(delays)), "median")
+    requests = sum(map(len, asked.values()))
+    row(f"{what}: requests", f"{requests:,}", f"{len(asked):,}", "pictures")
+
+
+def stop() -> None:
+    """How long an idle service takes to end once it is asked to."""
+    import servers
+
+    with sql_library() as (_, options), servers.FakeImmich() as immich:
+        given = ["--immich-api-url", immich.url, "--immich-api-keys", immich.key]
+        with Server("model") as model:
+            for mode, access in (("API", given), ("database", options)):
+                command = tool("--combined", *access, "--hosts", model.url)
+                spent = [
+                    [Service(each).end() for each in (command, bare(BARE_WAITING))]
+                    for _ in range(RUNS)
+                ]
+                figure, yardstick = map(statistics.median, zip(*spent, strict=True))
+                what = f"{mode}: SIGTERM to the end, idle"
+                row(what, seconds(figure), seconds(yardstick), "a process with the same imports")
+
+
+def growth() -> None:
+    """How memory grows with all that arrives, and with the folders that are watched."""
+    with sql_library() as (library, options), Server("model") as model:
+        command = [*options, "--api-poll-interval", "0.5", "--hosts", model.url]
+        with service(*command) as running:
+            none = running.memory()
+        for n in range(0x10000):  # as in a large library; else the folders were what grows
+            there = library.root / "thumbs" / library.owner() / f"{n >> 8:02x}" / f"{n & 255:02x}"
+            there.mkdir(parents=True)
+        with service(*command) as running:
+            while running.watched() < 0x10000:
+                time.sleep(0.05)
+            folders = running.memory()
+
+            def arrive(number: int) -> float:
+                for _ in range(0, number, BATCH):
+                    library.add_many(BATCH, preview_bytes=tiny())
+                    wait_until_described(library, but=BATCH)
+                wait_until_described(library)
+                return running.memory()
+
+            grown = [arrive(number) for number in (SMALL, GROWTH // 2, GROWTH // 2)]
+    what = "database: memory to watch 65,536 folders"
+    row(what, megabytes(folders), megabytes(none), "no folder")
+    tell_growth("database", *grown)
+    growth_by_api()
+
+
+def tell_growth(mode: str, few: float, half: float, many: float) -> None:
+    what = f"{mode}: memory after {SMALL + GROWTH:,} arrivals"
+    row(what, megabytes(many), megabytes(few), f"after {SMALL:,}")
+    row(what, megabytes(many), megabytes(half), f"after {SMALL + GROWTH // 2:,}")
+
+
+def growth_by_api() -> None:
+    """The same through the API, where nothing is watched."""
+    immich = quick_immich()
+    with immich, Server("model") as model:
+        given = ["--immich-api-url", immich.url, "--immich-api-keys", immich.key]
+        with service(*given, "--api-poll-interval", "5", "--hosts", model.url) as running:
+
+            def arrive(number: int) -> float:
+                for _ in range(0, number, BATCH):
+                    immich.add_many(BATCH, preview=tiny())
+                    immich.exchanges.clear()
+                    while immich.described < len(immich.assets) - 2 * BATCH:
+                        time.sleep(0.02)
+                while immich.described < len(immich.assets):
+                    time.sleep(0.02)
+                return running.memory()
+
+            tell_growth("API", *(arrive(number) for number in (SMALL, GROWTH // 2, GROWTH // 2)))
+
+
+@functools.cache
+def tiny() -> bytes:
+    """A picture that takes no time."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "JPEG")
+    return out.getvalue()
 
 
 GROUPS = {
@@ -555,7 +773,10 @@ GROUPS = {
     "memory": memory,
     "listing": listing,
     "photo": photo,
-    "service": service,
+    "arrival": arrival,
+    "burst": burst,
+    "stop": stop,
+    "growth": growth,
 }
 
 
