@@ -1956,8 +1956,8 @@ class Arrivals(FileSystemEventHandler):
         self.since = time.monotonic()
 
     def _complain(self, error: OSError) -> None:
-        keys = {errno.ENOSPC: "watch_limit", errno.EMFILE: "watch_instances"}
-        key = keys.get(error.errno or 0, "watch_failed")
+        full, many = error.errno == errno.ENOSPC, error.errno == errno.EMFILE
+        key = "watch_limit" if full else "watch_instances" if many else "watch_failed"
         log.warning("%s", t(key, folder=self._folder, why=error.strerror))
 
     def on_any_event(self, event: FileSystemEvent) -> None:
