@@ -33,6 +33,7 @@ import os
 import re
 import signal
 import socket
+import socketserver
 import sys
 import threading
 import time
@@ -150,6 +151,13 @@ class Gone(AnalyzeError):
 
 class Fatal(AnalyzeError):
     """Nothing will work until a person acts: at this host, with this key, or at all."""
+
+
+class Unexpected(Fatal):
+    """Nothing this server says when it is well: a wrong address, or a passing state.
+
+    At the start it is as final as any Fatal; what has worked before is waited for.
+    """
 
 
 class Stopped(AnalyzeError):
@@ -660,19 +668,23 @@ def prepared(data: bytes, max_size: int) -> Picture:
     """Check a preview by its first and last bytes and make it ready to be sent.
 
     Decoding costs four times all the rest, so it is done only to shrink a picture to
-    `max_size` pixels, or to turn WebP into JPEG: llama.cpp cannot read WebP, nor can
-    the releases of Ollama that hand it on unchanged.
+    `max_size` pixels, to see whether one without its usual end is whole, or to turn WebP
+    into JPEG: llama.cpp cannot read WebP, nor can the releases of Ollama that hand it on
+    unchanged.
 
     Raises Retryable for a file that is being written, Permanent for no picture.
     """
     mime, whole = picture_type(data)
-    if not whole:
-        raise Retryable("preview_cut")
-    if not mime:
+    if not mime and whole:
         raise Permanent("preview_unknown")
-    if mime == "image/webp" or max_size:
-        mime, data = "image/jpeg", as_jpeg(data, max_size)
-    return Picture(mime, base64.b64encode(data).decode("ascii"))
+    try:
+        if mime == "image/webp" or max_size or not whole:
+            mime, data = "image/jpeg", as_jpeg(data, max_size)
+    except Permanent as error:
+        if whole:
+            raise
+        raise Retryable("preview_cut") from error
+    return Picture(mime or "", base64.b64encode(data).decode("ascii"))
 
 
 def as_jpeg(data: bytes, max_size: int) -> bytes:
@@ -846,7 +858,7 @@ def http(
     except requests.exceptions.ReadTimeout as error:
         raise Retryable("timed_out", url=shown, seconds=f"{timeout:g}") from error
     except requests.exceptions.SSLError as error:
-        kind = HostDown if "EOF" in str(error) else Fatal  # hung up on, or never going to work
+        kind = HostDown if "EOF" in str(error) else Unexpected  # hung up on, or no such thing
         raise kind("tls_failed", url=shown, why=innermost(error)) from error
     except requests.exceptions.InvalidHeader as error:  # in a broken answer
         raise Retryable("connection_cut", url=shown) from error
@@ -857,7 +869,7 @@ def http(
     if 200 <= reply.status < 300:
         return reply
     if 300 <= reply.status < 400:
-        raise Fatal("redirected", url=shown, target=public(reply.headers.get("Location", "")))
+        raise Unexpected("redirected", url=shown, target=public(reply.headers.get("Location", "")))
     raise blame(reply)
 
 
@@ -886,9 +898,17 @@ def innermost(error: BaseException) -> str:
 
 
 def retry_after(reply: Reply) -> float | None:
-    """Seconds the server asks to be left alone, an hour at most; None for none or a date."""
+    """Seconds the server asks to be left alone, an hour at most; None if it does not say."""
     text = reply.headers.get("Retry-After", "")
-    return min(max(float(text), 1.0), 3600.0) if text.isdecimal() else None
+    with suppress(ValueError):
+        seconds = float(text) if text.isdecimal() else date_in(text).timestamp() - time.time()
+        return min(max(seconds, 1.0), 3600.0)
+    return None
+
+
+def date_in(header: str) -> datetime:
+    """The date in a header; ValueError for anything else."""
+    return parsedate_to_datetime(header).astimezone(UTC)
 
 
 BUSY = {408, 429, 502, 503, 504}
@@ -907,7 +927,7 @@ def model_host_error(reply: Reply) -> AnalyzeError:
         case 400 | 404 if NO_MODEL.search(why):
             return Fatal("model_missing", url=url, why=why)
         case 404 | 405:
-            return Fatal("host_wrong", url=url, status=reply.status)
+            return Unexpected("host_wrong", url=url, status=reply.status)
         case status if status in BUSY:
             return HostDown("host_busy", pause=retry_after(reply), url=url, status=status, why=why)
         case status if status >= 500:
@@ -916,11 +936,14 @@ def model_host_error(reply: Reply) -> AnalyzeError:
             return Permanent("picture_refused", url=url, status=status, why=why)
 
 
+KEY_REFUSED = re.compile("Invalid (API key|user token)|Authentication required")
+
+
 def immich_error(reply: Reply) -> AnalyzeError:
     """Who is to blame for a status of Immich.
 
     Immich says 400 for a photo that is not there, and 404 "Cannot …" to everything
-    while it is in maintenance.
+    while it is in maintenance. What it never says is a proxy's.
     """
     url, why = reply.url, reply.complaint()
     match reply.status:
@@ -928,9 +951,9 @@ def immich_error(reply: Reply) -> AnalyzeError:
             return Gone("photo_gone")
         case 401 if "Elevated permission" in why:
             return Gone("photo_gone")
-        case 401:
+        case 401 if KEY_REFUSED.search(why):
             return Fatal("immich_key_refused", why=why)
-        case 403 if "permission" in why:  # other ones are a proxy's
+        case 403 if "permission" in why:
             return Fatal("immich_permission_missing", permission=why.rpartition(": ")[2])
         case 404 if why == "Asset media not found":
             return Permanent("preview_missing")
@@ -938,20 +961,25 @@ def immich_error(reply: Reply) -> AnalyzeError:
             return HostDown("immich_maintenance", url=url, status=404)
         case status if status in BUSY:
             return HostDown("immich_failed", pause=retry_after(reply), url=url, status=status)
-        case status if status in (404, 405) or status >= 500:  # its database, a proxy, one photo
+        case status if status >= 500:  # its database, a proxy, one photo
             return Retryable("immich_failed", url=url, status=status)
+        case status if status in (401, 403, 404, 405):
+            return Unexpected("immich_wrong", url=url, status=status)
         case status:
             return Permanent("immich_refused", status=status, why=why)
 
 
-# libpq gives no code when it cannot connect, only the server's words
-PASSING = re.compile(
-    r"starting up|shutting down|recovery|not yet accepting|too many|slots are"
-    r"|terminating connection|SYSCALL|closed (?:the connection )?unexpectedly",
+# libpq gives no code when it cannot connect, only words: these need a person, and of any
+# other the server may have more tomorrow
+REFUSED = re.compile(
+    r"authentication failed|no password|no pg_hba|not permitted to log in|certificate"
+    r"|support SSL|invalid .*(?:value|port|option)",
     re.I,
 )
-REFUSED = re.compile(r"FATAL|invalid|no password|SSL|certificate|GSS", re.I)
 ONE_ROW = (psycopg2.errors.LockNotAvailable, psycopg2.errors.QueryCanceled)
+# SQLSTATE classes: no such database, role, table, column or right; a server on standby. A
+# restore or an upgrade of Immich goes through them.
+UNEXPECTED = ("0A", "25", "28", "3D", "42")
 
 
 @contextmanager
@@ -961,19 +989,28 @@ def sql() -> Iterator[None]:
         yield
     except psycopg2.Error as error:
         why = re.sub(r"\s*Is the server running[^?]*\?", "", " ".join(str(error).split()))
-        words = re.sub(r'"[^"]*"', "", why)  # without names of hosts and databases
-        refused = not error.pgcode and REFUSED.search(words) and not PASSING.search(words)
-        match error:
-            case psycopg2.OperationalError() if isinstance(error, ONE_ROW):
-                raise Retryable("database_refused", why=why) from error
-            case psycopg2.OperationalError() | psycopg2.InterfaceError() if not refused:
-                raise HostDown("database_down", why=why) from error
-            case _ if type(error) is psycopg2.DatabaseError and not error.pgcode:  # a crash
-                raise HostDown("database_down", why=why) from error
-            case psycopg2.DataError():
-                raise Permanent("database_refused", why=why) from error
-            case _:  # a wrong password, no such column, no such right, a read-only server
-                raise Fatal("database_refused", why=why) from error
+        raise database_error(error, why) from error
+
+
+def database_error(error: psycopg2.Error, why: str) -> AnalyzeError:
+    """Who is to blame for an error of PostgreSQL or its driver."""
+    words, code = re.sub(r'"[^"]*"', "", why), error.pgcode or ""  # names may hold any word
+    at_fault = isinstance(error, psycopg2.ProgrammingError) or REFUSED.search(words)
+    match error:
+        case _ if isinstance(error, ONE_ROW):
+            return Retryable("database_refused", why=why)
+        case _ if not code and at_fault:
+            return Fatal("database_refused", why=why)
+        case _ if code.startswith(UNEXPECTED) or "does not exist" in words:
+            return Unexpected("database_refused", why=why)
+        case psycopg2.OperationalError() | psycopg2.InterfaceError():
+            return HostDown("database_down", why=why)
+        case _ if not code:  # a crash
+            return HostDown("database_down", why=why)
+        case psycopg2.DataError():
+            return Permanent("database_refused", why=why)
+        case _:  # a trigger that objects, a page that cannot be read
+            return Retryable("database_refused", why=why)
 
 
 def postgres_url(url: str) -> str:
@@ -994,7 +1031,10 @@ def postgres_url(url: str) -> str:
 
 ANSWER_LIMIT = 4 * 2**20  # bytes
 CHECK_TIMEOUT = 15.0
-PICTURE_TRIES = 3  # of one picture; a host that is away costs none of them
+PICTURE_TRIES = 3  # of one picture; a host that is away or sick costs none of them
+SICK_AFTER = 3  # pictures that a host failed on, without an answer in between, make it doubtful
+STRUCK_REST = 3600.0  # somebody may have given it the model
+QUIET = 600.0  # seconds between two lines about a host that rests for a moment only
 THINK_REFUSED = re.compile(r"think|chat_template_kwargs", re.I)
 
 
@@ -1077,6 +1117,14 @@ DIALECTS = {
 }
 
 
+@functools.cache
+def good_picture() -> Picture:
+    """A picture that every model can take, though not say much about."""
+    target = io.BytesIO()
+    Image.new("RGB", (448, 448), "gray").save(target, "JPEG")
+    return prepared(target.getvalue(), 0)
+
+
 @dataclass(slots=True)
 class Host:
     """What is known of one model host."""
@@ -1086,6 +1134,9 @@ class Host:
     used: int = 0  # when it was picked last, counted in picks
     rests_until: float = 0.0
     away: bool = False  # since its last answer, and said so
+    said: float = -math.inf  # when that was said last
+    struck: bool = False  # it has a wrong key or lacks the model
+    failed: frozenset[int] = frozenset()  # pictures since its last answer
     requests: int = 0  # that ended, and the seconds they took, all together
     seconds: float = 0.0
 
@@ -1095,7 +1146,7 @@ class Hosts:
 
     It is the one with the fewest of our requests in flight, the longest unused among
     equals, so equal hosts get equal work and a fast one gets more. A host in trouble
-    rests; one with a wrong key or without the model is struck off.
+    rests; one with a wrong key or without the model is struck off, for an hour.
     """
 
     def __init__(
@@ -1129,10 +1180,10 @@ class Hosts:
             finally:
                 with self._lock:
                     self.moved = self._clock()
-                    if host := self._hosts.get(url):
-                        host.in_flight -= 1
-                        host.requests += 1
-                        host.seconds += self.moved - began
+                    host = self._hosts[url]
+                    host.in_flight -= 1
+                    host.requests += 1
+                    host.seconds += self.moved - began
 
     def pick(self) -> tuple[str, float]:
         """The host to ask; with seconds to wait first while all of them rest."""
@@ -1160,35 +1211,47 @@ class Hosts:
         now = self._clock()
         return any(host.rests_until <= now for host in self.seen())
 
-    def down(self, url: str, error: Retryable) -> None:
+    def down(self, url: str, error: AnalyzeError) -> None:
         """Let a host rest, for as long as it asks or the setting says; one line an outage."""
-        seconds = self._rest if error.pause is None else error.pause
+        asked = getattr(error, "pause", None)
+        seconds = self._rest if asked is None else asked
         with self._lock:
-            if not (host := self._hosts.get(url)):
-                return
-            host.rests_until = max(host.rests_until, self._clock() + seconds)
-            first, host.away = not host.away, True
+            host, now = self._hosts[url], self._clock()
+            host.rests_until = max(host.rests_until, now + seconds)
+            # a busy one may ask to be left alone for a second, again and again
+            first = not host.away and (seconds >= self._rest or now > host.said + QUIET)
+            if first:
+                host.away, host.said = True, now
         if first:
             log.warning("%s", t("host_rests", why=error, seconds=f"{seconds:g}"))
+
+    def doubtful(self, url: str, picture: Picture) -> bool:
+        """Note that a host failed on a picture; whether it did on several, with no answer since."""
+        with self._lock:
+            host = self._hosts[url]
+            host.failed |= {hash(picture)}
+            return len(host.failed) >= SICK_AFTER
 
     def up(self, url: str) -> None:
         """Note that a host answered."""
         with self._lock:
-            host = self._hosts.get(url)
-            if not host or not host.away or host.rests_until > self._clock():
+            host = self._hosts[url]
+            host.failed = frozenset()
+            if not host.away or host.rests_until > self._clock():
                 return  # an answer to a question of earlier is no recovery
-            host.away = False
+            host.away = host.struck = False
         log.info("%s", t("host_back", url=public(url)))
 
     def strike(self, url: str, error: Fatal) -> None:
-        """Ask this host never again; raise the error if it was the last one."""
+        """Leave a host out; raise the error if it was the last one."""
         with self._lock:
-            if url not in self._hosts:
-                return
-            if len(self._hosts) == 1:
+            host, others = self._hosts[url], [h for u, h in self._hosts.items() if u != url]
+            if all(other.struck for other in others):
                 raise error
-            del self._hosts[url]
-        log.error("%s", t("host_struck", why=error))
+            first, host.struck, host.away = not host.struck, True, True
+            host.rests_until = self._clock() + STRUCK_REST
+        if first:
+            log.error("%s", t("host_struck", why=error))
 
 
 class Ai:
@@ -1221,16 +1284,15 @@ class Ai:
         while True:
             with self._hosts.place(self._stop) as url:
                 try:
-                    text = self._ask(url, picture)
+                    answer = self._ask(url, picture)
                     self._hosts.up(url)
-                    return text
-                except HostDown as error:
-                    self._hosts.down(url, error)
-                    waits += 1
-                    if waits > most_waits:
-                        raise
-                    continue
-                except Retryable as error:
+                    return self._description(answer)
+                except (Retryable, Unexpected) as error:
+                    if self._is_sick(url, picture, error):
+                        waits += 1
+                        if waits > most_waits:
+                            raise
+                        continue
                     log.debug("%s", error)
                     tries -= 1
                     if tries <= 0:
@@ -1241,22 +1303,40 @@ class Ai:
             if self._stop.wait(self._config.retry_delay_seconds):
                 raise Stopped("stopped")
 
-    def _ask(self, url: str, picture: Picture) -> str:
+    def _is_sick(self, url: str, picture: Picture, error: AnalyzeError) -> bool:
+        """Whether the host is to blame for an error, not the picture; then it rests.
+
+        One that failed on several pictures is shown one that is known to be good.
+        """
+        if not isinstance(error, HostDown | Unexpected):
+            if not self._hosts.doubtful(url, picture):
+                return False
+            with suppress(AnalyzeError):
+                self._ask(url, good_picture())
+                self._hosts.up(url)
+                return False
+        self._hosts.down(url, error)
+        return True
+
+    def _ask(self, url: str, picture: Picture) -> Any:
         """One question to one host; asked again without the switch it refuses."""
         config, dialect = self._config, self._dialect
         question = dialect.question(config.model_name, config.prompt, picture, config.max_tokens)
         switch = {} if url in self._hosts.no_switch else dialect.thinking(config.think)
         log.debug("asking %s", public(url))
         try:
-            answer = self._call(url, "POST", dialect.chat, json=question | switch)
+            return self._call(url, "POST", dialect.chat, json=question | switch)
         except Permanent as error:
             if not switch or not THINK_REFUSED.search(str(error.fields["why"])):
                 raise
             self._hosts.no_switch.add(url)
-            answer = self._call(url, "POST", dialect.chat, json=question)
-        if dig(answer, *dialect.finish) == "length":
-            raise Retryable("answer_cut", tokens=config.max_tokens)
-        return description_in(dig(answer, *dialect.text))
+            return self._call(url, "POST", dialect.chat, json=question)
+
+    def _description(self, answer: Any) -> str:
+        """What the answer says of the picture; Retryable if that is no description."""
+        if dig(answer, *self._dialect.finish) == "length":
+            raise Retryable("answer_cut", tokens=self._config.max_tokens)
+        return description_in(dig(answer, *self._dialect.text))
 
     def _call(self, url: str, method: str, path: str, **options: Any) -> Any:
         own: dict[str, Any] = {"timeout": self._config.timeout, "limit": ANSWER_LIMIT}
@@ -1269,12 +1349,14 @@ class Ai:
         A host that is busy, or still loads its model, is there. Raises HostDown when no
         host is, Fatal when the last one cannot do the work.
         """
-        away: dict[str, Retryable] = {}
+        away: dict[str, AnalyzeError] = {}
         for url in self._config.hosts:
             ask = functools.partial(self._call, url, timeout=CHECK_TIMEOUT)
             try:
                 if self._dialect.sees(ask, self._config.model_name) is False:
                     raise Fatal("model_blind", url=public(url))
+            except Unexpected as error:
+                away[url] = error
             except Fatal as error:
                 self._hosts.strike(url, error)
             except Permanent as error:
@@ -1283,7 +1365,7 @@ class Ai:
             except Retryable as error:
                 if error.key != "host_busy":
                     away[url] = error
-        if len(away) == len(self._hosts):
+        if len(away) == sum(not host.struck for host in self._hosts.seen()):
             raise HostDown("no_host", why="; ".join(map(str, away.values())))
         for url, trouble in away.items():
             self._hosts.down(url, trouble)
@@ -1301,6 +1383,8 @@ class Ai:
 PAGE = 1000  # photos a listing asks for at once; the most that Immich gives
 IMMICH_TIMEOUT = 60.0  # with Redis hung, Immich answers a write late but has done it
 PREVIEW_LIMIT = 64 * 2**20  # bytes
+
+SWEEP_SPAN = timedelta(days=2)  # how late a preview may come after the upload
 
 NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")
 
@@ -1451,10 +1535,13 @@ class ApiLibrary:
         self._parts = [(n, v) for n in range(len(accounts)) for v in ("timeline", "archive")]
 
     def clock(self) -> datetime:
-        """The Date header of GET /server/version; a proxy may have taken it away."""
-        date = self._immich.call("", "GET", "/server/version").headers.get("Date", "")
+        """The Date header of GET /server/version; a proxy may have taken it away.
+
+        What the version is counts from then on: Immich may have been upgraded.
+        """
+        reply, self._version = immich_version(self._immich)
         with suppress(ValueError):
-            return parsedate_to_datetime(date).astimezone(UTC)
+            return date_in(reply.headers.get("Date", ""))
         return datetime.now(UTC)
 
     def page(
@@ -1578,21 +1665,13 @@ class ApiLibrary:
         return told
 
     def _call(self, number: int, method: str, path: str, **options: Any) -> Reply:
-        """A request by one of the keys; Gone once it is refused, Fatal if it was the last.
-
-        HostDown if Immich could answer nothing just now: it says 500 about one photo, and
-        about everything while its database is away.
-        """
+        """A request by one of the keys; Gone once it is refused, Fatal if it was the last."""
         account = self._accounts[number]
         try:
             if not account.refused:
                 return self._immich.call(account.key, method, path, **options)
-        except HostDown:
-            raise
-        except Retryable as error:
-            if error.fields.get("status", 0) in range(500, 600):
-                whole_library(lambda: granted(self._immich, account.key, self._version))()
-            raise
+        except (Retryable, Unexpected) as error:
+            raise self._blamed(error, account.key) from error
         except Fatal as error:
             if error.key not in ("immich_key_refused", "immich_permission_missing"):
                 raise
@@ -1603,6 +1682,19 @@ class ApiLibrary:
             if first:
                 log.error("%s", t("key_refused", number=account.number, why=error))
         raise Gone("key_refused", number=account.number, why=account.refused)
+
+    def _blamed(self, error: AnalyzeError, key: str) -> Retryable:
+        """Trouble with this request alone, or HostDown if Immich answers nothing else either.
+
+        Its statuses do not tell: it says 500 about one photo, and about everything while
+        its database is away; and a proxy may say anything.
+        """
+        kind, pause = Retryable, getattr(error, "pause", None)
+        try:
+            granted(self._immich, key, self._version)
+        except AnalyzeError:
+            kind = HostDown
+        return kind(error.key, pause=pause, **error.fields)
 
     def close(self) -> None:
         """Close the connections."""
@@ -1640,7 +1732,7 @@ def open_api(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]
     accounts: dict[str, Account] = {}  # by user, as two keys may be of one
     refused: list[Fatal] = []
     with closing(Immich(url)) as immich:
-        version = immich_version(immich, public(url))
+        _, version = immich_version(immich)
         for number, key in enumerate(config.immich_api_keys, 1):
             try:
                 user_id = user_of(immich, key, version)
@@ -1658,17 +1750,18 @@ def open_api(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]
     )
 
 
-def immich_version(immich: Immich, shown: str) -> Version:
+def immich_version(immich: Immich) -> tuple[Reply, Version]:
     """GET /server/version, which needs no key and answers in maintenance too."""
     try:
-        told = immich.call("", "GET", "/server/version", timeout=CHECK_TIMEOUT).json()
+        reply = immich.call("", "GET", "/server/version", timeout=CHECK_TIMEOUT)
+        told = reply.json()
         major, minor, patch = (int(dig(told, part)) for part in ("major", "minor", "patch"))
     except (Retryable, TypeError, ValueError) as error:
-        status = error.fields.get("status") if isinstance(error, Retryable) else 200
-        if status not in (200, 404) and getattr(error, "key", "") != "not_json":
+        if getattr(error, "key", "not_json") not in ("not_json", "immich_maintenance"):
             raise
-        raise Fatal("immich_wrong", url=shown, status=status or 200) from error
-    return major, minor, patch
+        status = getattr(error, "fields", {}).get("status", 200)
+        raise Unexpected("immich_wrong", url=public(immich.url), status=status) from error
+    return reply, (major, minor, patch)
 
 
 def granted(immich: Immich, key: str, version: Version) -> list[Any]:
@@ -1721,33 +1814,44 @@ UUID_AT = """(lpad(to_hex((extract(epoch FROM {}) * 1000)::bigint), 12, '0')
     || repeat('0', 20))::uuid"""
 
 
-def statements(tables: Mapping[str, set[str]], policy: Policy) -> Statements:
-    """Choose SQL by tables and columns, not by version; Fatal where they are not Immich's."""
+# Not by coalesce(), which hides from the planner how few those are.
+EMPTY = "(e.description IS NULL OR e.description !~ '[^[:space:]]')"
+
+
+def table_names(tables: Mapping[str, set[str]]) -> tuple[str, str, str]:
+    """Immich's names for the tables of photos, EXIF and files; Unexpected if it has none."""
     newer = "asset_exif" in tables  # 1.136 renamed them
     names = ("asset", "asset_exif", "asset_file") if newer else ("assets", "exif", "asset_files")
-    asset, exif, file = names
     if not {*names, "asset_job_status"} <= tables.keys():
-        raise Fatal("no_immich_tables")
+        raise Unexpected("no_immich_tables")
+    return names
+
+
+def statements(
+    tables: Mapping[str, set[str]], policy: Policy, oldest: str = "-infinity"
+) -> Statements:
+    """Choose SQL by tables and columns, not by version, for photos uploaded since `oldest`."""
+    asset, exif, file = names = table_names(tables)
     edited = 'ORDER BY "isEdited" DESC' if "isEdited" in tables[file] else ""
     old = "visibility" not in tables[asset]  # before 1.133
     live = f"""a."deletedAt" IS NULL AND a.status = 'active' AND NOT a."isOffline"
         AND {'a."isVisible"' if old else "a.visibility IN ('timeline', 'archive')"}
-        AND a.type = 'IMAGE'"""
+        AND a.type = 'IMAGE' AND a."createdAt" >= '{oldest}'"""
     extracted = 'j."metadataExtractedAt" IS NOT NULL'
     ready = f'{extracted} AND e."assetId" IS NOT NULL AND f.path IS NOT NULL'
-    empty = "AND coalesce(e.description, '') !~ '[^[:space:]]'" if policy is Policy.NONE else ""
     columns = """a.id, a."originalFileName", coalesce(e.description, ''), f.path"""
     source = f"""FROM {asset} a
         LEFT JOIN {exif} e ON e."assetId" = a.id
         LEFT JOIN asset_job_status j ON j."assetId" = a.id
         LEFT JOIN LATERAL (SELECT path FROM {file} WHERE "assetId" = a.id AND type = 'preview'
                            {edited} LIMIT 1) f ON true"""  # noqa: S608 - names of the lists above
-    wanted = f"{live} AND {ready} {empty}"
+    wanted = f"{live} AND {ready} AND {EMPTY if policy is Policy.NONE else 'true'}"
     locks = "lockedProperties" in tables[exif]
     return Statements(
         listing=f"""SELECT {columns} {source} WHERE {wanted}
             AND (%(since)s IS NULL OR a."createdAt" >= %(since)s)
-            AND a.id > %(after)s::uuid ORDER BY a.id LIMIT %(limit)s""",
+            AND a.id > %(after)s::uuid AND e."assetId" > %(after)s::uuid
+            AND j."assetId" > %(after)s::uuid ORDER BY a.id LIMIT %(limit)s""",
         news=f"""SELECT {columns}, n."updateId" {source}
             JOIN {file} n ON n."assetId" = a.id AND n.type = 'preview'
             WHERE {wanted} AND n."updateId" < {UUID_AT.format("%(now)s")}
@@ -1781,6 +1885,7 @@ MISSING_GRANTS = """
     FROM unnest(%(writes)s) name
     WHERE NOT has_column_privilege(quote_ident(%(exif)s)::regclass, name, 'UPDATE')"""
 BEFORE_ALL_IDS = "00000000-0000-0000-0000-000000000000"
+REOPEN_AFTER = 3600.0  # seconds; Immich may have been upgraded, which changes its tables
 
 
 CONNECTION: dict[
@@ -1796,11 +1901,13 @@ CONNECTION: dict[
 
 
 class Database:
-    """One connection, opened when it is first needed and again after it was lost."""
+    """One connection, opened when it is first needed, again after it was lost, and each hour."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._connection: psycopg2.extensions.connection | None = None
+        self._opened = 0.0
+        self._tables: dict[str, set[str]] = {}
 
     def rows(self, statement: str, **parameters: object) -> list[tuple[Any, ...]]:
         """Run one statement as a transaction of its own; the rows, if it gives any."""
@@ -1813,18 +1920,32 @@ class Database:
             self.close()
             if not kept:
                 raise
+        except Unexpected:  # the tables may be others by now
+            self.close()
+            raise
         return self.rows(statement, **parameters)
 
+    def tables(self) -> dict[str, set[str]]:
+        """The columns of each table, as they were when the connection was made."""
+        with sql():
+            self._open()
+        return self._tables
+
     def _open(self) -> psycopg2.extensions.connection:
-        if self._connection is None or self._connection.closed:
-            own = psycopg2.extensions.parse_dsn(self._url)
-            connection = psycopg2.connect(**(CONNECTION | own))
-            connection.autocommit = True
-            connection.set_client_encoding("UTF8")
-            with connection.cursor() as cursor:
-                cursor.execute("SET lock_timeout = '10s'; SET statement_timeout = '5min'")
-            self._connection = connection
-        return self._connection
+        now, old = time.monotonic(), self._connection
+        if old and not old.closed and now < self._opened + REOPEN_AFTER:
+            return old
+        self.close()
+        own = psycopg2.extensions.parse_dsn(self._url)
+        new: psycopg2.extensions.connection = psycopg2.connect(**(CONNECTION | own))
+        new.autocommit = True
+        new.set_client_encoding("UTF8")
+        with new.cursor() as cursor:
+            cursor.execute("SET lock_timeout = '10s'; SET statement_timeout = '5min'")
+            cursor.execute(TABLES)
+            self._tables = {name: set(columns) for name, columns in cursor}
+        self._connection, self._opened = new, now
+        return new
 
     def close(self) -> None:
         """Close the connection; twice is fine."""
@@ -1840,10 +1961,20 @@ class DbLibrary:
     Only one row is ever changed, and only while it holds what was listed.
     """
 
-    def __init__(self, database: Database, statements: Statements, root: Path) -> None:
+    def __init__(
+        self, database: Database, choose: Callable[[Mapping[str, set[str]]], Statements], root: Path
+    ) -> None:
         self._database = database
-        self._statements = statements
+        self._choose = choose
         self._root = root
+
+    @property
+    def _statements(self) -> Statements:
+        try:
+            return self._choose(self._database.tables())
+        except Unexpected:  # in the middle of a restore: look again the next time
+            self._database.close()
+            raise
 
     def clock(self) -> datetime:
         """PostgreSQL's clock."""
@@ -1890,12 +2021,18 @@ class DbLibrary:
         return Asset(asset.id, name, text, path or "", ready)
 
     def preview(self, asset: Asset) -> bytes:
-        """Read the file that `asset_file.path` names; HostDown if the folder is not there."""
+        """Read the file that `asset_file.path` names, or names by now.
+
+        Unexpected if the folder has none of the previews: the disk or share is away.
+        """
         try:
             return read_file(inside(self._root, asset.source))
         except Permanent as error:
-            if not os.path.isdir(self._root / "thumbs"):  # the disk or share is away
-                raise HostDown("root_wrong", root=self._root) from error
+            now = self.find(asset)
+            if now.source not in ("", asset.source):
+                return read_file(inside(self._root, now.source))
+            if trouble := root_trouble(self._root, self._database, self._statements):
+                raise trouble from error
             raise
 
     def write(self, asset: Asset, text: str) -> bool:
@@ -1916,6 +2053,7 @@ class DbLibrary:
 PREVIEW_NAME = re.compile(
     r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})[-_]preview(?:_edited)?\.(?:jpeg|jpg|webp)"
 )
+RENEW_AFTER = 3600.0  # seconds between two beginnings of the watch, as each is hard work
 WRITTEN = [FileCreatedEvent, FileModifiedEvent, FileClosedEvent, FileMovedEvent]
 
 
@@ -1934,7 +2072,12 @@ class Arrivals(FileSystemEventHandler):
         self._quiet: dict[str, float] = {}  # id: until when; only the observer's thread asks
         self._missed = False
         self._observer: BaseObserver | None = None
-        # in a thread of its own, as a large library has 65,536 folders to walk through
+        self._renew()
+
+    def _renew(self) -> None:
+        """Begin, in a thread of its own: a large library has 65,536 folders to walk through."""
+        self.close()
+        self.since, self._renewed = math.inf, time.monotonic()
         threading.Thread(target=self._begin, name="watch", daemon=True).start()
 
     def _begin(self) -> None:
@@ -1973,10 +2116,12 @@ class Arrivals(FileSystemEventHandler):
             self._seen(asset_id)
 
     def missed(self) -> None:
-        """Say, once, that photos arrived without being seen."""
+        """Say, once, that photos arrived without being seen; the folder may be another by now."""
         if not self._missed:
             self._missed = True
             log.warning("%s", t("watch_missed"))
+        if time.monotonic() > self._renewed + RENEW_AFTER:
+            self._renew()
 
     def close(self) -> None:
         """End the observer."""
@@ -2001,37 +2146,49 @@ def inside(root: Path, path: str) -> Path:
 
 
 def read_file(path: Path) -> bytes:
-    """A regular file's content; Permanent if it cannot be had."""
+    """A regular file's content; Permanent if there is none to read, Retryable for a sick disk."""
     try:
         if not path.is_file():  # opening a named pipe would wait for ever
             raise Permanent("preview_missing")
         with path.open("rb") as file:
             return file.read(PREVIEW_LIMIT)
     except OSError as error:
-        raise Permanent("unreadable_file", file=path, why=error.strerror) from error
+        lasting = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+        kind = Permanent if error.errno in lasting else Retryable
+        raise kind("unreadable_file", file=path, why=error.strerror) from error
 
 
 def open_database(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
     """Check the connection, tables, rights and the folder of the previews."""
-    root = config.immich_root
-    with closing(Database(postgres_url(config.postgres_url))) as database:
-        tables = {name: set(columns) for name, columns in database.rows(TABLES)}
-        chosen = statements(tables, config.policy)
+    url, root = postgres_url(config.postgres_url), config.immich_root
+    with closing(Database(url)) as database:
+        oldest = "-infinity"
+        if not config.mode.backlog:
+            [(now,)] = database.rows("SELECT clock_timestamp()")
+            oldest = (now - SWEEP_SPAN).isoformat()
+        choose = functools.partial(statements, policy=config.policy, oldest=oldest)
+        chosen = choose(database.tables())
         if database.rows("SHOW transaction_read_only") != [("off",)]:
-            raise Fatal("database_read_only")
+            raise Unexpected("database_read_only")
         needs = {"reads": chosen.reads, "exif": chosen.exif, "writes": chosen.writes}
         if missing := database.rows(MISSING_GRANTS, **needs):
             raise Fatal("grants_missing", grants="; ".join(grant for (grant,) in missing))
-        samples = [path for (path,) in database.rows(chosen.samples)]
-    if not os.path.isdir(root / "thumbs"):  # also where it may not be looked at
-        raise Fatal("root_wrong", root=root)
-    if samples and not any(is_preview(root, path) for path in samples):
-        looked_for = root / "thumbs" / samples[0].rpartition("thumbs/")[2]
-        raise Fatal("root_empty", root=root, path=looked_for)
+        if trouble := root_trouble(root, database, chosen):
+            raise trouble
     if not chosen.locks:
         log.warning("%s", t("no_lock"))
-    url = config.postgres_url
-    return lambda: DbLibrary(Database(url), chosen, root), lambda: True
+    return lambda: DbLibrary(Database(url), choose, root), lambda: True
+
+
+def root_trouble(root: Path, database: Database, chosen: Statements) -> Unexpected | None:
+    """What is wrong with the folder of the previews, judged by some that it should hold."""
+    if not os.path.isdir(root / "thumbs"):  # also where it may not be looked at
+        return Unexpected("root_wrong", root=root)
+    samples = [path for (path,) in database.rows(chosen.samples)]
+    if not samples or any(is_preview(root, path) for path in samples):
+        return None
+    looked_for = root / "thumbs" / samples[0].rpartition("thumbs/")[2]
+    return Unexpected("root_empty", root=root, path=looked_for)
 
 
 def is_preview(root: Path, path: str) -> bool:
@@ -2053,7 +2210,8 @@ def open_library(config: Config) -> tuple[Callable[[], Library], Callable[[], bo
 # ------------------------------------------------------------------------------
 
 LIBRARY_TRIES = 3  # of a call that fails by itself; a library that is away costs none
-VALUABLE_TRIES = 12  # of a write, whose text took minutes
+VALUABLE_TRIES = 12  # of a write, whose text took minutes, and of a page
+LONGEST_PAUSE = 60.0  # however long the library asks to be left alone
 
 OVERLAP = timedelta(minutes=1)  # a photo may show in a listing so long after its time
 HINT_PAUSE = 0.05  # Immich writes a preview's row 20 to 110 ms after its file
@@ -2062,10 +2220,9 @@ FAILED_PAUSE = 60.0
 GROWTH = 1.5  # of each of these pauses
 LASTING = 3600.0  # how long they go on; what is left then is left to the sweep
 MOST_HINTS = 1000
+PAGE_PAUSE = 60.0  # after a page that could not be had, growing too
 SWEEP_INTERVAL = 3600.0
-SWEEP_SPAN = timedelta(days=2)
-LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
-SWEEPS_A_DAY = 24
+DAY = 86400.0
 
 
 class Outcome(StrEnum):
@@ -2194,6 +2351,7 @@ class Tally:
         self.counts: Counter[Outcome] = Counter()
         self.reasons: Counter[tuple[Outcome, str]] = Counter()  # the same by message key
         self.total: int | None = None  # photos of the backlog, where that is known
+        self.listed = 0  # of these, by now
         self.moved = time.monotonic()  # when the stream or a photo last went on
         self.show: Callable[[Counter[Outcome]], None] | None = None  # told of each photo
 
@@ -2256,14 +2414,21 @@ class Patience:
 
     A library that is away is waited for, and Fatal after `longest` seconds; a call that
     fails by itself is given up after some tries, with its last error. An outage is two
-    lines, however many wait.
+    lines, however many wait. `what_passes` tells which errors are an outage.
     """
 
-    def __init__(self, stop: threading.Event, pause: float, longest: float) -> None:
+    def __init__(
+        self,
+        stop: threading.Event,
+        pause: float,
+        longest: float,
+        what_passes: tuple[type[AnalyzeError], ...] = (HostDown, Unexpected),
+    ) -> None:
         self._lock = threading.Lock()
         self._stop = stop
         self._pause = pause
         self._longest = longest
+        self._what_passes = what_passes
         self._waiting = 0
         self._since = 0.0  # when the first of those who wait began to
 
@@ -2274,7 +2439,7 @@ class Patience:
             while True:
                 try:
                     return call()
-                except HostDown as error:
+                except self._what_passes as error:
                     now = time.monotonic()
                     left = self._longest - (now - (began or now))
                     if left <= 0:
@@ -2292,11 +2457,12 @@ class Patience:
             if began is not None:
                 self._end(answered=not isinstance(sys.exception(), Fatal | Stopped))
 
-    def _wait(self, error: Retryable, most: float) -> None:
-        if self._stop.wait(min(most, self._pause if error.pause is None else error.pause)):
+    def _wait(self, error: AnalyzeError, most: float) -> None:
+        asked = getattr(error, "pause", None) or self._pause
+        if self._stop.wait(min(most, asked, max(self._pause, LONGEST_PAUSE))):
             raise Stopped("stopped") from error
 
-    def _begin(self, error: HostDown) -> None:
+    def _begin(self, error: AnalyzeError) -> None:
         with self._lock:
             self._waiting += 1
             first = self._waiting == 1
@@ -2317,44 +2483,6 @@ class Patience:
         """For how many seconds the library has been waited for; 0 while it is there."""
         with self._lock:
             return time.monotonic() - self._since if self._waiting else 0.0
-
-
-def backlog(
-    library: Library,
-    patience: Patience,
-    stop: threading.Event,
-    since: datetime | None = None,
-) -> Iterator[Asset]:
-    """A whole listing, page by page; ends early when stopped.
-
-    Where it stands is kept here, so trouble with one page repeats that page only.
-    """
-    cursor: Cursor | None = None
-    while not stop.is_set():
-        page = functools.partial(library.page, cursor, since)
-        assets, cursor = patience(whole_library(page))
-        for asset in assets:
-            if stop.is_set():
-                return
-            yield asset
-        if cursor is None:
-            return
-
-
-def sift(
-    assets: Iterable[Asset],
-    policy: Policy,
-    tally: Tally,
-    note: Callable[[Outcome, str], None],
-) -> Iterator[Job]:
-    """The photos that need a description; the others are noted, at no request each."""
-    for asset in assets:
-        if not wants(asset.description, policy):
-            note(Outcome.SKIPPED, "has_description")
-        elif not asset.ready:
-            note(Outcome.NOT_READY, "")
-        elif tally.take(asset):
-            yield Job(asset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2381,6 +2509,68 @@ def hint(asset_id: str, state: State) -> None:
         state.agenda.put(job)
 
 
+def job_for(asset: Asset, state: State) -> Job | None:
+    """Work on a photo, unless it has its description or somebody took it before."""
+    wanted = wants(asset.description, state.config.policy)
+    return Job(asset) if wanted and state.tally.take(asset) else None
+
+
+class Listing:
+    """A listing of the library, a page at a time: the photos that need a description.
+
+    Where it stands is kept, so trouble with a page repeats that page only. A service
+    does so later, as other work goes on meanwhile; for a batch it is the end.
+    """
+
+    def __init__(
+        self, library: Library, state: State, since: datetime | None = None, *, counts: bool
+    ) -> None:
+        self.next_time = 0.0  # when it has more, by the monotonic clock; never again at its end
+        self._library = library
+        self._state = state
+        self._since = since
+        self._counts = counts  # whether what is left out is counted
+        self._page: Iterator[Asset] = iter(())
+        self._cursor: Cursor | None = None
+        self._pause = PAGE_PAUSE
+        self._last = False
+
+    def next(self) -> Job | None:
+        """The next photo to describe; None after each page, for other work to have its turn."""
+        for asset in self._page:
+            if job := self._job(asset):
+                return job
+        if self._last:
+            self.next_time = math.inf
+        elif time.monotonic() >= self.next_time:
+            self._turn_page()
+        return None
+
+    def _job(self, asset: Asset) -> Job | None:
+        tally = self._state.tally
+        if self._counts:
+            tally.listed += 1
+            if not wants(asset.description, self._state.config.policy):
+                tally.add(Outcome.SKIPPED, "has_description")
+            elif not asset.ready:
+                tally.add(Outcome.NOT_READY)
+        return job_for(asset, self._state) if asset.ready else None
+
+    def _turn_page(self) -> None:
+        service = self._state.config.mode.monitors
+        page = functools.partial(self._library.page, self._cursor, self._since)
+        try:
+            assets, self._cursor = self._state.patience(page, 1 if service else VALUABLE_TRIES)
+        except (Retryable, Permanent, Gone) as error:
+            if not service:
+                raise Fatal(error.key, **error.fields) from error
+            log.warning("%s", t("listing_failed", why=error, seconds=f"{self._pause:g}"))
+            self.next_time = time.monotonic() + self._pause
+            self._pause = min(self._pause * GROWTH, SWEEP_INTERVAL)
+        else:
+            self._page, self._last, self._pause = iter(assets), self._cursor is None, PAGE_PAUSE
+
+
 class Newsreader:
     """Looks for photos that arrived since its last look, and sweeps up what was missed."""
 
@@ -2391,7 +2581,8 @@ class Newsreader:
         self._listed = state.config.mode.backlog  # the first look is for previews still to be made
         if self._listed:
             self._mark -= SWEEP_SPAN
-        self._sweeps = 0
+        self._complained = False
+        self._whole_after = time.monotonic() + DAY
 
     def _clock(self) -> datetime:
         return self._state.patience(whole_library(self._library.clock))
@@ -2400,39 +2591,45 @@ class Newsreader:
         """Put what arrived on the agenda, to be done first; whether there was anything."""
         state, now = self._state, self._clock()
         since = min(self._mark, now) - OVERLAP
-        news = state.patience(whole_library(lambda: self._library.news(since, now)))
-        listed, self._listed = self._listed, False  # what is ready is in the backlog
-        policy = state.config.policy
-        wanted = (a for a in news if not a.ready or (not listed and wants(a.description, policy)))
-        jobs = [Job(asset) for asset in wanted if state.tally.take(asset)]
+        try:
+            news = state.patience(lambda: self._library.news(since, now), 1)
+        except (Retryable, Permanent, Gone) as error:
+            if not self._complained:
+                log.warning("%s", t("look_failed", why=error))
+            self._complained = True
+            return False
+        listed, self._listed, self._complained = self._listed, False, False
+        # what is ready at the first look is in the backlog
+        found = (job_for(asset, state) for asset in news if not (listed and asset.ready))
+        jobs = list(filter(None, found))
         for job in jobs:
             state.agenda.plan(job, PENDING_PAUSE)
             state.agenda.put(job, 0.0 if job.asset.ready else PENDING_PAUSE)
         self._mark = now
         return bool(jobs)
 
-    def sweep(self) -> Iterator[Job]:
-        """What needs a description among the uploads of two days, once a day among all.
+    def sweep(self, *, whole: bool) -> Listing:
+        """What needs a description among the uploads of two days; once a day, if `whole`, of all.
 
         In monitor mode: among those since the start.
         """
-        state, since = self._state, self._clock() - SWEEP_SPAN
-        self._sweeps += 1
-        if self._sweeps % SWEEPS_A_DAY == 0:
+        state, monitor = self._state, not self._state.config.mode.backlog
+        since: datetime | None = self._clock() - SWEEP_SPAN
+        if whole and time.monotonic() >= self._whole_after:
+            self._whole_after = time.monotonic() + DAY
             state.tally.forgive()
-            since = LONG_AGO
-        if not state.config.mode.backlog:
-            since = max(since, self._began)
-        listing = backlog(self._library, state.patience, state.stop, since)
-        return sift(listing, state.config.policy, state.tally, lambda *_: None)
+            since = None
+        if monitor:
+            since = max(since or self._began, self._began)
+        return Listing(self._library, state, since, counts=False)
 
 
 def stream(
-    state: State, listing: Iterator[Job], news: Newsreader | None, watch: Arrivals | None
+    state: State, listings: list[Listing], news: Newsreader | None, watch: Arrivals | None
 ) -> Iterator[Job]:
-    """What to do next: what is due, arrivals first, then the listing.
+    """What to do next: what is due, arrivals first, then the listings, the last one first.
 
-    Ends when stopped; without news to wait for, when the listing ends.
+    Ends when stopped; without news to wait for, when the listings end.
     """
     interval = state.config.api_poll_interval
     next_look, next_sweep = 0.0, time.monotonic() + SWEEP_INTERVAL
@@ -2442,28 +2639,37 @@ def stream(
             next_look = now + interval
             if news.look() and watch and watch.since < now - interval - FEED_LAG.total_seconds():
                 watch.missed()
-        job = state.agenda.due() or next(listing, None)
-        if job:
-            yield job
-        elif not news:
-            return
-        elif now >= next_sweep:
+        if news and now >= next_sweep and len(listings) < 2:  # the backlog may take weeks
             next_sweep = now + SWEEP_INTERVAL
-            listing = news.sweep()
+            listings.append(news.sweep(whole=not listings))
+        listing = listings[-1] if listings else None
+        if job := state.agenda.due() or (listing and listing.next()):
+            yield job
+        elif listing and listing.next_time == math.inf:
+            listings.pop()
+        elif not listing and not news:
+            return
         else:
-            soonest = min(next_look, next_sweep, state.agenda.next_time())
-            state.stop.nap(soonest - time.monotonic())
+            times = [listing.next_time] if listing else []
+            times += [next_look, next_sweep] if news else []
+            soonest = min(*times, state.agenda.next_time())
+            if soonest > time.monotonic():
+                state.stop.nap(soonest - time.monotonic())
 
 
 def settled(read: Callable[[], bytes], config: Config, stop: threading.Event) -> bytes:
-    """A preview, read again while it is being written: until it has its end, or stays the same."""
+    """A preview, read again while it is being written: until it has its end, or stays the same.
+
+    Raises Retryable if neither comes in time.
+    """
     deadline, data = time.monotonic() + config.file_write_timeout, read()
-    while not picture_type(data)[1] and time.monotonic() < deadline:
+    before = None
+    while not picture_type(data)[1] and data != before:
+        if time.monotonic() >= deadline:
+            raise Retryable("preview_cut")
         if stop.wait(config.file_check_interval):
             raise Stopped("stopped")
         before, data = data, read()
-        if data == before:
-            break
     return data
 
 
@@ -2500,6 +2706,8 @@ def conclude(job: Job, outcome: Outcome, error: Exception | None, state: State) 
         if not isinstance(error, Retryable) or not agenda.again(job):
             tally.give_up(asset)
     elif outcome is not Outcome.NOT_READY:
+        if isinstance(error, Gone):  # it may come back
+            tally.release(asset)
         tally.add(outcome, reason or ("has_description" if outcome is Outcome.SKIPPED else ""))
     elif not agenda.again(job):
         tally.add(outcome)
@@ -2653,6 +2861,7 @@ class Progress:
 
 
 AWAY_LIMIT = 300.0  # seconds Immich or the database may be away before that is ill health
+LONGEST_CALL = 300.0  # seconds a query of PostgreSQL may take
 STALL_LIMIT = 60.0  # beyond the longest wait that is usual
 POST_INTERVAL = 10.0
 LINE_INTERVAL = 3600.0  # between two lines that sum up
@@ -2666,8 +2875,9 @@ class Status:
         self._tally = state.tally
         self._hosts = state.hosts
         self._patience = state.patience
-        usual = max(state.config.timeout, state.config.api_poll_interval)
-        self._longest = usual + STALL_LIMIT
+        config = state.config
+        waits = (config.timeout, config.api_poll_interval, config.retry_delay_seconds)
+        self._longest = max(*waits, config.file_write_timeout, LONGEST_CALL) + STALL_LIMIT
 
     def stalled(self) -> bool:
         """Whether nothing moves, though nobody waits for a library or a model host."""
@@ -2688,7 +2898,7 @@ class Status:
     def left(self) -> int | None:
         """How much of the backlog is left, where that is known."""
         total = self._tally.total
-        return None if total is None else max(0, total - sum(self._tally.counts.values()))
+        return None if total is None else max(0, total - self._tally.listed)
 
     def report(self) -> dict[str, Any]:
         """What GET /health answers."""
@@ -2697,7 +2907,7 @@ class Status:
             "status": self.trouble() or "ok",
             "version": __version__,
             "library_away_seconds": round(self._patience.away()),
-            "model_hosts": {public(host.url): "away" if host.away else "ok" for host in hosts},
+            "model_hosts": {public(host.url): condition(host) for host in hosts},
             "in_flight": sum(host.in_flight for host in hosts),
             "backlog_left": self.left(),
             **{outcome.value: self._tally.counts[outcome] for outcome in Outcome},
@@ -2723,6 +2933,11 @@ class Status:
             lines.append(f"# TYPE immich_analyze_{name} {kind}")
             lines += (f"immich_analyze_{name}{labels} {value:.12g}" for labels, value in samples)
         return "\n".join(lines) + "\n"
+
+
+def condition(host: Host) -> str:
+    """How a model host is, in a word."""
+    return "struck" if host.struck else "away" if host.away else "ok"
 
 
 def label(**labels: str) -> str:
@@ -2755,6 +2970,10 @@ def serve_health(status: Status, host: str, number: int) -> None:
 
     class Server(ThreadingHTTPServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        server_bind = socketserver.TCPServer.server_bind  # the other asks for our name in DNS
+
+        def handle_error(self, *_: object) -> None:
+            """Say nothing of clients that hang up."""
 
     try:
         server = Server((host, number), Handler)
@@ -2812,16 +3031,15 @@ def keep_posted(
 def upcoming(library: Library, state: State, stack: ExitStack) -> Iterator[Job]:
     """The stream of this run's mode; what has to be closed in the end goes on the stack."""
     config, news, watch = state.config, None, None
-    listing: Iterator[Job] = iter(())
+    listings = []
     if config.mode.backlog:
-        listed = backlog(library, state.patience, state.stop)
-        listing = sift(listed, config.policy, state.tally, state.tally.add)
+        listings.append(Listing(library, state, counts=True))
     if config.mode.monitors:
         news = Newsreader(library, state)
         watch = library.watch(lambda seen: hint(seen, state), config.event_cooldown)
     if watch:
         stack.callback(watch.close)
-    return stream(state, listing, news, watch)
+    return stream(state, listings, news, watch)
 
 
 def describe_library(state: State, new_library: Callable[[], Library]) -> None:
@@ -2853,7 +3071,8 @@ def describe_library(state: State, new_library: Callable[[], Library]) -> None:
 def serve(config: Config, stop: Stop, tally: Tally) -> bool:
     """One run from its settings to its end; whether all photos could be reached."""
     service, longest = config.mode.monitors, config.wait_timeout or math.inf
-    at_start = functools.partial(Patience, stop, config.wait_retry_interval)
+    passing = (HostDown, Unexpected) if service else (HostDown,)
+    at_start = functools.partial(Patience, stop, config.wait_retry_interval, what_passes=passing)
     pause = max(1.0, config.retry_delay_seconds)
     state = State(
         config,

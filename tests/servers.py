@@ -41,7 +41,7 @@ from PIL import Image
 CONTRACTS = Path(__file__).with_name("contracts")
 JSON = "application/json; charset=utf-8"
 MISSING = object()
-PATIENCE = 5  # seconds until a test that waits for a request gives up
+PATIENCE = 20  # seconds until a test that waits for a request gives up
 
 
 # --- The contract ----------------------------------------------------------------------------

@@ -386,10 +386,8 @@ def test_max_retries_bounds_both(fake, make, most, trouble, expected, number):
     [
         (REFUSED, "host_key_refused"),
         (Reply(403), "host_key_refused"),
-        (Reply(404), "host_wrong"),
         (Reply(404, {"error": "model 'tiny-vlm' not found"}), "model_missing"),
         (Reply(500, {"error": {"message": servers.NO_VISION}}), "model_blind"),
-        (Reply(307, None, {"Location": "https://elsewhere/"}), "redirected"),
     ],
 )
 def test_a_host_with_wrong_settings_is_struck_off(fake, second, make, stop, caplog, trouble, key):
@@ -409,6 +407,65 @@ def test_a_struck_host_costs_the_picture_nothing(fake, second, make):
     ai = make(fake, second)
     assert [ai.describe(PICTURE) for _ in range(2)] == [servers.told(JPEG)] * 2
     assert [server.count("POST", fake.chat) for server in (fake, second)] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "key"),
+    [
+        (Reply(404), "host_wrong"),
+        (Reply(307, None, {"Location": "https://elsewhere/"}), "redirected"),
+    ],
+)
+def test_what_only_a_proxy_says_lets_the_host_rest(fake, make, stop, trouble, key):
+    fake.script("POST", fake.chat, trouble, trouble)
+    assert make(fake).describe(PICTURE) == servers.told(JPEG)
+    assert stop.waits == [60, 60]
+
+
+@pytest.mark.parametrize("trouble", [BROKEN, RESET, HANG], ids=["fails", "hangs up", "hangs"])
+def test_a_host_that_fails_on_every_picture_rests_and_costs_them_nothing(
+    fake, second, make, stop, caplog, trouble
+):
+    caplog.set_level(logging.WARNING, ia.log.name)
+    fake.script("POST", fake.chat, trouble, forever=True)
+    ai = make(fake, second, argv=["--timeout", "0.05"] if trouble is HANG else [])
+    pictures = [servers.own_picture(number) for number in range(8)]
+    told = [ai.describe(ia.prepared(data, 0)) for data in pictures]
+    assert told == list(map(servers.told, pictures))
+    assert fake.count("POST", fake.chat) == ia.SICK_AFTER + 1  # and a picture that is good
+    assert len(caplog.records) == 1
+
+
+def test_pictures_that_are_all_bad_rest_no_host_and_fail_each_after_three_tries(fake, make, stop):
+    behave, good = fake.behave, ia.good_picture().base64
+    error = {"code": 500, "message": "no memory", "type": "server_error"}
+    broken = Reply(500, {"error": error if fake.interface == "llamacpp" else "no memory"})
+    fake.behave = lambda x: behave(x) if good in json.dumps(x.json) else broken
+    ai = make(fake)
+    for number in range(5):
+        picture = ia.prepared(servers.own_picture(number), 0)
+        assert error_of(ai.describe, picture)[0] == (ia.Retryable, "host_failed")
+    assert set(stop.waits) == {5}
+
+
+def test_a_host_that_is_sick_and_alone_is_waited_for(fake, make, stop):
+    pictures = [ia.prepared(servers.own_picture(number), 0) for number in range(4)]
+    fake.script("POST", fake.chat, *[BROKEN] * (2 * 3 + 3 * 2))
+    ai = make(fake)
+    for picture in pictures[:2]:
+        assert error_of(ai.describe, picture)[0] == (ia.Retryable, "host_failed")
+    assert ai.describe(pictures[2]) == servers.told(servers.own_picture(2))
+    assert stop.waits[-3:] == [60, 60, 60]
+
+
+def test_a_picture_that_no_host_can_take_rests_none(fake, make, stop):
+    bad = [ia.prepared(servers.own_picture(number), 0) for number in range(8)]
+    ai = make(fake)
+    for picture in bad:
+        fake.script("POST", fake.chat, BROKEN, BROKEN, BROKEN)
+        assert error_of(ai.describe, picture)[0] == (ia.Retryable, "host_failed")
+        assert ai.describe(PICTURE) == servers.told(JPEG)
+    assert set(stop.waits) == {5}
 
 
 # Stopping
@@ -547,7 +604,6 @@ SEES = ("completion", "vision")
         (servers.FakeLlamaCpp, {"models": ["other", "another"]}, "model_not_listed"),
         (servers.FakeLlamaCpp, {"vision": False}, "model_blind"),
         (servers.FakeLlamaCpp, {"api_key": "k3y"}, "host_key_refused"),
-        (servers.FakeServer, {}, "host_wrong"),
     ],
 )
 @pytest.mark.parametrize("argv", [[], ["--api-key", "wr0ng"]])
@@ -563,14 +619,14 @@ def test_what_cannot_work_is_told_at_the_start(make, kind, options, key, argv):
 
 @pytest.mark.parametrize("interface", CHAT)
 def test_the_wrong_interface_is_told_at_the_start(make, llamacpp, interface):
-    if interface == "ollama":
-        llamacpp.interface = "ollama"
-        assert error_of(make(llamacpp).check)[0] == (ia.Fatal, "host_wrong")
-    else:
-        with servers.FakeServer() as server:
-            server.interface = "llamacpp"
+    with servers.FakeServer() as server:
+        if interface == "llamacpp":
             server.script("GET", MODELS, servers.recorded("ollama", "unknown_route"))
-            assert error_of(make(server).check)[0] == (ia.Fatal, "host_wrong")
+        wrong = llamacpp if interface == "ollama" else server
+        wrong.interface = interface
+        found, error = error_of(make(wrong).check)
+    assert found == (ia.HostDown, "no_host")
+    assert ia.t("host_wrong", url="", status=404).split(" (")[0].strip() in str(error)
 
 
 @pytest.mark.parametrize("status", [400, 422])

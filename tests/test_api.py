@@ -667,7 +667,7 @@ def test_redirects_are_named_and_not_followed(fake, opened, status):
         lambda: library.preview(asset),
         lambda: library.write(asset, "Nowhere."),
     ):
-        with pytest.raises(ia.Fatal) as raised:
+        with pytest.raises(ia.HostDown) as raised:
             call()
         assert f"{other.url}/login" in str(raised.value)
         assert "secret" not in str(raised.value)

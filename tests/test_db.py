@@ -1,11 +1,13 @@
 """The library behind Immich's own tables, on real PostgreSQL and all generations of them."""
 
+import errno
 import os
 import secrets
 import tempfile
+import time
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import immich_analyze as ia
 
 OLDEST, NEWEST = sandbox.VERSIONS[0], sandbox.NEWEST
 LOCKING = [v for v in sandbox.VERSIONS if tuple(map(int, v.split("."))) >= (2, 4)]
+UNLOCKED = sandbox.VERSIONS[sandbox.VERSIONS.index(LOCKING[0]) - 1]
 own_server = pytest.mark.skipif(
     "TEST_DATABASE_URL" in os.environ, reason="the server is not ours to stop"
 )
@@ -402,14 +405,17 @@ def test_libpqs_words_tell_what_passes_from_what_does_not():
     ]
     lasting = [
         'FATAL:  password authentication failed for user "immich"',
-        'FATAL:  role "nobody" does not exist',
-        'FATAL:  database "nothing" does not exist',
         'FATAL:  no pg_hba.conf entry for host "172.18.0.1", user "postgres"',
         "server does not support SSL, but SSL was required",
         'invalid sslmode value: "sometimes"',
         'root certificate file "/root/.postgresql/root.crt" does not exist',
     ]
-    for words, kind in [(w, ia.HostDown) for w in passing] + [(w, ia.Fatal) for w in lasting]:
+    unexpected = [
+        'FATAL:  role "nobody" does not exist',
+        'FATAL:  database "nothing" does not exist',
+    ]
+    kinds = {ia.HostDown: passing, ia.Fatal: lasting, ia.Unexpected: unexpected}
+    for kind, words in [(kind, words) for kind, all in kinds.items() for words in all]:
         with pytest.raises(ia.AnalyzeError) as raised, ia.sql():
             raise psycopg2.OperationalError(words)
         assert type(raised.value) is kind, words
@@ -417,9 +423,9 @@ def test_libpqs_words_tell_what_passes_from_what_does_not():
 
 SQLSTATES = {
     ia.HostDown: ("57P01", "53300", "53100", "40P01", "40001", "08006"),
-    ia.Retryable: ("55P03", "57014"),  # one row or statement, not the server
+    ia.Retryable: ("55P03", "57014", "23514", "P0001"),  # one row or statement, not the server
     ia.Permanent: ("22P02", "22021", "22001"),
-    ia.Fatal: ("42501", "42P01", "42703", "25006", "23514"),
+    ia.Unexpected: ("42501", "42P01", "42703", "25006"),
 }
 
 
@@ -631,16 +637,18 @@ def test_an_edited_preview_goes_first_and_is_no_second_photo(photos, opened):
 
 
 @pytest.fixture
-def preview_of(tmp_path):
-    """Reads the preview that the database says is at that path."""
-    root = tmp_path / "library"
-    (root / "thumbs").mkdir(parents=True)
-    tool = ia.DbLibrary(ia.Database(""), None, root)
+def preview_of(photos, opened):
+    """Reads the preview that the database says is at that path; there is another one."""
+    library = photos()
+    library.add()
+    [asset] = listing(tool := opened(library))
 
     def read(path):
-        return tool.preview(ia.Asset("", "it.jpeg", "", str(path)))
+        library.run('UPDATE asset_file SET path = %s WHERE "assetId" = %s', str(path), asset.id)
+        return tool.preview(tool.find(asset))
 
-    read.root = root
+    read.root, read.library = library.root, library
+    library.add()
     return read
 
 
@@ -700,20 +708,93 @@ def test_a_file_that_may_not_be_read_fails_that_photo():
         file.write_bytes(b"secret")
         file.chmod(0)
         root.chmod(0o755)
-        tool = ia.DbLibrary(ia.Database(""), None, root)
         with without_privileges():
-            asset = ia.Asset("", "it.jpeg", "", str(file))
-            error = error_of(partial(tool.preview, asset), ia.Permanent)
+            error = error_of(partial(ia.read_file, ia.inside(root, str(file))), ia.Permanent)
     assert error.key == "unreadable_file"
 
 
 def test_a_library_whose_folder_is_away_is_waited_for(preview_of):
     (preview_of.root / "thumbs/it.jpeg").write_bytes(b"picture")
     (preview_of.root / "thumbs").rename(preview_of.root / "away")
-    error = error_of(partial(preview_of, "/data/thumbs/it.jpeg"), ia.HostDown)
-    assert str(preview_of.root) in str(error)
+    error = error_of(partial(preview_of, "/data/thumbs/it.jpeg"), ia.Unexpected)
+    assert (error.key, error.fields["root"]) == ("root_wrong", preview_of.root)
+    (preview_of.root / "thumbs").mkdir()  # where it was mounted
+    error = error_of(partial(preview_of, "/data/thumbs/it.jpeg"), ia.Unexpected)
+    assert (error.key, error.fields["root"]) == ("root_empty", preview_of.root)
+    (preview_of.root / "thumbs").rmdir()
     (preview_of.root / "away").rename(preview_of.root / "thumbs")
     assert preview_of("/data/thumbs/it.jpeg") == b"picture"
+
+
+def test_a_preview_that_lies_elsewhere_by_now_is_read_there(photos, opened):
+    library = photos()
+    library.add()
+    [asset] = listing(tool := opened(library))
+    file = library.preview_file(asset.id)
+    file.rename(file.with_suffix(".webp"))
+    path = asset.source.removesuffix(".jpeg") + ".webp"
+    library.run("UPDATE asset_file SET path = %s", path)
+    assert tool.preview(asset) == sandbox.draw("red")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EHOSTDOWN])
+def test_a_disk_that_fails_is_asked_again(preview_of, monkeypatch, number):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    (preview_of.root / "thumbs/it.jpeg").write_bytes(b"picture")
+    monkeypatch.setattr(Path, "open", fails)
+    error = error_of(partial(preview_of, "/data/thumbs/it.jpeg"), ia.Retryable)
+    assert (type(error), error.key) == (ia.Retryable, "unreadable_file")
+
+
+# what changes while it runs
+
+
+def test_tables_that_change_are_met_by_other_statements(photos, opened):
+    """As in an upgrade, or a restore, of Immich."""
+    library = photos(UNLOCKED)
+    library.add()
+    tool = opened(library)
+    assert tool._statements.locks is False
+    library.run("ALTER TABLE asset_exif RENAME TO asset_exif_away")
+    error = error_of(lambda: listing(tool), ia.Unexpected)
+    assert "asset_exif" in str(error)
+    assert error_of(lambda: listing(tool), ia.Unexpected).key == "no_immich_tables"
+    library.run("ALTER TABLE asset_exif_away RENAME TO asset_exif")
+    library.run('ALTER TABLE asset_exif ADD COLUMN "lockedProperties" character varying[]')
+    [asset] = listing(tool)
+    assert tool.write(asset, "A red square.")
+    locked = library.run('SELECT description, "lockedProperties" FROM asset_exif')
+    assert locked == [("A red square.", ["description"])]
+
+
+def test_a_connection_is_renewed_each_hour_for_what_changed_unnoticed(photos, opened, monkeypatch):
+    library = photos(UNLOCKED)
+    library.add()
+    tool = opened(library)
+    listing(tool)
+    library.run('ALTER TABLE asset_exif ADD COLUMN "lockedProperties" character varying[]')
+    listing(tool)
+    assert tool._statements.locks is False
+    later = time.monotonic() + ia.REOPEN_AFTER
+    monkeypatch.setattr(ia.time, "monotonic", lambda: later)
+    assert tool._statements.locks is True
+
+
+def test_a_monitor_leaves_older_photos_alone_whatever_happens_to_their_previews(photos, opened):
+    library, now = photos(), datetime.now(UTC)
+    old, new = library.add_many(2)
+    uploaded = 'UPDATE asset SET "createdAt" = %s WHERE id = %s'
+    library.run(uploaded, now - timedelta(days=3), old)
+    library.run(uploaded, now - timedelta(days=1), new)
+    assets = {asset.id: asset for asset in listing(opened(library))}
+    tool = opened(library, "--monitor")
+    news = tool.news(now - timedelta(days=9), now + timedelta(days=9))
+    assert [asset.id for asset in news] == [new]
+    assert [asset.id for asset in listing(tool)] == [new]
+    assert error_of(partial(tool.find, assets[old]), ia.Gone).key == "photo_excluded"
+    assert tool.find(assets[new]).ready
 
 
 def test_an_empty_file_is_one_that_is_being_written(preview_of):

@@ -179,12 +179,35 @@ def test_a_host_that_answers_again_is_told_once(hosts, stop, lines):
 # Striking off
 
 
-def test_a_host_is_struck_off_with_a_line_and_never_asked_again(hosts, stop, lines):
+def test_a_host_is_struck_off_with_a_line_and_asked_again_in_an_hour(hosts, stop, lines):
     mine = hosts(A, B)
     mine.strike(A, fatal(A))
     assert asked(mine, stop, 3) == "bbb"
     assert lines() == [("ERROR", ia.t("host_struck", why=fatal(A)))]
-    assert len(mine) == 1
+    assert [host.struck for host in mine.seen()] == [True, False]
+    stop.now += ia.STRUCK_REST
+    assert asked(mine, stop, 1) == "a"
+    mine.strike(A, fatal(A))
+    assert len(lines()) == 1
+    stop.now += ia.STRUCK_REST
+    mine.up(A)
+    assert lines()[1:] == [("INFO", ia.t("host_back", url=A))]
+    assert [host.struck for host in mine.seen()] == [False, False]
+
+
+def test_one_that_asks_for_a_moment_again_and_again_is_one_line(hosts, stop, lines):
+    mine, moment = hosts(A), ia.HostDown("host_busy", pause=1.0, url=A, status=429, why="")
+    for _ in range(20):
+        mine.down(A, moment)
+        stop.now += 1
+        mine.up(A)
+    assert len(lines()) == 2
+    mine.down(A, DOWN)
+    assert len(lines()) == 3
+    stop.now += ia.QUIET + 60
+    mine.up(A)
+    mine.down(A, moment)
+    assert len(lines()) == 5
 
 
 def test_several_workers_may_strike_and_rest_one_host(hosts, stop, lines):

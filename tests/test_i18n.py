@@ -184,7 +184,8 @@ def test_a_whole_run_depends_on_no_text(immich, ollama):
 
 
 @pytest.mark.parametrize(
-    ("argv", "code"), [(["--timeout", "x"], 2), (["-m", "--no-wait-for-immich"], 2), (["-h"], 0), (["--version"], 0)]
+    ("argv", "code"),
+    [(["--timeout", "x"], 2), (["-m", "--no-wait-for-immich"], 2), (["-h"], 0), (["--version"], 0)],
 )
 def test_other_runs_depend_on_no_text_either(argv, code):
     done = poisoned(*argv)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice, pairwise
 
 import pytest
-from test_stream import away, hiccup, photo, state_of
+from test_stream import Jobs, Listing, away, hiccup, photo, state_of
 
 import immich_analyze as ia
 
@@ -20,6 +20,7 @@ class Library:
     def __init__(self, stop):
         self.stop, self.began = stop, stop.now
         self.photos, self.looks, self.sweeps = [], [], []
+        self.bad_looks = iter(())
         self.trouble = iter(())
         self.skew = timedelta(0)
 
@@ -35,7 +36,8 @@ class Library:
         self.photos += [(self.clock(), photo) for photo in photos]
 
     def news(self, since, now):
-        self._meet_trouble()
+        if error := next(self.bad_looks, None):
+            raise error
         self.looks.append((since, now))
         return [photo for moment, photo in self.photos if since <= moment <= now]
 
@@ -67,7 +69,7 @@ def ids(jobs):
 class Day:
     """A service at work: `pass_until` lets time go by and keeps what it described by when."""
 
-    def __init__(self, state, library, analyze=lambda _: ia.Outcome.DESCRIBED, listing=()):
+    def __init__(self, state, library, analyze=lambda _: ia.Outcome.DESCRIBED, listing=None):
         self.state, self.library, self.done = state, library, []
         self.events = []  # moment and what happens then
         stop, nap = state.stop, state.stop.nap
@@ -82,7 +84,7 @@ class Day:
 
         stop.nap = eventful_nap
         news = ia.Newsreader(library, state)
-        jobs = ia.stream(state, iter(listing), news, None)
+        jobs = ia.stream(state, [listing] if listing else [], news, None)
 
         def noting(job):
             self.done.append((round(stop.now - self.began, 2), job.asset.id))
@@ -151,7 +153,7 @@ def test_what_has_a_description_is_no_news(service, library):
 def test_arrivals_overtake_the_backlog(service, library):
     state = service("-c", "--api-poll-interval", "10")
     backlog = [ia.Job(photo(n)) for n in range(100, 110)]
-    stream = ia.stream(state, iter(backlog), ia.Newsreader(library, state), None)
+    stream = ia.stream(state, [Jobs(backlog)], ia.Newsreader(library, state), None)
     assert ids(islice(stream, 2)) == ["100", "101"]
     library.arrive(photo(1), photo(2))
     assert ids(islice(stream, 1)) == ["102"]
@@ -163,8 +165,8 @@ def test_what_is_listed_and_arrives_is_done_once(service, library):
     state = service("-c", "--api-poll-interval", "10")
     both = photo(1)
     library.arrive(both)
-    listed = ia.sift([both, photo(2)], ia.Policy.NONE, state.tally, state.tally.add)
-    assert Day(state, library, listing=listed).until(30) == [(0, "1"), (0, "2")]
+    listing = ia.Listing(Listing([both, photo(2)]), state, counts=True)
+    assert Day(state, library, listing=listing).until(30) == [(0, "1"), (0, "2")]
 
 
 def test_overwriting_does_each_arrival_once(service, library):
@@ -176,18 +178,51 @@ def test_overwriting_does_each_arrival_once(service, library):
 def test_a_batch_has_no_news_and_ends(stop, config):
     state = state_of(config(), stop, None, lasting=0)
     jobs = [ia.Job(photo(n)) for n in range(3)]
-    assert list(ia.stream(state, iter(jobs), None, None)) == jobs
+    assert list(ia.stream(state, [Jobs(jobs)], None, None)) == jobs
     assert stop.waits == []
 
 
 @pytest.mark.parametrize("error", [away(), hiccup()], ids=["away", "hiccup"])
-def test_a_look_that_fails_is_made_again(service, library, caplog, error):
+def test_a_clock_that_cannot_be_read_is_asked_again(service, library, caplog, error):
     caplog.set_level(logging.INFO)
     day = Day(service("-m", "--api-poll-interval", "10"), library)
     library.arrive(photo(1))
     library.trouble = iter([error] * 1000)
     assert day.until(9999) == [(5000, "1")]
     assert len(caplog.messages) == 2  # an outage is two lines
+
+
+def test_a_look_that_fails_is_made_again_and_holds_nothing_up(service, library, caplog):
+    day = Day(service("-m", "--api-poll-interval", "10"), library)
+    library.arrive(photo(1))
+    library.bad_looks = iter([hiccup()] * 5)
+    ia.hint("hinted", day.state)
+    assert day.until(100) == [(0, "hinted"), (50, "1")]
+    assert caplog.messages == [ia.t("look_failed", why=hiccup())]
+
+
+def test_a_page_that_will_not_come_holds_nothing_up(service, library, caplog):
+    """The backlog goes on with that page once it comes; arrivals do not wait for it."""
+    state = service("-c", "--api-poll-interval", "10")
+    bad = Listing([photo(1)], [photo(2)], trouble={1: [hiccup()] * 3})
+    day = Day(state, library, listing=ia.Listing(bad, state, counts=True))
+    day.at(95, lambda: library.arrive(photo(3)))
+    assert day.until(1000) == [(0, "1"), (100, "3"), (285, "2")]
+    assert bad.asked == [0, 1, 1, 1, 1]
+    assert len(caplog.messages) == 3
+
+
+def test_sweeps_are_made_while_the_backlog_lasts(service, library):
+    state = service("-c", "--api-poll-interval", "100000")
+    library.photos.append((library.clock() - timedelta(hours=1), photo(1)))
+    backlog = Jobs([ia.Job(photo(n)) for n in range(1000, 1500)])
+    found = []
+    for job in islice(ia.stream(state, [backlog], ia.Newsreader(library, state), None), 300):
+        found.append(job.asset.id)
+        state.stop.now += 600  # a model takes its time
+    assert found.index("1") == 6
+    assert len(library.sweeps) == 300 / 6 - 1
+    assert None not in library.sweeps  # what the backlog lists is not listed at the same time
 
 
 def test_a_service_that_waits_for_its_library_can_be_stopped(service, library, stop):
@@ -348,7 +383,7 @@ def test_sweeps_go_over_two_days_each_hour_and_over_all_each_day(service, librar
     for number, since in enumerate(library.sweeps, 1):
         late = timedelta(seconds=60)
         if number == 24:
-            assert since < datetime(2000, 1, 1, tzinfo=UTC)
+            assert since is None
         else:
             assert began[number] - two_days <= since <= began[number] - two_days + late
     assert len(library.sweeps) == 25
@@ -445,7 +480,7 @@ def test_photos_that_only_the_feed_finds_are_noticed(service, library, stop, sin
     """A watch that has been there since before the last look should have told of them."""
     state = service("-m", "--api-poll-interval", "10")
     watch = Watch(stop.now + since)
-    stream = ia.stream(state, iter(()), ia.Newsreader(library, state), watch)
+    stream = ia.stream(state, [], ia.Newsreader(library, state), watch)
     stop.now += 100
     library.arrive(photo(1))
     assert ids(islice(stream, 1)) == ["1"]

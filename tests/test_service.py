@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import sandbox
 import servers
-from servers import RESET, FakeImmich, FakeKey, FakeOllama, FakeServer, Reply
+from servers import RESET, FakeImmich, FakeKey, FakeOllama, FakeServer
 from test_run import CHATS, NO_PAUSE, ROOT, ApiWorld, Running, SqlWorld, World, asking, fill, tally
 
 import immich_analyze as ia
@@ -365,10 +365,9 @@ def test_photos_that_fail_in_passing_hold_no_worker_and_are_described_later(
     clock, counted = Clock(), queue.SimpleQueue()
     monkeypatch.setattr(ia.time, "monotonic", clock.clock)
     sick = fill(api, 5)
-    behave, broken = ollama.behave, Reply(500, {"error": "out of memory"})
     ill = threading.Event()
     ill.set()
-    ollama.behave = lambda x: broken if ill.is_set() and x.path == "/api/chat" else behave(x)
+    ollama.answer = lambda image, _: "" if ill.is_set() else servers.told(image)
     with serving(api, ollama, clock, "--max-concurrent", "1", *NO_PAUSE) as done:
         done.show = lambda counts: counted.put(dict(counts))
         for _ in sick:

@@ -63,17 +63,36 @@ def state(stop, patience, config):
 
 
 def state_of(config, stop, patience, lasting):
-    hosts = ia.Hosts(["http://host"], 1, 60, stop.clock)
+    hosts = ia.Hosts(["http://host"], 1, 60)
     return ia.State(config, stop, hosts, patience, ia.Agenda(stop.rouse, lasting), ia.Tally())
+
+
+class Jobs:
+    """A listing that is given."""
+
+    def __init__(self, jobs):
+        self.next_time = 0.0
+        self._jobs = iter(jobs)
+
+    def next(self):
+        job = next(self._jobs, None)
+        self.next_time = 0.0 if job else math.inf
+        return job
 
 
 # the backlog
 
 
-def test_pages_come_in_order_and_only_when_they_are_needed(patience, stop):
+def backlog(library, state):
+    """The photos to describe that a batch is given by a library."""
+    listing = ia.Listing(library, state, counts=True)
+    return (job.asset for job in ia.stream(state, [listing], None, None))
+
+
+def test_pages_come_in_order_and_only_when_they_are_needed(state):
     photos = [photo(n) for n in range(5)]
     library = Listing(photos[:2], [], photos[2:4], photos[4:])
-    stream = ia.backlog(library, patience, stop)
+    stream = backlog(library, state)
     assert library.asked == []
     assert [next(stream), next(stream)] == photos[:2]
     assert library.asked == [0]
@@ -81,6 +100,7 @@ def test_pages_come_in_order_and_only_when_they_are_needed(patience, stop):
     assert library.asked == [0, 1, 2]
     assert list(stream) == photos[3:]
     assert library.asked == [0, 1, 2, 3]
+    assert state.tally.listed == 5
 
 
 @pytest.mark.parametrize(
@@ -94,10 +114,10 @@ def test_pages_come_in_order_and_only_when_they_are_needed(patience, stop):
     ids=["away", "away for long", "hiccups", "both"],
 )
 @pytest.mark.parametrize("sick", [0, 1, 2])
-def test_trouble_with_a_page_repeats_only_that_page(patience, stop, sick, errors, waits):
+def test_trouble_with_a_page_repeats_only_that_page(state, stop, sick, errors, waits):
     photos = [photo(n) for n in range(6)]
     library = Listing(photos[:2], photos[2:4], photos[4:], trouble={sick: errors})
-    assert list(ia.backlog(library, patience, stop)) == photos
+    assert list(backlog(library, state)) == photos
     assert Counter(library.asked) == Counter([0, 1, 2]) + Counter({sick: len(errors)})
     assert library.asked == sorted(library.asked)
     assert stop.waits == waits
@@ -106,33 +126,33 @@ def test_trouble_with_a_page_repeats_only_that_page(patience, stop, sick, errors
 @pytest.mark.parametrize(
     ("errors", "key"),
     [
-        (repeat(hiccup()), "library_away"),
+        (repeat(hiccup()), "not_json"),
         ([ia.Permanent("immich_refused", status=418, why="")], "immich_refused"),
         ([ia.Gone("photo_gone")], "photo_gone"),
         (repeat(away()), "library_away"),
         ([fatal()], "database_refused"),
     ],
 )
-def test_a_page_that_will_not_come_ends_the_run(patience, stop, errors, key):
+def test_a_page_that_will_not_come_ends_the_run(state, errors, key):
     library = Listing([photo(1)], [photo(2)], trouble={1: errors})
-    stream = ia.backlog(library, patience, stop)
+    stream = backlog(library, state)
     assert next(stream) == photo(1)
     with pytest.raises(ia.Fatal) as raised:
         next(stream)
     assert raised.value.key == key
 
 
-def test_a_stopped_stream_asks_for_nothing(patience, stop):
+def test_a_stopped_stream_asks_for_nothing(state, stop):
     library = Listing([photo(1)])
     stop.set()
-    assert list(ia.backlog(library, patience, stop)) == []
+    assert list(backlog(library, state)) == []
     assert library.asked == []
 
 
 @pytest.mark.parametrize("taken", [1, 2, 3])
-def test_a_stream_stops_within_a_page_and_between_pages(patience, stop, taken):
+def test_a_stream_stops_within_a_page_and_between_pages(state, stop, taken):
     library = Listing([photo(1), photo(2), photo(3)], [photo(4)])
-    stream = ia.backlog(library, patience, stop)
+    stream = backlog(library, state)
     for number in range(1, taken + 1):
         assert next(stream) == photo(number)
     stop.set()
@@ -140,28 +160,43 @@ def test_a_stream_stops_within_a_page_and_between_pages(patience, stop, taken):
     assert library.asked == [0]
 
 
+def test_a_stream_stops_between_pages_that_have_nothing_to_do(state, stop):
+    described = [photo(n, description="By a person.") for n in range(3)]
+
+    class Slow(Listing):
+        def page(self, cursor, since=None):
+            if cursor == 2:
+                stop.set()
+            return super().page(cursor, since)
+
+    library = Slow(*[described] * 9)
+    assert list(backlog(library, state)) == []
+    assert library.asked == [0, 1, 2]
+
+
 @pytest.mark.parametrize("sick", [0, 1])
-def test_a_stream_that_is_stopped_while_the_library_is_away_just_ends(patience, stop, state, sick):
+def test_a_stream_that_is_stopped_while_the_library_is_away_just_ends(stop, state, sick):
     stop._after = 2
     library = Listing([photo(1)], [photo(2)], trouble={sick: repeat(away())})
-    jobs = map(ia.Job, ia.backlog(library, patience, stop))
+    jobs = map(ia.Job, backlog(library, state))
     ran = []
     ia.work(jobs, lambda job: ran.append(job.asset) or ia.Outcome.DESCRIBED, state)
     assert ran == [photo(1)][:sick]
     assert stop.waits == [5, 5]
 
 
-def test_a_worker_that_waits_does_not_hide_why_another_ended_the_run():
-    stop, listing_waits = threading.Event(), threading.Event()
+def test_a_worker_that_waits_does_not_hide_why_another_ended_the_run(config):
+    stop, listing_waits = ia.Stop(), threading.Event()
 
     class Away(Listing):
         def page(self, cursor, since):
             listing_waits.set()
             raise away()
 
+    state = state_of(config(), stop, ia.Patience(stop, pause=60, longest=math.inf), lasting=0)
+
     def lists():
-        stream = ia.backlog(Away(), ia.Patience(stop, pause=60, longest=math.inf), stop)
-        ia.work(stream, lambda _: ia.Outcome.DESCRIBED, None)
+        ia.work(backlog(Away(), state), lambda _: ia.Outcome.DESCRIBED, state)
 
     def fails():
         assert listing_waits.wait(5)
@@ -185,32 +220,18 @@ def test_a_worker_that_waits_does_not_hide_why_another_ended_the_run():
         ({"ready": False, "description": "by a person"}, "skipped", "not_ready"),
     ],
 )
-def test_each_photo_is_taken_or_counted(fields, none, all):
-    for policy, fate in ((ia.Policy.NONE, none), (ia.Policy.ALL, all)):
-        tally, asset = ia.Tally(), photo(1, **fields)
-        taken = list(ia.sift([asset], policy, tally, tally.add))
-        assert taken == ([ia.Job(asset)] if fate == "taken" else [])
-        assert tally.counts == ({} if fate == "taken" else {fate: 1})
+def test_each_photo_is_taken_or_counted(stop, patience, config, fields, none, all):
+    for argv, fate in (((), none), (("-o",), all)):
+        state, asset = state_of(config(*argv), stop, patience, lasting=0), photo(1, **fields)
+        taken = list(backlog(Listing([asset]), state))
+        assert taken == ([asset] if fate == "taken" else [])
+        assert state.tally.counts == ({} if fate == "taken" else {fate: 1})
 
 
-def test_a_photo_listed_twice_is_taken_once():
-    tally, listed = ia.Tally(), [photo(1), photo(2), photo(1), photo(1, description=" ")]
-
-    def sifted(listed):
-        return [job.asset for job in ia.sift(listed, ia.Policy.NONE, tally, tally.add)]
-
-    assert sifted(listed) == [photo(1), photo(2)]
-    assert tally.counts == {}
-    assert sifted([photo(2), photo(3)]) == [photo(3)]
-
-
-def test_sifting_asks_for_no_more_than_it_gives():
-    read = []
-    listed = (read.append(n) or photo(n) for n in range(9))
-    tally = ia.Tally()
-    stream = ia.sift(listed, ia.Policy.NONE, tally, tally.add)
-    assert next(stream) == ia.Job(photo(0))
-    assert read == [0]
+def test_a_photo_listed_twice_is_taken_once(state):
+    pages = [photo(1), photo(2), photo(1), photo(1, description=" ")], [photo(2), photo(3)]
+    assert list(backlog(Listing(*pages), state)) == [photo(1), photo(2), photo(3)]
+    assert state.tally.counts == {}
 
 
 def test_those_who_share_a_stream_get_each_photo_once():
@@ -271,7 +292,7 @@ def test_the_end_for_all_leaves_the_photo_in_hand_uncounted(state, error):
     assert state.tally.counts == {"described": 1}
 
 
-def test_every_photo_taken_ends_in_exactly_one_outcome(patience, stop, state):
+def test_every_photo_taken_ends_in_exactly_one_outcome(state):
     fates = {
         0: ia.Outcome.DESCRIBED,
         1: ia.Outcome.SKIPPED,
@@ -293,8 +314,8 @@ def test_every_photo_taken_ends_in_exactly_one_outcome(patience, stop, state):
             raise fate
         return fate
 
-    stream = ia.sift(ia.backlog(library, patience, stop), ia.Policy.NONE, tally, tally.add)
-    ia.work(ia.Shared(stream), analyze, state)
+    listing = ia.Listing(library, state, counts=True)
+    ia.work(ia.Shared(ia.stream(state, [listing], None, None)), analyze, state)
     assert taken == [str(n) for n in range(60)]
     assert tally.counts == {"described": 10, "skipped": 21, "failed": 30, "not_ready": 1}
 
@@ -337,7 +358,9 @@ def calling(errors, answer="answer"):
         ([hiccup()] * 2, 60, [5, 5]),
         ([hiccup(), away(), hiccup(), away()], 60, [5] * 4),
         ([away(7), away(0.5), away()], 60, [7, 0.5, 5]),
-        ([hiccup(0.2), hiccup(0)], 60, [0.2, 0]),
+        ([hiccup(0.2), hiccup(1)], 60, [0.2, 1]),
+        ([away(3600), hiccup(3600)], 600, [ia.LONGEST_PAUSE] * 2),
+        ([ia.Unexpected("immich_wrong", url="", status=404)] * 2, 60, [5, 5]),
     ],
 )
 def test_trouble_that_passes_is_waited_for(stop, errors, longest, waits):
@@ -368,6 +391,14 @@ def test_trouble_that_stays_is_given_up_on(stop, errors, longest, key, waits):
         patience(calling(errors))
     assert raised.value.key == key
     assert stop.waits == waits
+
+
+def test_at_the_start_what_is_wrong_is_not_waited_for(stop):
+    wrong = ia.Unexpected("immich_wrong", url="", status=404)
+    patience = ia.Patience(stop, 5, 60, what_passes=(ia.HostDown,))
+    with pytest.raises(ia.Unexpected):
+        patience(calling([wrong]))
+    assert stop.waits == []
 
 
 def test_slow_failures_do_not_use_up_the_time_to_wait_for_a_library(stop):

@@ -54,11 +54,11 @@ def blamed(ask, *args, **options):
 
 STATUSES = [
     (400, (ia.Permanent, "picture_refused"), (ia.Permanent, "immich_refused")),
-    (401, (ia.Fatal, "host_key_refused"), (ia.Fatal, "immich_key_refused")),
+    (401, (ia.Fatal, "host_key_refused"), (ia.Unexpected, "immich_wrong")),
     (402, (ia.Permanent, "picture_refused"), (ia.Permanent, "immich_refused")),
-    (403, (ia.Fatal, "host_key_refused"), (ia.Permanent, "immich_refused")),
-    (404, (ia.Fatal, "host_wrong"), (ia.Retryable, "immich_failed")),
-    (405, (ia.Fatal, "host_wrong"), (ia.Retryable, "immich_failed")),
+    (403, (ia.Fatal, "host_key_refused"), (ia.Unexpected, "immich_wrong")),
+    (404, (ia.Unexpected, "host_wrong"), (ia.Unexpected, "immich_wrong")),
+    (405, (ia.Unexpected, "host_wrong"), (ia.Unexpected, "immich_wrong")),
     (408, (ia.HostDown, "host_busy"), (ia.HostDown, "immich_failed")),
     (409, (ia.Permanent, "picture_refused"), (ia.Permanent, "immich_refused")),
     (413, (ia.Permanent, "picture_refused"), (ia.Permanent, "immich_refused")),
@@ -89,7 +89,7 @@ MODEL_HOSTS = {
         "ollama": ["chat_image_to_text_model"],
         "llamacpp": ["text_only_model_given_image"],
     },
-    (ia.Fatal, "host_wrong"): {
+    (ia.Unexpected, "host_wrong"): {
         "ollama": ["unknown_route", "chat_get"],
         "llamacpp": ["api_version", "chat_get", "unknown_route"],
     },
@@ -342,7 +342,8 @@ def test_what_a_server_complains_of_is_one_short_line(ask, server, body, complai
         ("1.5", None),
         ("-5", None),
         ("soon", None),
-        ("Wed, 21 Oct 2026 07:28:00 GMT", None),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", 1.0),
+        ("Wed, 21 Oct 2076 07:28:00 GMT", 3600.0),
         ("\xb2", None),
         (None, None),
     ],
@@ -418,7 +419,7 @@ def test_a_redirect_is_reported_and_not_followed(ask, server, status, location, 
         headers = {"Location": location.format(**names)} if location else {}
         server.script("POST", "/x", servers.Reply(status, None, headers))
         found, error = blamed(ask, f"{server.url}/x", "POST", headers={"x-api-key": SECRET})
-    assert found == (ia.Fatal, "redirected")
+    assert found == (ia.Unexpected, "redirected")
     assert other.exchanges == []
     assert target is None or error.fields["target"] == target.format(**names)
 
@@ -465,7 +466,7 @@ def test_a_server_that_gives_up_on_a_request_costs_a_try(ask, reply, timeout, ke
         (requests.exceptions.ChunkedEncodingError(), (ia.Retryable, "connection_cut")),
         (requests.exceptions.ContentDecodingError(), (ia.Retryable, "connection_cut")),
         (requests.exceptions.InvalidHeader(), (ia.Retryable, "connection_cut")),
-        (requests.exceptions.SSLError("certificate verify failed"), (ia.Fatal, "tls_failed")),
+        (requests.exceptions.SSLError("certificate verify failed"), (ia.Unexpected, "tls_failed")),
         (requests.exceptions.InvalidURL(), (ia.Fatal, "not_an_address")),
         (requests.exceptions.InvalidSchema(), (ia.Fatal, "not_an_address")),
         (requests.exceptions.InvalidProxyURL(), (ia.Fatal, "not_an_address")),
@@ -580,14 +581,14 @@ def test_a_server_too_busy_to_take_a_connection_is_down(ask):
 def test_no_secure_connection_is_a_wrong_setting(ask, data):
     with saying(data) as place:
         found, error = blamed(ask, f"https://user:{SECRET}@{place}/x")
-    assert found == (ia.Fatal, "tls_failed")
+    assert found == (ia.Unexpected, "tls_failed")
     assert error.fields["url"] == f"https://{place}/x"
     assert "SSL" in error.fields["why"]
 
 
 def test_tls_to_a_plain_server_is_a_wrong_setting(ask, server):
     url = server.url.replace("http:", "https:")
-    assert blamed(ask, f"{url}/x")[0] == (ia.Fatal, "tls_failed")
+    assert blamed(ask, f"{url}/x")[0] == (ia.Unexpected, "tls_failed")
 
 
 @pytest.mark.parametrize("how", [{}, {"reset": True}, {"hold": True}])
@@ -640,21 +641,26 @@ READER = {"user": "wire_reader", "password": "reader"}
 @pytest.mark.parametrize(
     ("statement", "change", "expected"),
     [
-        ("SELECT * FROM no_such_table", {}, (ia.Fatal, "database_refused")),
-        ("SELECT no_such_column FROM wire", {}, (ia.Fatal, "database_refused")),
-        ("SELEC 1", {}, (ia.Fatal, "database_refused")),
-        ("UPDATE wire SET text = ''", READER, (ia.Fatal, "database_refused")),
-        ("CREATE TABLE more (id int)", READER, (ia.Fatal, "database_refused")),
+        ("SELECT * FROM no_such_table", {}, (ia.Unexpected, "database_refused")),
+        ("SELECT no_such_column FROM wire", {}, (ia.Unexpected, "database_refused")),
+        ("SELEC 1", {}, (ia.Unexpected, "database_refused")),
+        ("UPDATE wire SET text = ''", READER, (ia.Unexpected, "database_refused")),
+        ("CREATE TABLE more (id int)", READER, (ia.Unexpected, "database_refused")),
         (
             "BEGIN READ ONLY; INSERT INTO wire VALUES (1, '')",
             {},
-            (ia.Fatal, "database_refused"),
+            (ia.Unexpected, "database_refused"),
         ),
         ("SELECT 'no uuid'::uuid", {}, (ia.Permanent, "database_refused")),
         ("INSERT INTO wire VALUES (1, 'too long')", {}, (ia.Permanent, "database_refused")),
         ("SELECT 1/0", {}, (ia.Permanent, "database_refused")),
         (
             "SET statement_timeout = '1ms'; SELECT pg_sleep(5)",
+            {},
+            (ia.Retryable, "database_refused"),
+        ),
+        (
+            "DO $$ BEGIN RAISE EXCEPTION 'a trigger objects'; END $$",
             {},
             (ia.Retryable, "database_refused"),
         ),
@@ -694,8 +700,8 @@ def test_what_is_no_error_of_the_database_passes_through():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"dbname": "no_such_database"}, (ia.Fatal, "database_refused")),
-        ({"user": "no_such_role"}, (ia.Fatal, "database_refused")),
+        ({"dbname": "no_such_database"}, (ia.Unexpected, "database_refused")),
+        ({"user": "no_such_role"}, (ia.Unexpected, "database_refused")),
         ({"sslmode": "no_such_mode"}, (ia.Fatal, "database_refused")),
         ({"user": "wire_full", "password": "full"}, (ia.HostDown, "database_down")),
         ({"port": "1"}, (ia.HostDown, "database_down")),
@@ -744,6 +750,10 @@ def test_what_a_connection_over_tcp_meets_says_who_is_to_blame(tcp_address, chan
         ("FATAL:  sorry, too many clients already", ia.HostDown),
         ("FATAL:  remaining connection slots are reserved for roles with the", ia.HostDown),
         ("timeout expired", ia.HostDown),
+        ('FATAL:  database "immich" is not currently accepting connections', ia.HostDown),
+        ("FATAL:  out of memory", ia.HostDown),
+        ("FATAL:  canceling authentication due to timeout", ia.HostDown),
+        ("FATAL:  pgbouncer cannot connect to server", ia.HostDown),
         ("SSL SYSCALL error: EOF detected", ia.HostDown),
         ("SSL connection has been closed unexpectedly", ia.HostDown),
         ("server closed the connection unexpectedly", ia.HostDown),
@@ -765,7 +775,7 @@ def test_the_words_of_a_refused_connection_tell_whether_to_wait(words, expected)
     [
         ('server at "ssl.lan" (10.0.0.1), port 5432 failed: Connection refused', ia.HostDown),
         ('server on socket "/run/invalid/.s.PGSQL.5432" failed: No such file', ia.HostDown),
-        ('FATAL:  database "recovery" does not exist', ia.Fatal),
+        ('FATAL:  database "no password" does not exist', ia.Unexpected),
     ],
 )
 def test_a_name_in_the_words_does_not_count(text, expected):
