@@ -1557,12 +1557,10 @@ class ApiLibrary:
             query["createdAfter"] = iso(since)
         body = query | self._filter(visibility)
         try:
-            told = self._call(number, "POST", "/search/metadata", json=body).json()
+            told = self._call(number, "POST", "/search/metadata", assets_found, json=body)
         except Gone:  # with its key: on to the next one
-            told = {"assets": {}}
-        if not isinstance(dig(told, "assets"), dict):  # something in between said yes
-            raise Retryable("not_json", url=public(self._immich.url))
-        items = [i for i in dig_list(told, "assets", "items") if isinstance(dig(i, "id"), str)]
+            told = {}
+        items = [i for i in dig_list(told, "items") if isinstance(dig(i, "id"), str)]
         listed: dict[str, datetime] = {}
         date = walk.before or FAR_FUTURE
         for item in items:
@@ -1571,7 +1569,7 @@ class ApiLibrary:
         fresh = [item for item in items if item["id"] not in walk.seen]
         photos = ((item, photo_listed(item, str(number))) for item in fresh)
         assets = [photo for item, photo in photos if photo and self._owns(number, item)]
-        more, stable = dig(told, "assets", "nextPage") is not None, self._version >= (3, 1, 0)
+        more, stable = dig(told, "nextPage") is not None, self._version >= (3, 1, 0)
         step = onward(walk, listed, more, stable)
         if step is None and walk.part + 1 < len(self._parts):
             step = Walk(walk.part + 1)
@@ -1591,7 +1589,8 @@ class ApiLibrary:
         """
         owner, account = dig(item, "ownerId"), self._accounts[number]
         if account.user_id is None and owner not in account.strangers:
-            ask = functools.partial(self._call, number, path=f"/assets/{item['id']}")
+            path = f"/assets/{item['id']}"
+            ask = functools.partial(self._call, number, path=path, read=Reply.json)
             try:
                 ask("PUT", json={})
                 if owner in [other.user_id for other in self._accounts]:
@@ -1637,7 +1636,7 @@ class ApiLibrary:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
         ask = functools.partial(self._call, int(asset.source), limit=PREVIEW_LIMIT)
         query = {"size": "preview", "edited": "true"}
-        return ask("GET", f"/assets/{asset.id}/thumbnail", params=query).body
+        return ask("GET", f"/assets/{asset.id}/thumbnail", no_web_page, params=query)
 
     def write(self, asset: Asset, text: str) -> bool:
         """GET and PUT /assets/{id}: there is no write on condition, so read just before.
@@ -1654,22 +1653,27 @@ class ApiLibrary:
         if stored != asset.description:
             return False
         body = {"description": text}
-        self._call(int(asset.source), "PUT", f"/assets/{asset.id}", json=body)
+        self._call(int(asset.source), "PUT", f"/assets/{asset.id}", Reply.json, json=body)
         return True
 
     def _read(self, asset: Asset) -> dict[str, Any]:
         """GET /assets/{id}; Retryable if something else answers."""
-        told = self._call(int(asset.source), "GET", f"/assets/{asset.id}").json()
-        if not isinstance(told, dict) or told.get("id") != asset.id:
+        told = self._call(int(asset.source), "GET", f"/assets/{asset.id}", Reply.json)
+        if dig(told, "id") != asset.id:
             raise Retryable("not_json", url=public(self._immich.url))
-        return told
+        return dict(told)
 
-    def _call(self, number: int, method: str, path: str, **options: Any) -> Reply:
-        """A request by one of the keys; Gone once it is refused, Fatal if it was the last."""
+    def _call(
+        self, number: int, method: str, path: str, read: Callable[[Reply], T], **options: Any
+    ) -> T:
+        """A request by one of the keys, and its answer read.
+
+        Gone once the key is refused, Fatal if it was the last.
+        """
         account = self._accounts[number]
         try:
             if not account.refused:
-                return self._immich.call(account.key, method, path, **options)
+                return read(self._immich.call(account.key, method, path, **options))
         except (Retryable, Unexpected) as error:
             raise self._blamed(error, account.key) from error
         except Fatal as error:
@@ -1705,6 +1709,21 @@ def iso(moment: datetime) -> str:
     """A moment as all releases of Immich take it."""
     text = moment.astimezone(UTC).isoformat(timespec="milliseconds")
     return text.replace("+00:00", "Z")
+
+
+def assets_found(reply: Reply) -> dict[str, Any]:
+    """The photos in the answer of POST /search/metadata; Retryable if it is another's answer."""
+    found = dig(reply.json(), "assets")
+    if not isinstance(found, dict):
+        raise Retryable("not_json", url=reply.url)
+    return found
+
+
+def no_web_page(reply: Reply) -> bytes:
+    """The body of an answer; Retryable for a page that a proxy shows to people."""
+    if "text/html" in reply.headers.get("Content-Type", ""):
+        raise Retryable("not_json", url=reply.url)
+    return reply.body
 
 
 def photo_listed(item: Mapping[str, Any], source: str) -> Asset | None:
@@ -1767,7 +1786,7 @@ def immich_version(immich: Immich) -> tuple[Reply, Version]:
 def granted(immich: Immich, key: str, version: Version) -> list[Any]:
     """What a key may do, by GET /api-keys/me; releases before it say only that it is valid."""
     if version < (1, 139, 0):
-        immich.call(key, "POST", "/auth/validateToken", timeout=CHECK_TIMEOUT)
+        immich.call(key, "POST", "/auth/validateToken", timeout=CHECK_TIMEOUT).json()
         return ["all"]
     told = immich.call(key, "GET", "/api-keys/me", timeout=CHECK_TIMEOUT).json()
     return dig_list(told, "permissions")

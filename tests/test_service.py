@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import sandbox
 import servers
-from servers import RESET, FakeImmich, FakeKey, FakeOllama, FakeServer
+from servers import RESET, FakeImmich, FakeKey, FakeOllama, FakeServer, Reply
 from test_run import CHATS, NO_PAUSE, ROOT, ApiWorld, Running, SqlWorld, World, asking, fill, tally
 
 import immich_analyze as ia
@@ -533,6 +533,74 @@ def test_waiting_at_the_start_ends_well_when_asked(ollama):
         tool.hear(ia.t("waiting", why=""))
         assert tool.stop() == 0
     assert tool.spoken[1:] == [STOPPING]
+
+
+# --- What only looks final ------------------------------------------------------------------
+
+SIGN_IN = "<html><body>Sign in</body></html>"
+PROXIES = {
+    "sends on": Reply(302, SIGN_IN, {"Location": "https://sign.in/"}),
+    "wants a password": Reply(401, SIGN_IN),
+    "forbids": Reply(403, SIGN_IN),
+    "does not find": Reply(404, SIGN_IN),
+    "shows a page": Reply(200, SIGN_IN, {"Content-Type": "text/html; charset=utf-8"}),
+    "gateway": Reply(502, SIGN_IN),
+}
+
+
+@pytest.mark.parametrize("says", PROXIES)
+def test_a_proxy_that_answers_instead_is_waited_for(api, immich, ollama, says):
+    ollama.hold(*CHATS)
+    with Service(api, ollama, "--max-concurrent", "1", *ALWAYS, *NO_PAUSE) as tool:
+        tool.hear(READY)
+        backlog = fill(api, 4)
+        ollama.wait_for(1)
+        immich.script(".*", "", PROXIES[says], forever=True)
+        ollama.gate.set()
+        tool.hear(ia.t("waiting", why=""))
+        immich.forget_scripts()
+        tool.wait_until_stored(*backlog)
+        assert tool.stop() == 0
+    assert [level for level, _ in tool.spoken] == ["INFO", "INFO", "INFO", STOPPING[0], "INFO"]
+    assert tool.spoken[-1][1].startswith(tally(described=4))
+    assert api.texts() == backlog
+
+
+def test_a_proxy_that_answers_instead_is_waited_for_at_the_start(api, immich, ollama):
+    backlog = fill(api, 2)
+    immich.script(".*", "", PROXIES["does not find"], forever=True)
+    with Service(api, ollama, *PATIENT) as tool:
+        tool.hear(ia.t("waiting", why=""))
+        immich.forget_scripts()
+        tool.wait_until_stored(*backlog)
+        assert tool.stop() == 0
+    assert_waited(tool)
+
+
+@pytest.mark.parametrize("renamed", [False, True], ids=["closed", "renamed"])
+def test_a_database_that_is_being_restored_is_waited_for(database, ollama, renamed):
+    if not database.server.own:
+        pytest.skip("the server is not ours to stop")
+    name = database.photos.run("SELECT current_database()")[0][0]
+    with (
+        Service(database, ollama, *ALWAYS, *NO_PAUSE) as tool,
+        sandbox.connected(database.server.uri("postgres")) as admin,
+    ):
+        tool.hear(READY)
+        admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+        left = "SELECT pg_terminate_backend(pid, 9000) FROM pg_stat_activity WHERE datname = %s"
+        admin.execute(left, (name,))
+        if renamed:
+            admin.execute(f'ALTER DATABASE "{name}" RENAME TO away')
+        tool.hear(ia.t("waiting", why=""))
+        if renamed:
+            admin.execute(f'ALTER DATABASE away RENAME TO "{name}"')
+        admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+        tool.hear(ia.t("back", time="")[:-1])
+        backlog = fill(database, 2)
+        tool.wait_until_stored(*backlog)
+        assert tool.stop() == 0
+    assert len(tool.spoken) == 5
 
 
 # --- The folder of the previews --------------------------------------------------------------
