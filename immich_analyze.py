@@ -1756,6 +1756,8 @@ def open_api(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]
             try:
                 user_id = user_of(immich, key, version)
                 accounts.setdefault(user_id or key, Account(key, number, user_id))
+            except Unexpected:  # says nothing of the key
+                raise
             except Fatal as error:
                 refused.append(Fatal("key_refused", number=number, why=error))
     if not accounts:

@@ -532,6 +532,16 @@ def test_trouble_at_the_start_that_stays_is_one_line(fake, settings, stop, path,
     assert sum(stop.waits) <= 120
 
 
+@pytest.mark.parametrize("status", [302, 401, 403, 404])
+@pytest.mark.parametrize("path", ["/api-keys/me", "/users/me"])
+def test_what_a_proxy_says_at_the_start_is_not_laid_to_the_key(fake, settings, status, path):
+    server = fake(keys={"alice-key": "alice", "bob-key": "bob"})
+    page = Reply(status, "<html>Sign in</html>", {"Location": "https://sign.in/"})
+    server.script("GET", path, page)
+    with pytest.raises(ia.Unexpected):
+        ia.open_library(settings(server))
+
+
 @pytest.mark.parametrize(
     ("trouble", "kind"),
     [("maintenance", ia.HostDown), ("database_down", ia.HostDown), ("closed", ia.HostDown)],
