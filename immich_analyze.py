@@ -50,7 +50,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from http.cookiejar import DefaultCookiePolicy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -198,7 +198,9 @@ class Access(StrEnum):
 class Policy(StrEnum):
     """Which photos get a text."""
 
-    NONE = "none"  # only those without one: nothing is overwritten
+    NONE = "none"  # those without one
+    MISSING_AI = "missing-ai"  # and those without ours, which is added to a person's
+    OUTDATED = "outdated"  # those without one, and ours by another model or prompt
     ALL = "all"
 
 
@@ -234,6 +236,10 @@ class Config:
 
     mode: Mode
     policy: Policy
+    preserve_human: bool  # our text in a block of its own, all else as it was
+    retry_failed: bool
+    undo: bool
+    dry_run: bool
     access: Access
     access_ambiguous: bool  # both libraries were given, the database was taken
     immich_root: Path
@@ -267,6 +273,11 @@ class Config:
     final_output: bool
     lang: str
     log_level: int | None  # None = by where the output goes
+
+    @property
+    def prompt_id(self) -> str:
+        """What notes call the prompt: the first 12 hex digits of its SHA-256."""
+        return sha256(self.prompt.encode()).hexdigest()[:12]
 
 
 def language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
@@ -447,7 +458,14 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     for flag, value in (("-m", Mode.MONITOR), ("-c", Mode.COMBINED)):
         more = {"const": value.value, "default": argparse.SUPPRESS}
         add(mode, f"--{value}", flag, env="", action="store_const", dest="mode", **more)
-    add(work, "--overwrite-existing", "-o", default=False, **switch)
+    overwrite = work.add_mutually_exclusive_group()
+    add(overwrite, "--overwrite-policy", "-O", type=one_of(list(Policy)), metavar="POLICY")
+    add(overwrite, "--overwrite-existing", "-o", default=False, **switch)
+    add(work, "--preserve-human", "-p", default=False, **switch)
+    add(work, "--disable-ai-wrapper", default=False, **switch)
+    add(work, "--retry-failed", default=False, **switch)
+    add(work, "--undo", env="", action="store_true")
+    add(work, "--dry-run", env="", action="store_true")
     add(work, "--prompt", default=PROMPT, metavar="TEXT")
 
     library = parser.add_argument_group(t("help_group_library"))
@@ -517,6 +535,8 @@ def known_names(environ: Mapping[str, str]) -> dict[str, str]:
     for other, name in OTHER_NAMES.items():
         if other in known:
             known.setdefault(name, known[other])
+    if "IMMICH_ANALYZE_OVERWRITE_POLICY" in known:  # beside what was all there was
+        known.pop("IMMICH_ANALYZE_OVERWRITE_EXISTING", None)
     if hidden := known.get("IMMICH_ANALYZE_NO_FINAL_OUTPUT"):
         known["IMMICH_ANALYZE_FINAL_OUTPUT"] = opposite(hidden)
     # RUST_LOG is "level", "target=level" or several of these; other targets are not ours
@@ -565,11 +585,20 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
     )
     if access == Access.API and not (api_url and keys):
         raise Fatal("api_key_missing" if api_url else "api_url_missing")
+    policy = Policy(options.overwrite_policy or ("all" if options.overwrite_existing else "none"))
+    policy = Policy.ALL if options.undo else policy
+    preserve = options.preserve_human or policy is Policy.MISSING_AI
+    if preserve and options.disable_ai_wrapper:
+        raise Fatal("wrapper_needed")
+    if (options.undo and Mode(options.mode).monitors) or (options.dry_run and not options.undo):
+        raise Fatal("undo_alone")
     return Config(
         **{name: given[name] for name in given.keys() & Config.__slots__}
         | {
             "mode": Mode(options.mode),
-            "policy": Policy.ALL if options.overwrite_existing else Policy.NONE,
+            "policy": policy,
+            "preserve_human": preserve,
+            "retry_failed": options.retry_failed or options.undo,
             "access": Access(access),
             "access_ambiguous": database_given and api_given and not options.data_access_mode,
             "postgres_url": url or database_url or "host=localhost user=postgres dbname=immich",
@@ -624,6 +653,53 @@ def postgres_url_from(environ: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Note:
+    """What the tool keeps of a photo in Immich's metadata of it, under the key KEY."""
+
+    model: str
+    prompt: str  # Config.prompt_id
+    text: str = ""  # text_id of the description as Immich stored it
+    failed: str = ""  # or the key of the error for which there is none
+    why: str = ""
+    tries: int = 0  # runs, or days, in which it failed so
+
+    def value(self, at: datetime) -> dict[str, Any]:
+        """As it is stored, in JSON."""
+        own = {"v": 1, "model": self.model, "prompt": self.prompt, "at": iso(at)}
+        failure = {"failed": self.failed, "why": self.why, "tries": self.tries}
+        own |= failure if self.failed else {}
+        return own | ({"text": self.text} if self.text or not self.failed else {})
+
+
+KEY = "immich-analyze"
+MOST_TRIES = 3
+
+
+NOTE = {"v": int, "model": str, "prompt": str, "at": str}
+FAILURE = {"failed": str, "why": str, "tries": int}
+NOTES = (NOTE | {"text": str}, NOTE | FAILURE, NOTE | FAILURE | {"text": str})
+
+
+def note_in(value: object) -> Note | None:
+    """The note in stored JSON; None for none, or one that another version or a person wrote."""
+    given = value if isinstance(value, dict) else {}
+    if {name: type(item) for name, item in given.items()} not in NOTES or given["v"] != 1:
+        return None
+    return Note(**{name: item for name, item in given.items() if name not in ("v", "at")})
+
+
+def text_id(text: str) -> str:
+    """What notes call a description: the first 16 hex digits of its SHA-256."""
+    return sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def iso(moment: datetime) -> str:
+    """A moment as all releases of Immich take it."""
+    text = moment.astimezone(UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
+
+
+@dataclass(frozen=True, slots=True)
 class Asset:
     """A photo as the listing showed it."""
 
@@ -634,6 +710,9 @@ class Asset:
     ready: bool = (
         True  # False: it is to be looked up before use, Immich may not have made a preview
     )
+    note: Note | None = None
+    noted: bool = True  # False: the note is still to be read
+    library: str = ""  # id of its external library
 
 
 @dataclass(frozen=True, slots=True)
@@ -644,9 +723,69 @@ class Picture:
     base64: str
 
 
-def wants(description: str, policy: Policy) -> bool:
-    """Whether a photo with this description is to be described."""
-    return policy is Policy.ALL or not description.strip()
+# Our text among a person's: from a line [AI] to the next line [/AI] with no other [AI] between.
+BLOCK = re.compile(r"^\[AI\][^\S\n]*\n(?:(?!\[AI\][^\S\n]*$).*\n)*?\[/AI\][^\S\n]*$", re.MULTILINE)
+GAP = "\n\n"  # between a person's text and a block that is added
+
+
+def is_ours(asset: Asset) -> bool:
+    """Whether the description is, to the letter, as the tool left it."""
+    return bool(asset.note and asset.note.text == text_id(asset.description))
+
+
+def left_alone(asset: Asset, config: Config) -> str:
+    """Why a photo is not to be described, as a key; "" if it is, or if its note must tell."""
+    note, (model, prompt) = asset.note, (config.model_name, config.prompt_id)
+    same = bool(note and (note.model, note.prompt) == (model, prompt))
+    if note and note.failed and same and note.tries >= MOST_TRIES and not config.retry_failed:
+        return "failed_before"
+    if not asset.description.strip():
+        return "has_description" if config.undo else ""
+    ours = is_ours(asset) or bool(BLOCK.search(asset.description))
+    match config.policy:
+        case Policy.NONE:
+            wanted = False
+        case Policy.MISSING_AI:
+            wanted = not ours
+        case Policy.OUTDATED:
+            wanted = not asset.noted or (ours and not (same and note and not note.failed))
+        case Policy.ALL:
+            wanted = True
+    return "" if wanted else "has_description"
+
+
+def merge(asset: Asset, text: str, config: Config) -> str:
+    """The whole description that a photo gets with our text.
+
+    Where there is a block, or a person's text is to be kept, all outside ours stays to the
+    byte; only `all` without `--preserve-human` replaces what a person wrote.
+    """
+    current = asset.description
+    block = f"[AI]\n{text}\n[/AI]"
+    if not config.preserve_human and (config.policy is Policy.ALL or not BLOCK.search(current)):
+        return text
+    first = BLOCK.search(current)
+    if not first:
+        return block if is_ours(asset) or not current else current + GAP + block
+    before, after = current[: first.start()] + block, current[first.end() :]
+    alone = before + BLOCK.sub("", after)
+    # a person's own tags may look like a block once another one between them is gone
+    return alone if len(BLOCK.findall(alone)) == 1 else before + after
+
+
+def unmerge(asset: Asset) -> str | None:
+    """The description without our text; None if there is nothing of ours in it."""
+    current, kept, at = asset.description, "", 0
+    for block in BLOCK.finditer(current):
+        kept += current[at : block.start()]
+        at = block.end()
+        if kept:
+            kept = kept.removesuffix("\n").removesuffix("\n")  # which is GAP
+        else:
+            at += len(current[at : at + 2]) - len(current[at : at + 2].lstrip("\n"))
+    if at:
+        return kept + current[at:]
+    return "" if current and is_ours(asset) else None
 
 
 def picture_type(data: bytes) -> tuple[str | None, bool]:
@@ -736,6 +875,7 @@ def clean(answer: str) -> str:
     text = LEAD_IN.sub("", "".join(filter(is_storable, text))).strip()
     if text[:1] + text[-1:] in ('""', "“”", "«»") and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
+    text = re.sub(r"^\[(/?AI)\]", r"(\1)", text, flags=re.MULTILINE)  # they would end a block
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
@@ -1383,6 +1523,7 @@ class Ai:
 PAGE = 1000  # photos a listing asks for at once; the most that Immich gives
 IMMICH_TIMEOUT = 60.0  # with Redis hung, Immich answers a write late but has done it
 PREVIEW_LIMIT = 64 * 2**20  # bytes
+BODY_LIMIT = 10 * 2**20  # bytes that Immich takes of a request
 
 SWEEP_SPAN = timedelta(days=2)  # how late a preview may come after the upload
 
@@ -1422,12 +1563,26 @@ class Library(Protocol):
     def preview(self, asset: Asset) -> bytes:
         """The preview's file as it is."""
 
-    def write(self, asset: Asset, text: str) -> bool:
-        """Store a description in place of the listed one.
+    def recall(self, asset: Asset) -> Asset:
+        """A photo with its note."""
+
+    def write(self, asset: Asset, text: str, note: Note | None) -> bool:
+        """Store a description in place of the listed one, and a note, or take the note away.
 
         False, and nothing written, if there is another one by now. May be called
         again after an error: a text that is there already counts as written.
         """
+
+    must_confirm: bool  # a text may be lost after it was written, and its note comes later
+
+    def read_back(self, assets: Sequence[Asset], age: float) -> dict[str, str]:
+        """By id, the descriptions of photos that were written in the last `age` seconds.
+
+        Those that are gone are left out.
+        """
+
+    def remember(self, notes: Sequence[tuple[Asset, Note | None]]) -> None:
+        """Store the notes, or take them away, where this Immich keeps notes."""
 
     def close(self) -> None:
         """Close the connections; twice is fine."""
@@ -1517,7 +1672,8 @@ class Immich(Session):
 
     def call(self, key: str, method: str, path: str, **options: Any) -> Reply:
         """Send one request with a user's key; without one for "", where none is needed."""
-        own: dict[str, Any] = {"timeout": IMMICH_TIMEOUT, "headers": {"x-api-key": key or None}}
+        headers = {"x-api-key": key or None} | options.pop("more", {})
+        own: dict[str, Any] = {"timeout": IMMICH_TIMEOUT, "headers": headers}
         return http(self, method, self.url + path, blame=immich_error, **own | options)
 
 
@@ -1528,11 +1684,14 @@ class ApiLibrary:
     leniently: an odd field never costs more than that field.
     """
 
+    must_confirm = True
+
     def __init__(self, immich: Immich, version: Version, accounts: Sequence[Account]) -> None:
         self._immich = immich
         self._version = version
         self._accounts = accounts
         self._parts = [(n, v) for n in range(len(accounts)) for v in ("timeline", "archive")]
+        self._ahead: timedelta | None = None  # of the server's clock before ours
 
     def clock(self) -> datetime:
         """The Date header of GET /server/version; a proxy may have taken it away.
@@ -1543,6 +1702,16 @@ class ApiLibrary:
         with suppress(ValueError):
             return date_in(reply.headers.get("Date", ""))
         return datetime.now(UTC)
+
+    def _keeps_notes(self) -> bool:
+        """Whether this release has metadata of photos that keys may write."""
+        return self._version >= (2, 5, 0)
+
+    def _now(self) -> datetime:
+        """The server's time, which is asked for once."""
+        if self._ahead is None:
+            self._ahead = whole_library(self.clock)() - datetime.now(UTC)
+        return datetime.now(UTC) + self._ahead
 
     def page(
         self, cursor: Walk | None, since: datetime | None = None
@@ -1567,7 +1736,7 @@ class ApiLibrary:
             date = moment(dig(item, "fileCreatedAt")) or date
             listed[item["id"]] = date
         fresh = [item for item in items if item["id"] not in walk.seen]
-        photos = ((item, photo_listed(item, str(number))) for item in fresh)
+        photos = ((item, self._photo(item, str(number))) for item in fresh)
         assets = [photo for item, photo in photos if photo and self._owns(number, item)]
         more, stable = dig(told, "nextPage") is not None, self._version >= (3, 1, 0)
         step = onward(walk, listed, more, stable)
@@ -1627,10 +1796,14 @@ class ApiLibrary:
 
     def find(self, asset: Asset) -> Asset:
         """GET /assets/{id}."""
-        found = photo_listed(self._read(asset), asset.source)
+        found = self._photo(self._read(asset), asset.source)
         if not found:
             raise Gone("photo_excluded")
-        return found
+        return replace(found, note=asset.note, noted=asset.noted)
+
+    def _photo(self, item: Mapping[str, Any], source: str) -> Asset | None:
+        found = photo_listed(item, source)
+        return found and replace(found, noted=not self._keeps_notes())
 
     def preview(self, asset: Asset) -> bytes:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
@@ -1638,7 +1811,18 @@ class ApiLibrary:
         query = {"size": "preview", "edited": "true"}
         return ask("GET", f"/assets/{asset.id}/thumbnail", no_web_page, params=query)
 
-    def write(self, asset: Asset, text: str) -> bool:
+    def recall(self, asset: Asset) -> Asset:
+        """GET /assets/{id}/metadata/{key}, which is 400 where there is none."""
+        if asset.noted:
+            return asset
+        try:
+            path = f"/assets/{asset.id}/metadata/{KEY}"
+            value = dig(self._call(int(asset.source), "GET", path, Reply.json), "value")
+        except Permanent:
+            value = None
+        return replace(asset, note=note_in(value), noted=True)
+
+    def write(self, asset: Asset, text: str, note: Note | None) -> bool:
         """GET and PUT /assets/{id}: there is no write on condition, so read just before.
 
         The GET also tells whether a write that timed out was done after all. A second
@@ -1652,9 +1836,59 @@ class ApiLibrary:
             raise Gone("photo_gone")
         if stored != asset.description:
             return False
-        body = {"description": text}
-        self._call(int(asset.source), "PUT", f"/assets/{asset.id}", Reply.json, json=body)
+        body = json.dumps({"description": text}).encode()
+        if len(body) > BODY_LIMIT:
+            raise Permanent("description_too_long")
+        kind = {"Content-Type": "application/json"}
+        path = f"/assets/{asset.id}"
+        self._call(int(asset.source), "PUT", path, Reply.json, data=body, more=kind)
         return True
+
+    def read_back(self, assets: Sequence[Asset], age: float) -> dict[str, str]:
+        """POST /search/metadata for many that were updated, GET /assets/{id} for each other."""
+        stored: dict[str, str] = {}
+        if len(assets) > 1:
+            query = {"size": PAGE, "withExif": True, "order": "desc"}
+            query["updatedAfter"] = iso(self._now() - timedelta(seconds=age + 10))
+            for number, visibility in self._parts:
+                own = {asset.id for asset in assets if asset.source == str(number)}
+                if own <= stored.keys():
+                    continue
+                body = query | self._filter(visibility)
+                with suppress(Gone):  # with its key
+                    told = self._call(number, "POST", "/search/metadata", assets_found, json=body)
+                    for item in dig_list(told, "items"):
+                        if (asset_id := dig(item, "id")) in own:
+                            text = dig(item, "exifInfo", "description")
+                            stored[asset_id] = text if isinstance(text, str) else ""
+        for asset in assets:
+            if asset.id not in stored:
+                with suppress(Gone):
+                    stored[asset.id] = dig(self._read(asset), "exifInfo", "description") or ""
+        return stored
+
+    def remember(self, notes: Sequence[tuple[Asset, Note | None]]) -> None:
+        """PUT /assets/metadata for many, /assets/{id}/metadata for each where that is refused."""
+        if not self._keeps_notes():
+            return
+        now = datetime.now(UTC)
+        for number in range(len(self._accounts)):
+            own = [(asset, note) for asset, note in notes if asset.source == str(number)]
+            kept = [(asset, {"key": KEY, "value": note.value(now)}) for asset, note in own if note]
+            items = [{"assetId": asset.id, **item} for asset, item in kept]
+            try:
+                if items:
+                    self._call(number, "PUT", "/assets/metadata", Reply.json, json={"items": items})
+            except (Permanent, Gone):  # one that is gone stands for all
+                for asset, item in kept:
+                    with suppress(Gone):
+                        path = f"/assets/{asset.id}/metadata"
+                        self._call(number, "PUT", path, Reply.json, json={"items": [item]})
+            for asset, note in own:
+                with suppress(Permanent, Gone):
+                    if not note:
+                        path = f"/assets/{asset.id}/metadata/{KEY}"
+                        self._call(number, "DELETE", path, no_web_page)
 
     def _read(self, asset: Asset) -> dict[str, Any]:
         """GET /assets/{id}; Retryable if something else answers."""
@@ -1705,12 +1939,6 @@ class ApiLibrary:
         self._immich.close()
 
 
-def iso(moment: datetime) -> str:
-    """A moment as all releases of Immich take it."""
-    text = moment.astimezone(UTC).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")
-
-
 def assets_found(reply: Reply) -> dict[str, Any]:
     """The photos in the answer of POST /search/metadata; Retryable if it is another's answer."""
     found = dig(reply.json(), "assets")
@@ -1742,6 +1970,7 @@ def photo_listed(item: Mapping[str, Any], source: str) -> Asset | None:
         description=description if isinstance(description, str) else "",
         source=source,
         ready=bool(dig(item, "thumbhash")),
+        library=str(dig(item, "libraryId") or ""),
     )
 
 
@@ -1764,6 +1993,8 @@ def open_api(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]
         raise refused[0]
     for trouble in refused:
         log.error("%s", trouble)
+    if config.policy is Policy.OUTDATED and version < (2, 5, 0):
+        raise Fatal("notes_needed")
     users = list(accounts.values())
     return (
         lambda: ApiLibrary(Immich(url), version, users),
@@ -1813,22 +2044,43 @@ def user_of(immich: Immich, key: str, version: Version) -> str | None:
 class Statements:
     """The SQL for one generation of Immich's tables."""
 
-    listing: str  # since, after, limit → id, name, description, path of the preview
+    listing: str  # since, after, limit → the columns of an Asset
     news: str  # since, now, after, limit → the same and a mark to go on after, in its order
     find: str  # id → the same, and whether it is live and whether it is ready
     count: str
-    write: str  # id, text, listed
+    write: str  # id, text, listed, note
+    forget: str  # the same, and takes the note away
+    remember: str  # id, note
     samples: str  # → paths of some previews
     locks: bool  # a description can be kept from being extracted anew (2.4 on)
+    notes: bool  # Immich keeps them (2.5 on)
     reads: list[str]  # tables
     exif: str  # the table to write to, and its columns
     writes: list[str]
 
 
-LOCK = """, "lockedProperties" = (SELECT array_agg(DISTINCT p) FROM unnest(
-    coalesce(e."lockedProperties", '{}') || ARRAY['description']::varchar[]) p)"""
-
-
+# A text is kept from being extracted anew; where ours is taken back, the camera's may return.
+LOCK = """, "lockedProperties" = CASE WHEN %(text)s = ''
+    THEN nullif(array_remove(e."lockedProperties", 'description'), '{}')
+    ELSE (SELECT array_agg(DISTINCT p) FROM unnest(
+        coalesce(e."lockedProperties", '{}') || ARRAY['description']::varchar[]) p) END"""
+SOURCE = """FROM {asset} a {memory}
+    LEFT JOIN {exif} e ON e."assetId" = a.id
+    LEFT JOIN asset_job_status j ON j."assetId" = a.id
+    LEFT JOIN LATERAL (SELECT path FROM {file} WHERE "assetId" = a.id AND type = 'preview'
+                       {edited} LIMIT 1) f ON true"""
+MEMORY = 'LEFT JOIN asset_metadata m ON m."assetId" = a.id AND m.key = %(key)s'
+CHANGE = """WITH written AS (UPDATE {exif} e SET description = %(text)s {lock}
+    FROM {asset} a JOIN asset_job_status j ON j."assetId" = a.id
+    WHERE e."assetId" = %(id)s::uuid AND a.id = e."assetId" AND {ready}
+    AND coalesce(e.description, '') = %(listed)s RETURNING a.id) {kept}
+    SELECT id FROM written"""
+KEEP_NOTE = """INSERT INTO asset_metadata ("assetId", key, value)
+    SELECT id::uuid, %(key)s, %(note)s::jsonb FROM {}
+    ON CONFLICT ("assetId", key) DO UPDATE SET value = excluded.value"""
+DROP_NOTE = (
+    """DELETE FROM asset_metadata WHERE key = %(key)s AND "assetId" IN (SELECT id FROM {})"""
+)
 FEED_LAG = timedelta(seconds=2)  # a row shows only when its transaction ends
 # The UUID version 7 that an `updateId` of this moment begins with.
 UUID_AT = """(lpad(to_hex((extract(epoch FROM {}) * 1000)::bigint), 12, '0')
@@ -1860,14 +2112,14 @@ def statements(
         AND a.type = 'IMAGE' AND a."createdAt" >= '{oldest}'"""
     extracted = 'j."metadataExtractedAt" IS NOT NULL'
     ready = f'{extracted} AND e."assetId" IS NOT NULL AND f.path IS NOT NULL'
-    columns = """a.id, a."originalFileName", coalesce(e.description, ''), f.path"""
-    source = f"""FROM {asset} a
-        LEFT JOIN {exif} e ON e."assetId" = a.id
-        LEFT JOIN asset_job_status j ON j."assetId" = a.id
-        LEFT JOIN LATERAL (SELECT path FROM {file} WHERE "assetId" = a.id AND type = 'preview'
-                           {edited} LIMIT 1) f ON true"""  # noqa: S608 - names of the lists above
+    locks, notes = "lockedProperties" in tables[exif], "isEdited" in tables[asset]
+    columns = f"""a.id, a."originalFileName", coalesce(e.description, ''), f.path,
+        {"m.value" if notes else "NULL"}, a."libraryId\""""
+    memory, kept = (MEMORY, ", kept AS ({})") if notes else ("", "")
+    source = SOURCE.format(asset=asset, exif=exif, file=file, edited=edited, memory=memory)
     wanted = f"{live} AND {ready} AND {EMPTY if policy is Policy.NONE else 'true'}"
-    locks = "lockedProperties" in tables[exif]
+    row = {"exif": exif, "asset": asset, "lock": LOCK if locks else ""}
+    row["ready"] = f"{live} AND {extracted}"
     return Statements(
         listing=f"""SELECT {columns} {source} WHERE {wanted}
             AND (%(since)s IS NULL OR a."createdAt" >= %(since)s)
@@ -1880,12 +2132,12 @@ def statements(
             ORDER BY n."updateId" LIMIT %(limit)s""",
         find=f"SELECT {columns}, {live}, {ready} {source} WHERE a.id = %(id)s::uuid",
         count=f"SELECT count(*) {source} WHERE {wanted}",
-        write=f"""UPDATE {exif} e SET description = %(text)s {LOCK if locks else ""}
-            FROM {asset} a JOIN asset_job_status j ON j."assetId" = a.id
-            WHERE e."assetId" = %(id)s::uuid AND a.id = e."assetId" AND {live} AND {extracted}
-            AND coalesce(e.description, '') = %(listed)s""",  # noqa: S608
+        write=CHANGE.format(**row, kept=kept.format(KEEP_NOTE.format("written"))),
+        forget=CHANGE.format(**row, kept=kept.format(DROP_NOTE.format("written"))),
+        remember=KEEP_NOTE.format("(SELECT %(id)s AS id) one") if notes else "",
         samples=f"SELECT path FROM {file} WHERE type = 'preview' LIMIT 50",  # noqa: S608
         locks=locks,
+        notes=notes,
         reads=[*names, "asset_job_status"],
         exif=exif,
         writes=["description", "lockedProperties"][: 1 + locks],
@@ -1904,7 +2156,11 @@ MISSING_GRANTS = """
     UNION ALL
     SELECT format('GRANT UPDATE (%%I) ON %%I TO %%I', name, %(exif)s, current_user)
     FROM unnest(%(writes)s) name
-    WHERE NOT has_column_privilege(quote_ident(%(exif)s)::regclass, name, 'UPDATE')"""
+    WHERE NOT has_column_privilege(quote_ident(%(exif)s)::regclass, name, 'UPDATE')
+    UNION ALL
+    SELECT format('GRANT %%s ON asset_metadata TO %%I', name, current_user)
+    FROM unnest(%(notes)s::text[]) name
+    WHERE NOT has_table_privilege(to_regclass('asset_metadata'), name)"""
 BEFORE_ALL_IDS = "00000000-0000-0000-0000-000000000000"
 REOPEN_AFTER = 3600.0  # seconds; Immich may have been upgraded, which changes its tables
 
@@ -1935,7 +2191,7 @@ class Database:
         kept = self._connection is not None  # since an earlier call, and maybe dead since then
         try:
             with sql(), self._open().cursor() as cursor:
-                cursor.execute(statement, parameters)
+                cursor.execute(statement, parameters | {"key": KEY})
                 return cursor.fetchall() if cursor.description else [()] * cursor.rowcount
         except HostDown:
             self.close()
@@ -1979,8 +2235,10 @@ class Database:
 class DbLibrary:
     """Immich's own tables, 1.132 to 3.3, on PostgreSQL 14 and newer.
 
-    Only one row is ever changed, and only while it holds what was listed.
+    Only one description is changed at a time, only while it is as listed, and with its note.
     """
+
+    must_confirm = False
 
     def __init__(
         self, database: Database, choose: Callable[[Mapping[str, set[str]]], Statements], root: Path
@@ -2008,7 +2266,7 @@ class DbLibrary:
         """One page by id: only photos with work to do, each with its preview's path."""
         listing, after = self._statements.listing, cursor or BEFORE_ALL_IDS
         rows = self._database.rows(listing, since=since, after=after, limit=PAGE)
-        assets = [Asset(str(i), name, text, path) for i, name, text, path in rows]
+        assets = [row_listed(row) for row in rows]
         return assets, assets[-1].id if len(assets) == PAGE else None
 
     def total(self) -> int:
@@ -2023,7 +2281,7 @@ class DbLibrary:
         while not assets or len(rows) == PAGE:
             bounds = {"since": since, "now": now - FEED_LAG, "after": after, "limit": PAGE}
             rows = self._database.rows(self._statements.news, **bounds)
-            assets += (Asset(str(i), name, text, path) for i, name, text, path, _ in rows)
+            assets += map(row_listed, rows)
             if not rows:
                 break
             after = rows[-1][-1]
@@ -2038,8 +2296,11 @@ class DbLibrary:
         rows = self._database.rows(self._statements.find, id=asset.id)
         if not rows or not rows[0][-2]:
             raise Gone("photo_excluded")
-        name, text, path, _, ready = rows[0][1:]
-        return Asset(asset.id, name, text, path or "", ready)
+        return replace(row_listed(rows[0]), ready=rows[0][-1])
+
+    def recall(self, asset: Asset) -> Asset:
+        """The note came with the listing."""
+        return asset
 
     def preview(self, asset: Asset) -> bytes:
         """Read the file that `asset_file.path` names, or names by now.
@@ -2056,19 +2317,48 @@ class DbLibrary:
                 raise trouble from error
             raise
 
-    def write(self, asset: Asset, text: str) -> bool:
-        """UPDATE the row if it still holds what was listed, and lock the property."""
+    def write(self, asset: Asset, text: str, note: Note | None) -> bool:
+        """UPDATE the row if it still holds what was listed, lock the property, keep the note."""
+        statement = self._statements.write if note else self._statements.forget
         values = {"id": asset.id, "text": text, "listed": asset.description}
-        if self._database.rows(self._statements.write, **values):
+        if self._database.rows(statement, note=as_json(note), **values):
             return True
         stored = self.find(asset)
         if not stored.ready:
             raise Gone("photo_gone")
         return stored.description == text
 
+    def read_back(self, assets: Sequence[Asset], age: float) -> dict[str, str]:
+        """Nothing to read back: PostgreSQL keeps what it took."""
+        return {}
+
+    def remember(self, notes: Sequence[tuple[Asset, Note | None]]) -> None:
+        """INSERT or UPDATE the rows of `asset_metadata`."""
+        for asset, note in notes:
+            if note and self._statements.notes:
+                self._database.rows(self._statements.remember, id=asset.id, note=as_json(note))
+
     def close(self) -> None:
         """Close the connection."""
         self._database.close()
+
+
+def row_listed(row: Sequence[Any]) -> Asset:
+    """A photo as the statements list it."""
+    asset_id, name, description, path, note, library = row[:6]
+    return Asset(
+        id=str(asset_id),
+        name=name,
+        description=description,
+        source=path or "",
+        note=note_in(note),
+        library=str(library or ""),
+    )
+
+
+def as_json(note: Note | None) -> str | None:
+    """A note as PostgreSQL takes it."""
+    return json.dumps(note.value(datetime.now(UTC))) if note else None
 
 
 PREVIEW_NAME = re.compile(
@@ -2192,10 +2482,13 @@ def open_database(config: Config) -> tuple[Callable[[], Library], Callable[[], b
         if database.rows("SHOW transaction_read_only") != [("off",)]:
             raise Unexpected("database_read_only")
         needs = {"reads": chosen.reads, "exif": chosen.exif, "writes": chosen.writes}
+        needs["notes"] = ["SELECT", "INSERT", "UPDATE", "DELETE"] if chosen.notes else []
         if missing := database.rows(MISSING_GRANTS, **needs):
             raise Fatal("grants_missing", grants="; ".join(grant for (grant,) in missing))
         if trouble := root_trouble(root, database, chosen):
             raise trouble
+    if config.policy is Policy.OUTDATED and not chosen.notes:
+        raise Fatal("notes_needed")
     if not chosen.locks:
         log.warning("%s", t("no_lock"))
     return lambda: DbLibrary(Database(url), choose, root), lambda: True
@@ -2241,6 +2534,15 @@ FAILED_PAUSE = 60.0
 GROWTH = 1.5  # of each of these pauses
 LASTING = 3600.0  # how long they go on; what is left then is left to the sweep
 MOST_HINTS = 1000
+CHECK_PAUSE = 2.0  # seconds in which Immich loses a text that it cannot keep
+CHECK_WAIT = 120.0  # for others to be read back with
+CHECK_MOST = 50
+MOST_LOSSES = 3
+FOR_GOOD = {  # what a picture fails with that it will fail with again
+    *("picture_refused", "preview_unknown", "preview_broken", "not_kept"),
+    "description_too_long",
+    *("answer_empty", "answer_repeats", "answer_cut"),
+}
 PAGE_PAUSE = 60.0  # after a page that could not be had, growing too
 SWEEP_INTERVAL = 3600.0
 DAY = 86400.0
@@ -2250,6 +2552,7 @@ class Outcome(StrEnum):
     """What became of a photo."""
 
     DESCRIBED = "described"
+    UNDONE = "undone"  # its description was taken back
     SKIPPED = "skipped"  # has a description, got one meanwhile, or is gone
     NOT_READY = "not_ready"  # Immich has not made its preview yet
     FAILED = "failed"
@@ -2282,7 +2585,9 @@ class Job:
     """A photo on its way, and what is known of it from earlier tries."""
 
     asset: Asset
-    text: str = ""  # its description, made but not stored yet
+    text: str = ""  # what the model said, also while it cannot be stored
+    stored: str = ""  # the whole description that was stored
+    written: float = 0.0  # when, by the monotonic clock
     pause: float = 0.0  # until it is looked at again, growing
     until: float = 0.0  # when it is left to the sweep, by the monotonic clock
     failed: bool = False  # which was said and counted once
@@ -2337,6 +2642,59 @@ class Agenda:
         return len(self._due)
 
 
+class Checks:
+    """Descriptions that Immich took, to be read back once it could have lost them.
+
+    They are read back together where that saves requests, and hold no worker meanwhile.
+    Three losses in a row from one library are enough.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: list[Job] = []  # in the order of their writes
+        self._losses: Counter[tuple[str, str]] = Counter()  # in a row, by key and library
+
+    def add(self, job: Job) -> None:
+        """Have a description read back that was written just now."""
+        job.written = time.monotonic()
+        with self._lock:
+            self._jobs.append(job)
+
+    def due(self, *, idle: bool) -> list[Job]:
+        """What is to be read back now: many, or old ones, or, with nothing else to do, all."""
+        with self._lock:
+            now = time.monotonic()
+            old = sum(job.written + CHECK_PAUSE <= now for job in self._jobs)
+            waited = bool(old) and self._jobs[0].written + CHECK_WAIT <= now
+            ripe = old >= CHECK_MOST or waited or (idle and old == len(self._jobs))
+            count = min(old, CHECK_MOST) if ripe else 0
+            due, self._jobs = self._jobs[:count], self._jobs[count:]
+            return due
+
+    def next_time(self) -> float:
+        """When all can be read back, by the monotonic clock."""
+        with self._lock:
+            return self._jobs[-1].written + CHECK_PAUSE if self._jobs else math.inf
+
+    def rest(self) -> list[Job]:
+        """All that were not read back yet, at the end of a run."""
+        with self._lock:
+            rest, self._jobs = self._jobs, []
+            return rest
+
+    def count(self, asset: Asset, *, lost: bool) -> bool:
+        """Note whether a library kept a text; True when that was one loss too many."""
+        library = (asset.source, asset.library)
+        with self._lock:
+            self._losses[library] = self._losses[library] + 1 if lost else 0
+            return self._losses[library] == MOST_LOSSES
+
+    def hopeless(self, asset: Asset) -> bool:
+        """Whether a photo's library keeps nothing."""
+        with self._lock:
+            return self._losses[asset.source, asset.library] >= MOST_LOSSES
+
+
 class Ids:
     """A set of ids at eight bytes each, as a service may run for months."""
 
@@ -2373,6 +2731,7 @@ class Tally:
         self.reasons: Counter[tuple[Outcome, str]] = Counter()  # the same by message key
         self.total: int | None = None  # photos of the backlog, where that is known
         self.listed = 0  # of these, by now
+        self.in_hand = 0  # turns that workers have
         self.moved = time.monotonic()  # when the stream or a photo last went on
         self.show: Callable[[Counter[Outcome]], None] | None = None  # told of each photo
 
@@ -2398,6 +2757,12 @@ class Tally:
                 self._taken.remove(asset_id)
             self._failed.clear()
 
+    def hand(self, number: int) -> int:
+        """Count a turn that a worker takes (1) or is done with (-1); those in hand now."""
+        with self._lock:
+            self.in_hand += number
+            return self.in_hand
+
     def add(self, outcome: Outcome, reason: str = "") -> None:
         """Count one photo."""
         with self._lock:
@@ -2408,7 +2773,11 @@ class Tally:
             self.show(self.counts)
 
     def __str__(self) -> str:
-        return t("tally", **{outcome.value: self.counts[outcome] for outcome in Outcome})
+        counts = {outcome.value: self.counts[outcome] for outcome in Outcome}
+        said = t("tally_undo" if self.counts[Outcome.UNDONE] else "tally", **counts)
+        if number := self.reasons[Outcome.SKIPPED, "failed_before"]:
+            said += " " + t("tally_failed_before", number=number)
+        return said
 
 
 class Shared:
@@ -2418,16 +2787,16 @@ class Shared:
     waits behind it has nothing else to do.
     """
 
-    def __init__(self, jobs: Iterator[Job]) -> None:
-        self._jobs = jobs
+    def __init__(self, turns: Iterator[list[Job]]) -> None:
+        self._turns = turns
         self._turn = threading.Lock()
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Job:
+    def __next__(self) -> list[Job]:
         with self._turn:
-            return next(self._jobs)
+            return next(self._turns)
 
 
 class Patience:
@@ -2515,6 +2884,7 @@ class State:
     hosts: Hosts
     patience: Patience
     agenda: Agenda
+    checks: Checks
     tally: Tally
 
 
@@ -2532,7 +2902,7 @@ def hint(asset_id: str, state: State) -> None:
 
 def job_for(asset: Asset, state: State) -> Job | None:
     """Work on a photo, unless it has its description or somebody took it before."""
-    wanted = wants(asset.description, state.config.policy)
+    wanted = not left_alone(asset, state.config)
     return Job(asset) if wanted and state.tally.take(asset) else None
 
 
@@ -2571,8 +2941,8 @@ class Listing:
         tally = self._state.tally
         if self._counts:
             tally.listed += 1
-            if not wants(asset.description, self._state.config.policy):
-                tally.add(Outcome.SKIPPED, "has_description")
+            if reason := left_alone(asset, self._state.config):
+                tally.add(Outcome.SKIPPED, reason)
             elif not asset.ready:
                 tally.add(Outcome.NOT_READY)
         return job_for(asset, self._state) if asset.ready else None
@@ -2590,6 +2960,34 @@ class Listing:
             self._pause = min(self._pause * GROWTH, SWEEP_INTERVAL)
         else:
             self._page, self._last, self._pause = iter(assets), self._cursor is None, PAGE_PAUSE
+
+
+class Listings:
+    """Listings to go through, the last one first."""
+
+    def __init__(self, *listings: Listing) -> None:
+        self._stack = list(listings)
+
+    def add(self, listing: Listing) -> None:
+        """Go through this one before the others go on."""
+        self._stack.append(listing)
+
+    def next(self) -> Job | None:
+        """The next photo to describe; None after each page."""
+        while self._stack:
+            job = self._stack[-1].next()
+            if job or self._stack[-1].next_time < math.inf:
+                return job
+            self._stack.pop()
+        return None
+
+    @property
+    def next_time(self) -> float:
+        """When there is more, by the monotonic clock; never if all are at their end."""
+        return self._stack[-1].next_time if self._stack else math.inf
+
+    def __len__(self) -> int:
+        return len(self._stack)
 
 
 class Newsreader:
@@ -2621,7 +3019,8 @@ class Newsreader:
             return False
         listed, self._listed, self._complained = self._listed, False, False
         # what is ready at the first look is in the backlog
-        found = (job_for(asset, state) for asset in news if not (listed and asset.ready))
+        fresh = (asset for asset in news if not (listed and asset.ready))
+        found = (job_for(replace(a, noted=not a.description.strip()), state) for a in fresh)
         jobs = list(filter(None, found))
         for job in jobs:
             state.agenda.plan(job, PENDING_PAUSE)
@@ -2646,36 +3045,38 @@ class Newsreader:
 
 
 def stream(
-    state: State, listings: list[Listing], news: Newsreader | None, watch: Arrivals | None
-) -> Iterator[Job]:
-    """What to do next: what is due, arrivals first, then the listings, the last one first.
+    state: State, listings: Listings, news: Newsreader | None, watch: Arrivals | None
+) -> Iterator[list[Job]]:
+    """What to do next: what is due, arrivals first, then the listings; mostly one photo.
 
-    Ends when stopped; without news to wait for, when the listings end.
+    Several are descriptions to be read back. Ends when stopped; without news to wait for,
+    when the listings have ended and nothing is in hand or to be read back any more.
     """
-    interval = state.config.api_poll_interval
+    interval, tally = state.config.api_poll_interval, state.tally
     next_look, next_sweep = 0.0, time.monotonic() + SWEEP_INTERVAL
+    if not news:
+        next_look = next_sweep = math.inf
     while not state.stop.is_set():
-        now = state.tally.moved = time.monotonic()
+        now = tally.moved = time.monotonic()
         if news and now >= next_look:
             next_look = now + interval
             if news.look() and watch and watch.since < now - interval - FEED_LAG.total_seconds():
                 watch.missed()
         if news and now >= next_sweep and len(listings) < 2:  # the backlog may take weeks
             next_sweep = now + SWEEP_INTERVAL
-            listings.append(news.sweep(whole=not listings))
-        listing = listings[-1] if listings else None
-        if job := state.agenda.due() or (listing and listing.next()):
-            yield job
-        elif listing and listing.next_time == math.inf:
-            listings.pop()
-        elif not listing and not news:
-            return
+            listings.add(news.sweep(whole=len(listings) == 0))
+        turn = state.checks.due(idle=False)
+        if not turn and (job := state.agenda.due() or listings.next()):
+            turn = [job]
+        if turn := turn or state.checks.due(idle=listings.next_time == math.inf):
+            tally.hand(1)
+            yield turn
         else:
-            times = [listing.next_time] if listing else []
-            times += [next_look, next_sweep] if news else []
-            soonest = min(*times, state.agenda.next_time())
-            if soonest > time.monotonic():
-                state.stop.nap(soonest - time.monotonic())
+            times = (next_look, next_sweep, listings.next_time, state.agenda.next_time())
+            soonest = min(*times, state.checks.next_time())
+            if soonest == math.inf and not tally.in_hand:
+                return
+            state.stop.nap(min(soonest - time.monotonic(), interval))
 
 
 def settled(read: Callable[[], bytes], config: Config, stop: threading.Event) -> bytes:
@@ -2694,22 +3095,145 @@ def settled(read: Callable[[], bytes], config: Config, stop: threading.Event) ->
     return data
 
 
-def analyze(job: Job, library: Library, ai: Ai, state: State) -> Outcome:
-    """The whole story of one photo."""
-    config, patience = state.config, state.patience
-    if not job.asset.ready:
-        job.asset = patience(lambda: library.find(job.asset))
-        if not job.asset.ready:
-            return Outcome.NOT_READY
-        if not wants(job.asset.description, config.policy):
-            return Outcome.SKIPPED
-    if not job.text:
-        preview = functools.partial(library.preview, job.asset)
-        data = settled(lambda: patience(preview), config, state.stop)
+def look_up(job: Job, library: Library, state: State) -> None:
+    """Learn of a photo what the listing did not tell; Gone if it is to be left alone."""
+    asset = job.asset
+    if not asset.ready:
+        asset = job.asset = state.patience(lambda: library.find(asset))
+    if asset.ready:
+        asset = job.asset = state.patience(lambda: library.recall(asset))
+        if reason := left_alone(asset, state.config):
+            raise Gone(reason)
+
+
+def describe(job: Job, library: Library, ai: Ai, state: State) -> None:
+    """Have a photo described; a note of a failure spares the next runs the same."""
+    config, asset = state.config, job.asset
+    preview = functools.partial(library.preview, asset)
+    data = settled(lambda: state.patience(preview), config, state.stop)
+    try:
         job.text = ai.describe(prepared(data, config.max_image_size))
-    written = patience(lambda: library.write(job.asset, job.text), VALUABLE_TRIES)
-    log.debug("%s (%s), written: %s, %s", job.asset.name, job.asset.id, written, job.text)
-    return Outcome.DESCRIBED if written else Outcome.SKIPPED
+    except HostDown:
+        raise
+    except (Retryable, Permanent) as error:
+        if not job.failed and error.key != "preview_cut":
+            note_failure(job, error, library, state)
+        raise
+
+
+def note_failure(job: Job, error: AnalyzeError, library: Library, state: State) -> None:
+    """Keep in mind that a photo failed: for good, or once more."""
+    old, (model, prompt) = job.asset.note, (state.config.model_name, state.config.prompt_id)
+    again = old and old.failed and (old.model, old.prompt) == (model, prompt)
+    tries = MOST_TRIES if error.key in FOR_GOOD else 1 + (old.tries if old and again else 0)
+    text = old.text if old else ""  # which says whose the description is
+    note = Note(model, prompt, text=text, failed=error.key, why=str(error), tries=tries)
+    asset, job.asset = job.asset, replace(job.asset, note=note)
+    with suppress(Retryable, Permanent, Gone):
+        state.patience(lambda: library.remember([(asset, note)]))
+
+
+def analyze(job: Job, library: Library, ai: Ai, state: State) -> Outcome | None:
+    """The whole story of one photo; None if it ends with a reading back."""
+    config, patience = state.config, state.patience
+    look_up(job, library, state)
+    if not job.asset.ready:
+        return Outcome.NOT_READY
+    if state.checks.hopeless(job.asset):
+        raise Gone("library_loses", library=job.asset.library or "-")
+    if not job.text:
+        describe(job, library, ai, state)
+    for _ in range(LIBRARY_TRIES):
+        asset, stored = job.asset, merge(job.asset, job.text, config)
+        note = Note(config.model_name, config.prompt_id, text=text_id(stored))
+        write = functools.partial(library.write, asset, stored, note)
+        try:
+            written = patience(write, VALUABLE_TRIES)
+        except Permanent as error:
+            note_failure(job, error, library, state)
+            raise
+        if written:
+            log.debug("%s (%s), written: %s", asset.name, asset.id, stored)
+            job.stored = stored
+            return None if library.must_confirm else Outcome.DESCRIBED
+        job.asset = replace(asset, ready=False)
+        look_up(job, library, state)
+        if job.asset.description.strip() and not config.preserve_human:
+            raise Gone("has_description")  # typed while the model was thinking
+    raise Retryable("changed")
+
+
+def take_back(job: Job, library: Library, state: State) -> Outcome | None:
+    """The story of one photo whose description is taken back, if it is ours."""
+    look_up(job, library, state)
+    asset, left = job.asset, unmerge(job.asset)
+    if left is None:
+        raise Gone("has_description")
+    job.stored = left
+    if state.config.dry_run:
+        log.warning(
+            "%s",
+            t(
+                "would_undo",
+                name=asset.name,
+                id=asset.id,
+                text=json.dumps(left, ensure_ascii=False),
+            ),
+        )
+        return Outcome.UNDONE
+    if not state.patience(lambda: library.write(asset, left, None), VALUABLE_TRIES):
+        raise Gone("has_description")
+    return None if library.must_confirm else Outcome.UNDONE
+
+
+def confirm(jobs: Sequence[Job], library: Library, state: State) -> None:
+    """Read back what Immich said it stored; a note goes with what it kept, or that it did not."""
+    age = time.monotonic() - min(job.written for job in jobs)
+    assets = [job.asset for job in jobs]
+    stored = state.patience(lambda: library.read_back(assets, age), VALUABLE_TRIES)
+    found = [(job, stored.get(job.asset.id)) for job in jobs]
+    notes = [(job.asset, note) for job, text in found for note in notes_for(job, text, state)]
+    state.patience(lambda: library.remember(notes), VALUABLE_TRIES)
+    for job, text in found:
+        trouble = lost(job, text)
+        losing = isinstance(trouble, Permanent)
+        if state.checks.count(job.asset, lost=losing):
+            log.error("%s", t("library_loses", library=job.asset.library or "-"))
+        outcome = Outcome.DESCRIBED if job.text else Outcome.UNDONE
+        if trouble:
+            outcome = Outcome.FAILED if losing else Outcome.SKIPPED
+        conclude(job, outcome, trouble, state)
+
+
+def lost(job: Job, text: str | None) -> AnalyzeError | None:
+    """What became of a text that was written, by what is read back; None if it was kept.
+
+    Lost is what gave way to what was there before, or to nothing. Anything else is a
+    person's, who was quick.
+    """
+    if text is None:
+        return Gone("photo_gone")
+    added = job.text and job.text in text and job.text not in job.asset.description
+    if text.strip() == job.stored.strip() or added:
+        return None
+    if text.strip() in ("", job.asset.description.strip()):
+        return Permanent("not_kept")
+    return Gone("has_description")
+
+
+def notes_for(job: Job, text: str | None, state: State) -> Iterator[Note | None]:
+    """The note for a photo that was read back, if it gets another one; None takes it away."""
+    model, prompt = state.config.model_name, state.config.prompt_id
+    match lost(job, text):
+        case None if not job.text:
+            yield None
+        case None:
+            same = text is not None and text.strip() == job.stored.strip()
+            yield Note(model, prompt, text=text_id(text if text and same else job.stored))
+        case Permanent() as error if job.text:
+            old = job.asset.note.text if job.asset.note else ""  # which may be back
+            why = str(error)
+            yield Note(model, prompt, old, failed=error.key, why=why, tries=MOST_TRIES)
 
 
 def conclude(job: Job, outcome: Outcome, error: Exception | None, state: State) -> None:
@@ -2724,32 +3248,60 @@ def conclude(job: Job, outcome: Outcome, error: Exception | None, state: State) 
         why, bug = (error, None) if known else (t("bug"), error)
         log.error("%s", t("photo_failed", name=asset.name, id=asset.id, why=why), exc_info=bug)
     if outcome is Outcome.FAILED:
-        if not isinstance(error, Retryable) or not agenda.again(job):
+        for_good = not isinstance(error, Retryable) or reason in FOR_GOOD
+        if for_good or not agenda.again(job):
             tally.give_up(asset)
     elif outcome is not Outcome.NOT_READY:
         if isinstance(error, Gone):  # it may come back
             tally.release(asset)
-        tally.add(outcome, reason or ("has_description" if outcome is Outcome.SKIPPED else ""))
+        tally.add(outcome, reason)
     elif not agenda.again(job):
         tally.add(outcome)
         tally.release(asset)
 
 
-def work(jobs: Iterable[Job], analyze: Callable[[Job], Outcome], state: State) -> None:
-    """Analyze photos until there are no more; one that fails does not stop the others."""
+def attempt(call: Callable[[], T]) -> tuple[T | Outcome, Exception | None]:
+    """What became of a photo; one that fails does not stop the others."""
+    try:
+        return call(), None
+    except (Stopped, Fatal):
+        raise
+    except Gone as gone:
+        return Outcome.SKIPPED, gone
+    except Exception as trouble:  # noqa: BLE001 - a bug costs only the photo that meets it
+        return Outcome.FAILED, trouble
+
+
+def work(
+    turns: Iterable[list[Job]],
+    story: Callable[[Job], Outcome | None],
+    confirm: Callable[[list[Job]], None],
+    state: State,
+) -> None:
+    """Take photos through their story until there are no more."""
     with suppress(Stopped):
-        for job in jobs:
-            error: Exception | None = None
-            try:
-                outcome = analyze(job)
-            except (Stopped, Fatal):
-                raise
-            except Gone as gone:
-                log.debug("%s: %s", job.asset.id, gone)
-                outcome, error = Outcome.SKIPPED, gone
-            except Exception as trouble:  # noqa: BLE001 - a bug costs only the photo that meets it
-                outcome, error = Outcome.FAILED, trouble
-            conclude(job, outcome, error, state)
+        for jobs in turns:
+            if jobs[0].written:
+                _, error = attempt(functools.partial(confirm, jobs))
+                for job in jobs if error else ():
+                    conclude(job, Outcome.FAILED, error, state)
+            else:
+                outcome, error = attempt(functools.partial(story, jobs[0]))
+                if outcome:
+                    conclude(jobs[0], outcome, error, state)
+                else:
+                    state.checks.add(jobs[0])
+            state.tally.hand(-1)
+            state.stop.rouse()
+
+
+def take_on_trust(jobs: Sequence[Job], library: Library, state: State) -> None:
+    """At the end of a run there is no time to read back: what was lost, the next run describes."""
+    notes = [(job.asset, note) for job in jobs for note in notes_for(job, job.stored, state)]
+    with suppress(AnalyzeError):
+        library.remember(notes)
+    for job in jobs:
+        conclude(job, Outcome.DESCRIBED if job.text else Outcome.UNDONE, None, state)
 
 
 def run(worker: Callable[[], None], workers: int, stop: threading.Event) -> None:
@@ -3049,12 +3601,12 @@ def keep_posted(
     notify(address, "STOPPING=1")
 
 
-def upcoming(library: Library, state: State, stack: ExitStack) -> Iterator[Job]:
+def upcoming(library: Library, state: State, stack: ExitStack) -> Iterator[list[Job]]:
     """The stream of this run's mode; what has to be closed in the end goes on the stack."""
     config, news, watch = state.config, None, None
-    listings = []
+    listings = Listings()
     if config.mode.backlog:
-        listings.append(Listing(library, state, counts=True))
+        listings.add(Listing(library, state, counts=True))
     if config.mode.monitors:
         news = Newsreader(library, state)
         watch = library.watch(lambda seen: hint(seen, state), config.event_cooldown)
@@ -3075,18 +3627,23 @@ def describe_library(state: State, new_library: Callable[[], Library]) -> None:
         if terminal:
             progress = stack.enter_context(closing(Progress(tally.total)))
             tally.show = progress.show
-        jobs = Shared(upcoming(library, state, stack))
+        turns = Shared(upcoming(library, state, stack))
 
         def worker() -> None:
             with (
-                closing(new_library()) as library,
+                closing(new_library()) as own,
                 closing(Ai(config, state.hosts, state.stop)) as ai,
             ):
-                story = functools.partial(analyze, library=library, ai=ai, state=state)
-                work(jobs, story, state)
+                check = functools.partial(confirm, library=own, state=state)
+                story = functools.partial(analyze, library=own, ai=ai, state=state)
+                undo = functools.partial(take_back, library=own, state=state)
+                work(turns, undo if config.undo else story, check, state)
 
         # more workers than places at the hosts: the next pictures are fetched meanwhile
-        run(worker, config.max_concurrent + max(2, config.max_concurrent // 4), state.stop)
+        try:
+            run(worker, config.max_concurrent + max(2, config.max_concurrent // 4), state.stop)
+        finally:
+            take_on_trust(state.checks.rest(), library, state)
 
 
 def serve(config: Config, stop: Stop, tally: Tally) -> bool:
@@ -3101,6 +3658,7 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
         hosts=Hosts(config.hosts, config.max_concurrent, config.unavailable_duration),
         patience=Patience(stop, pause, math.inf if service else longest),
         agenda=Agenda(stop.rouse, LASTING if service else 0.0),
+        checks=Checks(),
         tally=tally,
     )
     status = Status(state)
@@ -3110,8 +3668,9 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
         log.warning("%s", t("both_given"))
     library_wait = at_start(longest if config.wait_for_immich else 0.0)
     new_library, complete = library_wait(lambda: open_library(config))
-    with closing(Ai(config, state.hosts, stop)) as ai:
-        at_start(longest if service else 0.0)(ai.check)
+    if not config.undo:
+        with closing(Ai(config, state.hosts, stop)) as ai:
+            at_start(longest if service else 0.0)(ai.check)
     status.ready = True
     if service:
         log.info("%s", t("ready"))
@@ -3147,7 +3706,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         code = 2
     if config.final_output:
-        level = logging.WARNING if code else logging.INFO
+        level = logging.WARNING if code or config.undo else logging.INFO
         spent = timedelta(seconds=round(time.monotonic() - began))
         log.log(level, "%s", t("tally_time", tally=tally, time=spent))
     return signals.exit_code(config.mode) if signals.number else code

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,23 @@ def no_thread_left() -> Iterator[None]:
     assert not [thread for thread in left if thread.is_alive()]
 
 
+def check_note(
+    notes: dict[str, Any], text: str, model: str = "tiny-vlm", prompt: str = ia.PROMPT
+) -> None:
+    """All that is kept of a photo is the one note for a text of ours, made just now."""
+    [(key, note)] = notes.items()
+    assert key == "immich-analyze"
+    at = note["at"]
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(at)) < timedelta(minutes=5)
+    assert note == {
+        "v": 1,
+        "model": model,
+        "prompt": sha256(prompt.encode()).hexdigest()[:12],
+        "text": sha256(text.encode()).hexdigest()[:16],
+        "at": at,
+    }
+
+
 class FakeStop(ia.Stop):
     """A stop event whose time is invented: waiting is noted and over at once.
 
@@ -74,7 +93,8 @@ class FakeStop(ia.Stop):
         return self.is_set()
 
     def nap(self, seconds: float) -> None:
-        self.wait(seconds)
+        if seconds > 0:
+            self.wait(seconds)
 
 
 @pytest.fixture

@@ -688,7 +688,7 @@ class Faults:
         replies = Reply(503, busy), Reply(429, busy, wait)
         others = Reply(429, busy), Reply(503, busy, wait)
         broken = Reply(500, {"error": "out of memory"})
-        lasting, kin, slow = Mark.LASTING, Mark.KIN, Mark.SLOW
+        lasting, kin = Mark.LASTING, Mark.KIN
         return [
             Fault("a model host is closed", "A", lambda: self._closed(first), lasting),
             Fault(
@@ -699,9 +699,7 @@ class Faults:
                 "429, and 503 with Retry-After", "AB", lambda: self._says(*others), lasting | kin
             ),
             Fault("a model host fails (500)", "A", lambda: self._fails(broken, first)),
-            Fault(
-                "both fail until a photo does (500)", "AB", lambda: self._fails_all(broken), slow
-            ),
+            Fault("both fail until they rest (500)", "AB", lambda: self._fails_all(broken)),
             Fault("a model host hangs beyond --timeout", "A", lambda: self._hangs(first)),
             Fault("answers end in the middle", "AB", lambda: self._next(CUT)),
             Fault("requests get no answer", "AB", lambda: self._next(RESET), kin),
@@ -740,10 +738,9 @@ class Faults:
 
     @contextmanager
     def _fails_all(self, reply: Reply) -> Iterator[Met]:
-        """Until a photo has failed, which is tried again after a minute."""
-        said = len(self._tool.said)
+        """Until both are known to be sick; no photo is to blame then."""
         with self._fails(reply, *self._trial.hosts):
-            yield lambda: self._tool.heard(FAILED, said)
+            yield lambda: self._missed(*self._trial.hosts)
 
     @contextmanager
     def _hangs(self, host: servers.FakeServer) -> Iterator[Met]:

@@ -726,6 +726,8 @@ class PhotoLibrary:
         self._roles.append(name)
         self.run(f'GRANT SELECT ON {{asset}}, {{exif}}, {{file}}, {{status}}{extra} TO "{name}"')
         self.run(f'GRANT UPDATE ({", ".join(written)}) ON {{exif}} TO "{name}"')
+        if self._has("asset", "isEdited"):  # 2.5 on, whose API lets clients keep notes
+            self.run(f'GRANT SELECT, INSERT, UPDATE, DELETE ON asset_metadata TO "{name}"')
         parts = psycopg2.extensions.parse_dsn(self.uri)
         return libpq_uri(parts | {"user": name, "password": password})
 

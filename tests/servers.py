@@ -11,6 +11,7 @@ import binascii
 import contextlib
 import functools
 import hashlib
+import heapq
 import http.server
 import io
 import itertools
@@ -708,6 +709,9 @@ MINIMAL = ("asset.read", "asset.view", "asset.update")
 EVERYTHING = ("all",)
 BODY_LIMIT = 10 * 1024 * 1024
 SMALL_PICTURE = picture("gray", "WEBP", (8, 8))  # a grid thumbnail: never what a model should see
+SIDECAR_DELAY = 0.1  # seconds from a PUT until its text came back through the XMP file
+RACE = timedelta(milliseconds=30)  # a text that follows another one so soon is lost
+HASTE = timedelta(seconds=1)  # what a client should leave between two
 
 
 @dataclass(frozen=True)
@@ -731,9 +735,41 @@ class FakeKey:
     name: str = "immich-analyze"
 
 
+class _Settled:
+    """A column that Immich changes in the background: who reads it sees what is due by now."""
+
+    def __init__(self, *default: Any) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, asset: FakeAsset | None, owner: type) -> Any:
+        if asset is not None:
+            asset.settle(asset)
+            return asset.row(self._name)
+        if not self._default:  # how a dataclass learns that there is none
+            raise AttributeError(self._name)
+        return self._default[0]
+
+    def __set__(self, asset: FakeAsset, value: Any) -> None:
+        vars(asset)[self._name] = value
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A text on its way into the XMP file, and back from there."""
+
+    text: str | None  # None: it was overtaken, and only what the file holds comes back
+    due: datetime
+
+
 @dataclass(eq=False)
 class FakeAsset:
-    """A photo or video. Assign to change it, also `extra` and `notes`: replies are cached."""
+    """A photo or video. Assign to change it, also `extra` and `notes`: replies are cached.
+
+    A description that is assigned is there for good, as if written long ago.
+    """
 
     moves = 0  # counts changes of date, so that a library knows when to sort again
 
@@ -742,12 +778,20 @@ class FakeAsset:
     name: str
     created: datetime  # when taken: fileCreatedAt
     created_at: datetime  # when uploaded
-    updated: datetime
+    updated: datetime = _Settled()
     preview: bytes | None = None  # None: not made (yet)
     mime: str = "image/jpeg"
     type: str = "IMAGE"
     visibility: str = "timeline"
-    description: str = ""
+    library_id: str | None = None  # None: uploaded
+    read_only: bool = False  # Immich cannot write beside the picture
+    camera: str = ""  # the description inside the picture
+    xmp: str | None = None  # the one beside it, which wins
+    locked: bool = False  # the description stays when the files are read again
+    put: datetime | None = None  # when a client last sent one
+    writing: Writing | None = None
+    settle: Callable[[FakeAsset], None] = field(default=lambda _: None, repr=False)
+    description: str = _Settled("")
     is_favorite: bool = False
     is_trashed: bool = False
     is_offline: bool = False
@@ -757,11 +801,39 @@ class FakeAsset:
     noted: Mapping[str, datetime] = field(default_factory=dict)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__[name] = value
+        super().__setattr__(name, value)
+        vars(self)["rendered"] = {}
         if name == "created":
             FakeAsset.moves += 1
-        if name != "rendered":
-            self.__dict__["rendered"] = {}
+        if name == "description":
+            self.writing = None
+            if not self.read_only and value != self.filed:
+                self.xmp = value
+
+    def store(self, **columns: Any) -> None:
+        """Change the row alone: not the files, nor what is due."""
+        vars(self).update(columns, rendered={})
+
+    def row(self, column: str) -> Any:
+        """What the database holds, whatever is due."""
+        return vars(self)[column]
+
+    @property
+    def filed(self) -> str:
+        """The description that reading the files again would bring."""
+        return _through_a_file(self.camera if self.xmp is None else self.xmp)
+
+
+_BLANK = "\t\n\v\f\r \u00a0\u1680\u2028\u2029\u202f\u205f\u3000\ufeff" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)  # white space to JavaScript
+
+
+def _through_a_file(text: str) -> str:
+    """What is left of a text: ExifTool tells one that looks like a number as a number."""
+    if re.fullmatch(r"-?(\d|[1-9]\d{1,14})\.\d{1,16}", text, re.ASCII):
+        text = text.rstrip("0").rstrip(".")
+    return text.strip(_BLANK)
 
 
 class Refused(Exception):
@@ -793,6 +865,11 @@ class FakeImmich(FakeServer):
 
     `keys` maps each API key to a FakeKey or just the name of its user; `partners` maps a user to
     those who share their photos with them. `seed` makes ids and the order of ties repeatable.
+
+    A description is stored at once, and what becomes of it `sidecar_delay` seconds later, by the
+    clock `now`, before the next request is answered or the asset's description is read: Immich
+    writes it to an XMP file and reads that. `hasty` lists the assets whose description was sent
+    again within a second, once for each time.
     """
 
     base = "/api"
@@ -807,6 +884,7 @@ class FakeImmich(FakeServer):
         prefix: str = "",
         tolerated: Iterable[str] = (),
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        sidecar_delay: float = SIDECAR_DELAY,
     ) -> None:
         self.version = tuple(int(number) for number in version.split("."))
         unknown_before = {"edited"} if self.version < (2, 5) else set()
@@ -815,6 +893,8 @@ class FakeImmich(FakeServer):
         )
         self.lock = threading.RLock()  # around the assets; a test that adds meanwhile needs none
         self.now = now
+        self.sidecar_delay = sidecar_delay
+        self.hasty: list[str] = []
         self.keys = {
             secret: FakeKey(key) if isinstance(key, str) else key
             for secret, key in (keys or {"alice-key": "alice"}).items()
@@ -826,6 +906,7 @@ class FakeImmich(FakeServer):
         self.maintenance = False
         self.database_down = False
         self._random = random.Random(seed)
+        self._due: list[tuple[datetime, str]] = []  # a heap of asset ids
         self._sorted: tuple[Any, list[FakeAsset], list[datetime]] = (None, [], [])
         self._item_names = self.contract.properties("AssetResponseDto")
         self._item_schema = self.contract.component("AssetResponseDto")
@@ -881,7 +962,9 @@ class FakeImmich(FakeServer):
                 **fields,
             }
             fields.setdefault("updated", fields["created_at"])
-            asset = FakeAsset(**fields)
+            filed = fields.get("xmp", fields.get("camera", ""))
+            fields.setdefault("description", _through_a_file(filed))
+            asset = FakeAsset(**fields, settle=self._settle)
             self.user(asset.owner)
             self.assets[asset.id] = asset
             return asset
@@ -892,6 +975,40 @@ class FakeImmich(FakeServer):
             self.add(**{k: v(n) if callable(v) else v for k, v in fields.items()})
             for n in range(number)
         ]
+
+    # What Immich does in the background
+
+    def settle(self) -> None:
+        """Let happen what is due by now."""
+        with self.lock:
+            while self._due and self._due[0][0] <= self.now():
+                _, asset_id = heapq.heappop(self._due)
+                if asset_id in self.assets:
+                    self._settle(self.assets[asset_id])
+
+    def _settle(self, asset: FakeAsset) -> None:
+        if asset.writing is None:  # nearly always
+            return
+        with self.lock:
+            writing = asset.writing
+            if writing is None or self.now() < writing.due:
+                return
+            asset.writing = None
+            if writing.text is not None and not asset.read_only:
+                asset.xmp = writing.text
+            if self.version >= (2, 5):  # even if nothing was written
+                asset.locked = False
+            self._extract(asset, writing.due)
+
+    def refresh_metadata(self, asset: FakeAsset) -> None:
+        """Read the picture and the XMP file again, as an administrator may have Immich do."""
+        with self.lock:
+            self._settle(asset)
+            self._extract(asset, self.now())
+
+    def _extract(self, asset: FakeAsset, moment: datetime) -> None:
+        text = asset.row("description") if asset.locked else asset.filed
+        asset.store(description=text, updated=moment, exif=True)
 
     def _uuid(self) -> str:
         return str(uuid.UUID(int=self._random.getrandbits(128), version=4))
@@ -904,6 +1021,7 @@ class FakeImmich(FakeServer):
 
     def behave(self, exchange: Exchange) -> Reply:
         with self.lock:
+            self.settle()
             try:
                 found = self._answer(exchange)
             except Refused as refusal:
@@ -1018,9 +1136,18 @@ class FakeImmich(FakeServer):
         return self._named(self._shape(asset, exif=True) | {"unassignedFaces": []})
 
     def _describe(self, asset: FakeAsset, text: str) -> None:
-        """Store a text: as sent, but for what PostgreSQL cannot hold."""
-        asset.description = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        asset.exif = True
+        """Store a text: as sent, but for what PostgreSQL cannot hold. How it lasts shows later."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        now, last, first = self.now(), asset.put, asset.writing
+        raced = last is not None and now - last < RACE
+        if last is not None and now - last < HASTE:
+            self.hasty.append(asset.id)
+        asset.store(description=text, exif=True)
+        asset.locked = self.version >= (2, 4)
+        asset.put = now
+        written = first and first.text if raced else text
+        asset.writing = Writing(written, now + timedelta(seconds=self.sidecar_delay))
+        heapq.heappush(self._due, (asset.writing.due, asset.id))
 
     def _thumbnail(self, exchange: Exchange) -> Reply:
         asset = self._accessible(exchange, "asset.view")
@@ -1062,7 +1189,7 @@ class FakeImmich(FakeServer):
             "deviceAssetId": f"{asset.name}-100000",
             "ownerId": owner,
             "deviceId": "test",
-            "libraryId": None,
+            "libraryId": asset.library_id,
             "type": asset.type,
             "originalPath": f"/data/upload/{owner}/{asset.id[:2]}/{asset.id}{suffix}",
             "originalFileName": asset.name,
@@ -1071,7 +1198,7 @@ class FakeImmich(FakeServer):
             "fileCreatedAt": taken,
             "fileModifiedAt": taken,
             "localDateTime": taken,
-            "updatedAt": _milliseconds(asset.updated),
+            "updatedAt": _milliseconds(asset.row("updated")),
             "isFavorite": asset.is_favorite,
             "isArchived": asset.visibility == "archive",
             "isTrashed": asset.is_trashed,
@@ -1089,7 +1216,7 @@ class FakeImmich(FakeServer):
             "isEdited": False,
         }
         if exif and asset.exif:
-            known = {"dateTimeOriginal": taken, "description": asset.description}
+            known = {"dateTimeOriginal": taken, "description": asset.row("description")}
             shape["exifInfo"] = self._no_exif | known | dict(asset.extra)
         return shape
 

@@ -15,6 +15,7 @@ import immich_analyze as ia
 KNOWING = (*MINIMAL, "user.read")  # a key that may ask whose it is
 TAKEN = datetime(2024, 1, 1, tzinfo=UTC)
 SEARCH = ("POST", "/search/metadata")
+NOTE = ia.Note("tiny-vlm", "0123456789ab", text="0123456789abcdef")
 GONE = servers.recorded("immich-3.1.0", "asset-get-unknown-id")
 MAINTENANCE = servers.recorded("immich-3.1.0", "maintenance-mode-search")
 
@@ -343,19 +344,28 @@ def test_each_photo_is_read_and_written_with_the_key_of_its_owner(family, opened
     listed = len(family.exchanges)
     for asset in assets:
         assert library.preview(asset) == family.assets[asset.id].preview
-        assert library.write(asset, f"By the key of {asset.name}.") is True
+        assert library.recall(asset).note is None
+        assert library.write(asset, f"By the key of {asset.name}.", NOTE) is True
+    written = {asset.id: family.assets[asset.id].description for asset in assets}
+    assert library.read_back(assets, 0) == written
+    library.remember([(asset, NOTE) for asset in assets])
     for exchange in family.exchanges[listed:]:
-        owner = family.assets[exchange.params["id"]].owner
-        assert exchange.headers["x-api-key"] == f"{owner}-key"
+        one = exchange.params.get("id")
+        sent = exchange.json if isinstance(exchange.json, dict) else {}
+        for id in [one] if one else [item["assetId"] for item in sent.get("items", [])]:
+            assert exchange.headers["x-api-key"] == f"{family.assets[id].owner}-key"
     assert all("By the key" in asset.description for asset in owned)
+    assert all(asset.notes.keys() == {ia.KEY} for asset in owned)
+    assert [library.recall(asset).note for asset in assets] == [NOTE] * 4
 
 
 def test_partners_photos_are_never_written(family, opened):
     library = opened(family)
     for asset in listing(library):
-        library.write(asset, "New.")
+        library.write(asset, "New.", NOTE)
+        library.remember([(asset, NOTE)])
     shared = [asset for asset in family.assets.values() if asset.owner == "carl"]
-    assert [asset.description for asset in shared] == ["", ""]
+    assert [(asset.description, asset.notes) for asset in shared] == [("", {})] * 2
     texts = [exchange.json for exchange in family.find("PUT", "/assets/")]
     assert sum("description" in text for text in texts) == 4
 
@@ -558,7 +568,12 @@ def test_an_immich_in_trouble_later_costs_no_photo(fake, opened, trouble, kind):
     for call in (
         lambda: library.page(None),
         lambda: library.preview(asset),
-        lambda: library.write(asset, "Not now."),
+        lambda: library.recall(asset),
+        lambda: library.write(asset, "Not now.", NOTE),
+        lambda: library.read_back([asset], 0),
+        lambda: library.read_back([asset] * 3, 0),
+        lambda: library.remember([(asset, NOTE)]),
+        lambda: library.remember([(asset, None)]),
     ):
         with pytest.raises(kind):
             call()
@@ -587,7 +602,11 @@ def test_what_is_no_photo_is_not_overwritten(fake, opened, told):
     library = opened(server)
     [asset] = listing(library)
     server.script("GET", f"/assets/{asset.id}", Reply(200, told), forever=True)
-    for call in (lambda: library.write(asset, "A lake."), lambda: library.find(asset)):
+    for call in (
+        lambda: library.write(asset, "A lake.", NOTE),
+        lambda: library.find(asset),
+        lambda: library.read_back([asset], 0),
+    ):
         with pytest.raises(ia.Retryable):
             call()
     assert server.count("PUT", "") == 0
@@ -596,19 +615,31 @@ def test_what_is_no_photo_is_not_overwritten(fake, opened, told):
 # the way of one photo
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 50])
 @pytest.mark.parametrize("version", IMMICH_VERSIONS)
-def test_a_described_photo_costs_three_requests(fake, opened, version):
+def test_a_described_photo_costs_few_requests(fake, opened, version, number):
+    """Three, one more for its note if there are any, and a few for up to fifty together."""
     server = fake(version)
-    server.add_many(2)
+    server.add_many(number)
     library = opened(server)
     assets = listing(library)
     opening = len(server.exchanges)
     for asset in assets:
+        library.recall(asset)
         library.preview(asset)
-        assert library.write(asset, "A photo.") is True
+        assert library.write(asset, "A photo.", NOTE) is True
+    stored = library.read_back(assets, 2.5)
+    library.remember([(asset, NOTE) for asset in assets])
+    assert stored == dict.fromkeys(server.assets, "A photo.")
     names = [name for _, name in said(server)[opening:]]
-    assert names == ["viewAsset", "getAssetInfo", "updateAsset"] * 2
-    assert [e.json for e in server.find("PUT", "")] == [{"description": "A photo."}] * 2
+    keeps_notes = server.version >= (2, 5)
+    each = ["getAssetMetadataByKey"] * keeps_notes
+    each += ["viewAsset", "getAssetInfo", "updateAsset"]
+    read_back = ["getServerVersion", "searchAssets"] if number > 1 else ["getAssetInfo"]
+    remembered = ["updateBulkAssetMetadata"] * keeps_notes
+    assert names == each * number + read_back + remembered
+    texts = [e.json for e in server.find("PUT", "") if e.operation.name == "updateAsset"]
+    assert texts == [{"description": "A photo."}] * number
 
 
 def test_the_preview_asked_for_is_the_edited_one(fake, opened):
@@ -637,8 +668,8 @@ def test_a_write_that_failed_is_looked_at_before_it_is_repeated(fake, opened, tr
     [asset] = listing(library)
     server.script("PUT", "/assets/", trouble)
     with pytest.raises(ia.Retryable):
-        library.write(asset, "Written.")
-    assert library.write(asset, "Written.") is True
+        library.write(asset, "Written.", NOTE)
+    assert library.write(asset, "Written.", NOTE) is True
     assert photo.description == "Written."
     assert [exchange.method for exchange in server.find("GET|PUT", photo.id)] == requests
 
@@ -657,10 +688,10 @@ def test_a_write_that_timed_out_but_was_done_is_not_repeated(fake, opened, monke
 
     monkeypatch.setattr(ia, "http", hurried)
     with pytest.raises(ia.Retryable) as raised:
-        library.write(asset, "Written late.")
+        library.write(asset, "Written late.", NOTE)
     assert raised.value.key == "timed_out"
     photo.description = "Written late."
-    assert library.write(asset, "Written late.") is True
+    assert library.write(asset, "Written late.", NOTE) is True
     assert server.count("PUT", photo.id) == 1
 
 
@@ -675,7 +706,10 @@ def test_redirects_are_named_and_not_followed(fake, opened, status):
     for call in (
         lambda: library.page(None),
         lambda: library.preview(asset),
-        lambda: library.write(asset, "Nowhere."),
+        lambda: library.recall(asset),
+        lambda: library.write(asset, "Nowhere.", NOTE),
+        lambda: library.read_back([asset], 0),
+        lambda: library.remember([(asset, NOTE)]),
     ):
         with pytest.raises(ia.HostDown) as raised:
             call()
@@ -697,7 +731,9 @@ def test_a_photo_taken_away_is_gone_for_preview_and_write(fake, opened, version,
     with pytest.raises(ia.Gone):
         library.preview(asset)
     with pytest.raises(ia.Gone):
-        library.write(asset, "Too late.")
+        library.write(asset, "Too late.", NOTE)
+    assert library.read_back([asset], 0) == {}
+    library.remember([(asset, NOTE), (asset, None)])  # nobody is told
 
 
 # whatever the other side says
@@ -738,7 +774,12 @@ def test_whatever_the_reply_only_our_errors_are_raised(fake, settings, opened, r
     calls = [
         lambda: library.page(None),
         lambda: library.preview(asset),
-        lambda: library.write(asset, "Perhaps."),
+        lambda: library.recall(asset),
+        lambda: library.write(asset, "Perhaps.", NOTE),
+        lambda: library.read_back([asset], 0),
+        lambda: library.read_back([asset] * 3, 0),
+        lambda: library.remember([(asset, NOTE)]),
+        lambda: library.remember([(asset, None)]),
         library.total,
         lambda: ia.open_library(settings(server)),
     ]

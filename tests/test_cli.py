@@ -15,6 +15,7 @@ import psycopg2.extensions
 import pytest
 import sandbox
 import servers
+from conftest import check_note
 from servers import FakeImmich, FakeKey, FakeLlamaCpp, FakeOllama, FakeServer, Reply
 from test_run import CHATS, ROOT, ApiWorld, Running, SqlWorld, World, asking, failure, fill, tally
 
@@ -187,7 +188,7 @@ def test_a_name_cannot_steer_the_terminal(api, ollama, command):
     code, shown = on_terminal(*argv)
     assert code == 1
     assert not re.search(r"\x1b\[2J|\x07|\x9b", shown)
-    line, _ = command(*argv).stderr.splitlines()
+    line, _ = command(*argv, "--retry-failed").stderr.splitlines()
     assert line.isprintable()
     assert id in line
 
@@ -292,6 +293,10 @@ def test_a_signal_lets_finish_what_is_begun_and_nothing_else_begin(library, olla
     written = dict(library.writes())
     assert len(written) == 2
     assert library.texts() == dict.fromkeys(wanted, "") | {id: wanted[id] for id in written}
+    notes = library.notes()
+    assert {id for id, note in notes.items() if note} == written.keys()
+    for id in written:
+        check_note(notes[id], wanted[id])
 
 
 @pytest.mark.parametrize(

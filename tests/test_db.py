@@ -19,6 +19,8 @@ import immich_analyze as ia
 
 OLDEST, NEWEST = sandbox.VERSIONS[0], sandbox.NEWEST
 LOCKING = [v for v in sandbox.VERSIONS if tuple(map(int, v.split("."))) >= (2, 4)]
+NOTING = [v for v in sandbox.VERSIONS if tuple(map(int, v.split("."))) >= (2, 5)]
+NOTE = ia.Note("tiny-vlm", "0123456789ab", text="0123456789abcdef")
 UNLOCKED = sandbox.VERSIONS[sandbox.VERSIONS.index(LOCKING[0]) - 1]
 own_server = pytest.mark.skipif(
     "TEST_DATABASE_URL" in os.environ, reason="the server is not ours to stop"
@@ -82,11 +84,13 @@ def listing(library):
 
 def everything(photos):
     """All rows of the tables that matter, as JSON, by table and asset."""
-    names = {"asset": "id", "exif": "assetId", "file": "id", "status": "assetId"}
+    names = {photos.tables[name]: "assetId" for name in ("exif", "status")}
+    names |= {photos.tables[name]: "id" for name in ("asset", "file")}
+    names |= {"asset_metadata": "assetId"} if "asset_metadata" in photos._columns else {}
     return {
         (table, str(id)): row
         for table, key in names.items()
-        for id, row in photos.run(f'SELECT "{key}", to_jsonb(t) FROM {{{table}}} t')
+        for id, row in photos.run(f'SELECT "{key}", to_jsonb(t) FROM {table} t')
     }
 
 
@@ -144,8 +148,12 @@ def test_every_generation_is_listed_read_and_written(photos, opened, version):
     assert [tool.find(asset) for asset in assets] == assets
     for asset in assets:
         assert tool.preview(asset) == library.preview_file(asset.id).read_bytes()
-        assert tool.write(asset, f"Photo {asset.id}.") is True
+        assert tool.write(asset, f"Photo {asset.id}.", NOTE) is True
         assert library.description(asset.id) == f"Photo {asset.id}."
+        assert library.notes(asset.id).keys() == ({ia.KEY} if version in NOTING else set())
+        note = NOTE if version in NOTING else None
+        stored = replace(asset, description=f"Photo {asset.id}.", note=note)
+        assert tool.recall(tool.find(asset)) == stored
     assert tool.total() == 0
     assert listing(tool) == []
 
@@ -159,15 +167,23 @@ def test_a_write_locks_the_text_and_touches_nothing_else(photos, settings, caplo
     assert warnings == ([] if version in LOCKING else [ia.t("no_lock")])
     before = everything(library)
     with closing(new_library()) as tool:
-        tool.write(next(asset for asset in listing(tool) if asset.id == id), "Written.")
+        tool.write(next(asset for asset in listing(tool) if asset.id == id), "Written.", NOTE)
     after = everything(library)
-    assert [key for key in before if before[key] != after[key]] == [("exif", id)]
-    old, new = before["exif", id], after["exif", id]
+    exif = library.tables["exif"], id
+    added = {key: after.pop(key) for key in after.keys() - before.keys()}
+    assert [key for key in before if before[key] != after.get(key)] == [exif]
+    old, new = before[exif], after[exif]
     changed = {"description", "updatedAt", "updateId"}
     changed |= {"lockedProperties"} if version in LOCKING else set()
     assert {name for name in old if old[name] != new[name]} == changed
     assert new["updatedAt"] > old["updatedAt"]
     assert library.locked(id) == (["description"] if version in LOCKING else [])
+    assert added.keys() == ({("asset_metadata", id)} if version in NOTING else set())
+    for row in added.values():
+        at = row["value"].pop("at")
+        assert abs(datetime.now(UTC) - datetime.fromisoformat(at)) < timedelta(minutes=1)
+        told = {"v": 1, "model": NOTE.model, "prompt": NOTE.prompt, "text": NOTE.text}
+        assert (row["key"], row["value"]) == ("immich-analyze", told)
 
 
 def test_what_a_person_locked_stays_locked(photos, opened):
@@ -183,7 +199,7 @@ def test_what_a_person_locked_stays_locked(photos, opened):
     }
     tool = opened(library)
     for asset in listing(tool):
-        tool.write(asset, "Written.")
+        tool.write(asset, "Written.", NOTE)
     assert {id: library.locked(id) for id in after} == after
 
 
@@ -219,7 +235,7 @@ def test_photos_described_meanwhile_let_no_other_be_skipped(photos, opened, monk
     listed, cursor = tool.page(None)
     while cursor is not None:
         for asset in listed:
-            tool.write(asset, "Described before the next page is asked for.")
+            tool.write(asset, "Described before the next page is asked for.", NOTE)
         more, cursor = tool.page(cursor)
         listed += more
     assert [asset.id for asset in listed] == sorted(ids)
@@ -245,7 +261,7 @@ def test_a_description_that_is_null_is_none(photos, opened):
     tool = opened(library)
     [asset] = listing(tool)
     assert asset.description == ""
-    assert tool.write(asset, "Written.") is True
+    assert tool.write(asset, "Written.", NOTE) is True
     assert library.description(id) == "Written."
 
 
@@ -257,11 +273,11 @@ def test_only_the_listed_text_is_replaced(photos, opened):
     id = library.add(description="old")
     tool = opened(library, "-o")
     [asset] = listing(tool)
-    assert tool.write(replace(asset, description="older"), "New.") is False
-    assert tool.write(replace(asset, description="old "), "New.") is False
+    assert tool.write(replace(asset, description="older"), "New.", NOTE) is False
+    assert tool.write(replace(asset, description="old "), "New.", NOTE) is False
     assert library.description(id) == "old"
-    assert tool.write(asset, "New.") is True
-    assert tool.write(asset, "Newer.") is False
+    assert tool.write(asset, "New.", NOTE) is True
+    assert tool.write(asset, "Newer.", NOTE) is False
     assert library.description(id) == "New."
 
 
@@ -283,9 +299,10 @@ def test_each_sign_of_a_photo_that_is_not_there_counts_by_itself(photos, opened)
     tool = opened(library)
     for left, (asset, sign) in enumerate(reversed(list(zip(listing(tool), signs, strict=True)))):
         library.run(sign, asset.id)
-        error_of(partial(tool.write, asset, "Too late."), ia.Gone)
+        error_of(partial(tool.write, asset, "Too late.", NOTE), ia.Gone)
         assert tool.total() == len(listing(tool)) == len(signs) - left - 1, sign
     assert set(library.descriptions().values()) == {""}
+    assert library.run("SELECT count(*) FROM asset_metadata") == [(0,)]
 
 
 def test_a_photo_without_exif_row_gets_none(photos, opened):
@@ -294,8 +311,9 @@ def test_a_photo_without_exif_row_gets_none(photos, opened):
     tool = opened(library)
     [asset] = listing(tool)
     library.run('DELETE FROM {exif} WHERE "assetId" = %s', id)
-    error_of(partial(tool.write, asset, "Nowhere."), ia.Gone)
+    error_of(partial(tool.write, asset, "Nowhere.", NOTE), ia.Gone)
     assert library.run("SELECT count(*) FROM {exif}") == [(0,)]
+    assert library.notes(id) == {}
 
 
 def test_a_row_that_somebody_holds_is_tried_again(photos, opened):
@@ -306,10 +324,10 @@ def test_a_row_that_somebody_holds_is_tried_again(photos, opened):
     tool._database.rows("SET lock_timeout = '20ms'")
     with closing(psycopg2.connect(library.uri)) as immich, immich.cursor() as cursor:
         cursor.execute(f'UPDATE {library.tables["exif"]} SET "city" = %s', ("Oslo",))
-        error = error_of(partial(tool.write, asset, "Written."), ia.Retryable)
+        error = error_of(partial(tool.write, asset, "Written.", NOTE), ia.Retryable)
         assert not isinstance(error, ia.HostDown)  # the others can be written meanwhile
         immich.commit()
-    assert tool.write(asset, "Written.") is True
+    assert tool.write(asset, "Written.", NOTE) is True
     assert library.run('SELECT "city" FROM {exif} WHERE "assetId" = %s', id) == [("Oslo",)]
 
 
@@ -329,7 +347,7 @@ def test_a_read_only_server_is_one_that_nothing_works_with(photos, opened):
     tool = opened(library)
     [asset] = listing(tool)
     tool._database.rows("SET default_transaction_read_only = on")
-    assert error_of(partial(tool.write, asset, "Never."), ia.Fatal).key == "database_refused"
+    assert error_of(partial(tool.write, asset, "Never.", NOTE), ia.Fatal).key == "database_refused"
 
 
 # a connection that is lost
@@ -344,31 +362,34 @@ def test_a_connection_that_was_lost_meanwhile_is_replaced_in_silence(photos, ope
     calls = {
         "page": lambda: [listed.id for listed in tool.page(None)[0]] == [id],
         "total": lambda: tool.total() == 1,
-        "write": lambda: tool.write(asset, "Written."),
+        "write": lambda: tool.write(asset, "Written.", NOTE),
     }
-    for _ in range(2):
+    for _ in range(3):
         assert calls[call]() is True
         cut_off(library)
     assert calls[call]() is True
 
 
-def test_a_new_connection_that_is_lost_as_well_is_an_outage(photos, opened, stop, monkeypatch):
+@pytest.mark.parametrize("away", [1, 3])
+def test_a_new_connection_that_is_lost_as_well_is_an_outage(
+    photos, opened, stop, monkeypatch, away
+):
     library = photos()
     id = library.add()
     tool = opened(library)
     [asset] = listing(tool)
     cut_off(library)
-    really, lost = ia.psycopg2.connect, [psycopg2.OperationalError("Connection refused")]
+    connect, troubles = psycopg2.connect, iter([True] * away)
 
-    def connect(*words, **options):
-        if lost:
-            raise lost.pop()
-        return really(*words, **options)
+    def starting_up(*dsn, **options):
+        if next(troubles, False):
+            raise psycopg2.OperationalError("FATAL:  the database system is starting up")
+        return connect(*dsn, **options)
 
-    monkeypatch.setattr(ia.psycopg2, "connect", connect)
+    monkeypatch.setattr(ia.psycopg2, "connect", starting_up)
     patience = ia.Patience(stop, pause=5, longest=60)
-    assert patience(partial(tool.write, asset, "Written once.")) is True
-    assert stop.waits == [5]
+    assert patience(partial(tool.write, asset, "Written once.", NOTE)) is True
+    assert stop.waits == [5] * away
     assert library.description(id) == "Written once."
 
 
@@ -382,11 +403,11 @@ def test_a_server_that_restarts_is_waited_for(postgres, photos, opened, settings
     try:
         error_of(tool.total, ia.HostDown)
         error_of(tool.total, ia.HostDown)
-        error_of(partial(tool.write, asset, "Written."), ia.HostDown)
+        error_of(partial(tool.write, asset, "Written.", NOTE), ia.HostDown)
         error_of(partial(ia.open_library, settings(library)), ia.HostDown)
     finally:
         postgres.start()
-    assert tool.write(asset, "Written.") is True
+    assert tool.write(asset, "Written.", NOTE) is True
     assert library.description(asset.id) == "Written."
 
 
@@ -464,12 +485,19 @@ def test_a_restricted_role_is_enough(restricted, opened, version):
     [asset] = listing(tool)
     assert tool.total() == 1
     assert tool.preview(asset) == sandbox.draw("red")
-    assert tool.write(asset, "Written.") is True
-    assert tool.write(asset, "Written.") is True
+    assert tool.write(asset, "Written.", NOTE) is True
+    assert tool.write(asset, "Written.", NOTE) is True
     assert library.description(id) == "Written."
+    tool.remember([(asset, replace(NOTE, text="another"))])
+    assert tool.find(asset).note == (replace(NOTE, text="another") if version in NOTING else None)
+    assert tool.write(tool.find(asset), "", None) is True
+    assert (library.description(id), library.notes(id)) == ("", {})
 
 
-@pytest.mark.parametrize("version", [OLDEST, "2.3.1", NEWEST])
+NOTES_RIGHTS = ["SELECT", "INSERT", "UPDATE", "DELETE"]
+
+
+@pytest.mark.parametrize("version", [OLDEST, "2.3.1", "2.4.1", NEWEST])
 def test_exactly_the_missing_grants_are_named(restricted, settings, version):
     library, uri = restricted(version)
     library.add()
@@ -477,6 +505,8 @@ def test_exactly_the_missing_grants_are_named(restricted, settings, version):
     grants = [f"SELECT ON {library.tables[table]}" for table in ("asset", "exif", "file", "status")]
     grants += [f"UPDATE (description) ON {exif}"]
     grants += [f'UPDATE ("lockedProperties") ON {exif}'] * (version in LOCKING)
+    rights = NOTES_RIGHTS if version in NOTING else []
+    grants += [f"{right} ON asset_metadata" for right in rights]
     for grant in grants:
         library.run(f'REVOKE {grant} FROM "{library.role}"')
         error = error_of(partial(ia.open_library, settings(library, uri=uri)), ia.Fatal)
@@ -495,6 +525,7 @@ def test_a_role_without_rights_is_told_all_it_needs(restricted, settings):
     tables = ("asset", "asset_exif", "asset_file", "asset_job_status")
     grants = [f"SELECT ON {table}" for table in tables]
     grants += ["UPDATE (description) ON asset_exif", 'UPDATE ("lockedProperties") ON asset_exif']
+    grants += [f"{right} ON asset_metadata" for right in NOTES_RIGHTS]
     said = [f"GRANT {grant} TO {library.role}" for grant in grants]
     assert error.fields["grants"] == "; ".join(said)
 
@@ -764,7 +795,7 @@ def test_tables_that_change_are_met_by_other_statements(photos, opened):
     library.run("ALTER TABLE asset_exif_away RENAME TO asset_exif")
     library.run('ALTER TABLE asset_exif ADD COLUMN "lockedProperties" character varying[]')
     [asset] = listing(tool)
-    assert tool.write(asset, "A red square.")
+    assert tool.write(asset, "A red square.", NOTE)
     locked = library.run('SELECT description, "lockedProperties" FROM asset_exif')
     assert locked == [("A red square.", ["description"])]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import psycopg2.extensions
 import pytest
 import sandbox
+from conftest import check_note
 
 import immich_analyze as ia
 
@@ -163,6 +164,8 @@ def test_the_exit_codes_are_the_same_everywhere(told):
 NEVER_SHOWN = {
     "bad_setting",  # shows one of the others
     "photo_excluded",  # as photo_gone
+    "has_description",  # as photo_gone
+    "failed_before",  # which the sum at the end says
     "photo_gone",  # such a photo is only left out
     "photos",  # a word of the progress bar
     "stopped",  # the exit code says it
@@ -271,9 +274,15 @@ def test_the_grants_are_enough(photos, postgres, version, config):
     opened = new_library()
     [asset], _ = opened.page(None)
     assert opened.preview(asset)
-    assert opened.write(asset, "A lake.")
-    opened.close()
+    note = ia.Note("tiny-vlm", settings.prompt_id, text=ia.text_id("A lake."))
+    assert opened.write(asset, "A lake.", note)
+    opened.remember([(asset, note)])
     assert library.description(photo) == "A lake."
+    if version != "2.3.1":
+        check_note(library.notes(photo), "A lake.")
+    assert opened.write(opened.find(asset), "", None)
+    opened.close()
+    assert (library.description(photo), library.notes(photo)) == ("", {})
 
 
 def test_the_version_is_in_the_changelog():

@@ -6,6 +6,7 @@ import re
 import string
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ import immich_analyze as ia
 SOURCE = Path(ia.__file__)
 FOLDER = SOURCE.with_name("i18n")
 TEXTS = {language: ia.catalogue(language) for language in ia.LANGUAGES}
+TREE = ast.parse(SOURCE.read_text(encoding="utf-8"))
+OURS = {node.name: node for node in TREE.body if isinstance(node, ast.FunctionDef)}
 SPEAKERS = {"t"} | {
     name
     for name, value in vars(ia).items()
@@ -27,11 +30,21 @@ def fields(text: str) -> set[str]:
     return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
 
 
-def strings(node: ast.AST | None) -> set[str]:
-    """The texts an expression may be."""
-    if isinstance(node, ast.IfExp):
-        return strings(node.body) | strings(node.orelse)
-    return {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+def strings(node: ast.AST | None, known: Mapping[str, ast.AST]) -> set[str]:
+    """The texts an expression may be; "" is none. Calls: of `get`, or of a function of ours."""
+    match node:
+        case ast.IfExp(body=one, orelse=other):
+            return strings(one, known) | strings(other, known)
+        case ast.Constant(value=str(text)):
+            return {text} - {""}
+        case ast.Dict(values=values):
+            return set().union(*(strings(value, known) for value in values))
+        case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="get"), args=[_, default]):
+            return strings(known.get(name), known) | strings(default, known)
+        case ast.Call(func=ast.Name(id=name)):
+            returns = [n for n in ast.walk(OURS[name]) if isinstance(n, ast.Return)]
+            return set().union(*(strings(n.value, known) for n in returns))
+    return set()
 
 
 def names(node: ast.AST | None) -> set[str]:
@@ -44,12 +57,12 @@ def names(node: ast.AST | None) -> set[str]:
 def spoken() -> list[tuple[ast.Call, set[str]]]:
     """Each place that makes a text or an error, with the keys it may have."""
     found = []
-    for function in ast.parse(SOURCE.read_text(encoding="utf-8")).body:
+    for function in TREE.body:
         assigned = {
             target.id: node.value
             for node in ast.walk(function)
-            if isinstance(node, ast.Assign)
-            for target in node.targets
+            if isinstance(node, ast.Assign | ast.NamedExpr)
+            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
             if isinstance(target, ast.Name)
         }
         for call in ast.walk(function):
@@ -59,7 +72,7 @@ def spoken() -> list[tuple[ast.Call, set[str]]]:
             if SPEAKERS & ({callee} | names(assigned.get(callee))):
                 first = call.args[0]
                 variable = assigned.get(getattr(first, "id", ""))
-                found.append((call, strings(first) | strings(variable)))
+                found.append((call, strings(first, assigned) | strings(variable, assigned)))
     return found
 
 
@@ -183,9 +196,12 @@ def test_a_whole_run_depends_on_no_text(immich, ollama):
     assert ollama.count("POST", "/api/chat") == 6
 
 
+NOWHERE = ["--postgres-url", "host=127.0.0.1 port=9", "--no-wait-for-immich"]
+
+
 @pytest.mark.parametrize(
     ("argv", "code"),
-    [(["--timeout", "x"], 2), (["-m", "--no-wait-for-immich"], 2), (["-h"], 0), (["--version"], 0)],
+    [(["--timeout", "x"], 2), (["-m", *NOWHERE], 2), (["-h"], 0), (["--version"], 0)],
 )
 def test_other_runs_depend_on_no_text_either(argv, code):
     done = poisoned(*argv)

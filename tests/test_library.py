@@ -38,6 +38,9 @@ UNWANTED = {
 }
 
 
+NOTE = ia.Note("tiny-vlm", "0123456789ab", text="0123456789abcdef")
+
+
 class ApiStore:
     """The fake Immich, filled and read by the names the sandbox has for things."""
 
@@ -57,6 +60,9 @@ class ApiStore:
 
     def text(self, id):
         return self.immich.assets[id].description
+
+    def notes(self, id):
+        return dict(self.immich.assets[id].notes)
 
     def others_write(self, id, text):
         self.immich.assets[id].description = text
@@ -93,7 +99,7 @@ class DbStore:
         self.settings = ["-d", "database", "--postgres-url", photos.uri]
         self.settings += ["--immich-root", str(photos.root)]
         self.text, self.trash = photos.description, photos.trash
-        self.others_write = photos.describe
+        self.others_write, self.notes = photos.describe, photos.notes
 
     def add(self, name="photo.jpg", *, picture=None, **properties):
         return self.photos.add(name, preview_bytes=picture, **properties)
@@ -159,7 +165,8 @@ def ready(library):
 
 
 def wanted(library, policy=ia.Policy.NONE):
-    return [asset for asset in ready(library) if ia.wants(asset.description, policy)]
+    config = ia.parse(["-O", policy], {})
+    return [asset for asset in ready(library) if not ia.left_alone(asset, config)]
 
 
 def names(assets):
@@ -275,7 +282,7 @@ def test_the_news_are_what_arrived_since_a_moment_over_many_pages(store, opened,
     assert all(asset.ready for asset in news)
     for asset in news:
         assert library.preview(asset)
-        assert library.write(asset, "New.")
+        assert library.write(asset, "New.", NOTE)
 
 
 @pytest.mark.parametrize("kind", UNWANTED)
@@ -300,7 +307,7 @@ def test_a_photo_is_found_as_it_is_now(store, opened):
     assert library.preview(found) == servers.picture()
     store.others_write(id, "By a person.")
     assert library.find(asset).description == "By a person."
-    assert library.write(found, "By the tool.") is False
+    assert library.write(found, "By the tool.", NOTE) is False
 
 
 @pytest.mark.parametrize("kind", ["video", "trashed", "offline", "hidden", "locked"])
@@ -342,7 +349,7 @@ def test_the_store_holds_exactly_what_was_written(store, opened):
     other = store.add("other", description="kept")
     library = opened()
     for asset in wanted(library):
-        assert library.write(asset, ids[asset.id]) is True
+        assert library.write(asset, ids[asset.id], NOTE) is True
     assert {id: store.text(id) for id in ids} == ids
     assert store.text(other) == "kept"
 
@@ -351,7 +358,7 @@ def test_what_was_written_is_listed_as_written(store, opened):
     store.add()
     library = opened("-o")
     [before] = listing(library)
-    library.write(before, TEXTS["emoji"])
+    library.write(before, TEXTS["emoji"], NOTE)
     [after] = listing(library)
     assert (after.id, after.description) == (before.id, TEXTS["emoji"])
 
@@ -361,7 +368,7 @@ def test_another_worker_can_write_what_one_has_listed(store, opened):
     [asset] = listing(opened())
     worker = opened()
     assert worker.preview(asset) != b""
-    assert worker.write(asset, "By a worker.") is True
+    assert worker.write(asset, "By a worker.", NOTE) is True
     assert store.text(id) == "By a worker."
 
 
@@ -369,7 +376,7 @@ def test_the_listed_text_is_replaced(store, opened):
     ids = [store.add(description=listed) for listed in ("", " \n", "old text")]
     library = opened("-o")
     for asset in listing(library):
-        assert library.write(asset, f"New text for {asset.id}.") is True
+        assert library.write(asset, f"New text for {asset.id}.", NOTE) is True
     assert [store.text(id) for id in ids] == [f"New text for {id}." for id in ids]
 
 
@@ -381,9 +388,10 @@ def test_what_somebody_typed_meanwhile_is_left_alone(store, opened):
     for id, text in typed.items():
         store.others_write(id, text)
     stamps = {id: store.stamp(id) for id in typed}
-    assert [library.write(asset, "Too late.") for asset in assets] == [False] * 4
+    assert [library.write(asset, "Too late.", NOTE) for asset in assets] == [False] * 4
     assert {id: store.text(id) for id in typed} == typed
     assert {id: store.stamp(id) for id in typed} == stamps
+    assert [store.notes(id) for id in typed] == [{}] * 4
 
 
 def test_writing_twice_is_one_write(store, opened):
@@ -391,9 +399,9 @@ def test_writing_twice_is_one_write(store, opened):
     library = opened()
     [asset] = listing(library)
     untouched = store.stamp(id)
-    assert library.write(asset, "Once.") is True
+    assert library.write(asset, "Once.", NOTE) is True
     written = store.stamp(id)
-    assert library.write(asset, "Once.") is True
+    assert library.write(asset, "Once.", NOTE) is True
     assert store.stamp(id) == written != untouched
 
 
@@ -404,9 +412,10 @@ def test_a_photo_taken_away_meanwhile_is_gone(store, opened, fate):
     [asset] = listing(library)
     getattr(store, fate)(id)
     with pytest.raises(ia.Gone):
-        library.write(asset, "Too late.")
+        library.write(asset, "Too late.", NOTE)
     if fate != "delete":
         assert store.text(id) == ""
+        assert store.notes(id) == {}
 
 
 # trouble
@@ -423,7 +432,8 @@ def test_a_library_that_vanished_raises_only_errors_of_ours(store, opened, monke
         "page": lambda: library.page(cursor),
         "first page": lambda: library.page(None),
         "total": library.total,
-        "write": lambda: library.write(asset, "Never written."),
+        "write": lambda: library.write(asset, "Never written.", NOTE),
+        "remember": lambda: library.remember([(asset, NOTE)]),
     }
     for _ in range(2):  # the second time there is no connection left to lose
         for call in calls.values():

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice, pairwise
 
 import pytest
-from test_stream import Jobs, Listing, away, hiccup, photo, state_of
+from test_stream import Desk, Jobs, Listing, away, hiccup, nothing_to_confirm, photo, state_of
 
 import immich_analyze as ia
 
@@ -62,8 +62,8 @@ def service(stop, config):
     return make
 
 
-def ids(jobs):
-    return [job.asset.id for job in jobs]
+def ids(turns):
+    return [job.asset.id for jobs in turns for job in jobs]
 
 
 class Day:
@@ -84,13 +84,13 @@ class Day:
 
         stop.nap = eventful_nap
         news = ia.Newsreader(library, state)
-        jobs = ia.stream(state, [listing] if listing else [], news, None)
+        turns = ia.stream(state, ia.Listings(*[listing] if listing else []), news, None)
 
         def noting(job):
             self.done.append((round(stop.now - self.began, 2), job.asset.id))
             return analyze(job)
 
-        self.work = lambda: ia.work(jobs, noting, state)
+        self.work = lambda: ia.work(turns, noting, nothing_to_confirm, state)
 
     def at(self, seconds, happens):
         self.events.append((self.began + seconds, happens))
@@ -153,7 +153,7 @@ def test_what_has_a_description_is_no_news(service, library):
 def test_arrivals_overtake_the_backlog(service, library):
     state = service("-c", "--api-poll-interval", "10")
     backlog = [ia.Job(photo(n)) for n in range(100, 110)]
-    stream = ia.stream(state, [Jobs(backlog)], ia.Newsreader(library, state), None)
+    stream = ia.stream(state, ia.Listings(Jobs(backlog)), ia.Newsreader(library, state), None)
     assert ids(islice(stream, 2)) == ["100", "101"]
     library.arrive(photo(1), photo(2))
     assert ids(islice(stream, 1)) == ["102"]
@@ -178,8 +178,31 @@ def test_overwriting_does_each_arrival_once(service, library):
 def test_a_batch_has_no_news_and_ends(stop, config):
     state = state_of(config(), stop, None, lasting=0)
     jobs = [ia.Job(photo(n)) for n in range(3)]
-    assert list(ia.stream(state, [Jobs(jobs)], None, None)) == jobs
+    done = []
+    for turn in ia.stream(state, ia.Listings(Jobs(jobs)), None, None):
+        done.append(turn)
+        state.tally.hand(-1)
+    assert done == [[job] for job in jobs]
     assert stop.waits == []
+
+
+def test_a_batch_ends_only_when_nothing_is_in_hand_or_to_be_read_back(stop, config):
+    state = state_of(config(), stop, None, lasting=0)
+    jobs = [ia.Job(photo(n)) for n in range(3)]
+    stream = ia.stream(state, ia.Listings(Jobs(jobs)), None, None)
+    assert [next(stream) for _ in jobs] == [[job] for job in jobs]
+    began, nap = stop.now, stop.nap
+
+    def finish_one(seconds):
+        nap(seconds)
+        if state.tally.in_hand:
+            state.checks.add(jobs[state.tally.hand(-1)])
+
+    stop.nap = finish_one
+    assert next(stream) == [jobs[2], jobs[1], jobs[0]]
+    assert state.tally.hand(-1) == 0
+    assert stop.now - began <= 3 * state.config.api_poll_interval + ia.CHECK_PAUSE
+    assert list(stream) == []
 
 
 @pytest.mark.parametrize("error", [away(), hiccup()], ids=["away", "hiccup"])
@@ -217,7 +240,9 @@ def test_sweeps_are_made_while_the_backlog_lasts(service, library):
     library.photos.append((library.clock() - timedelta(hours=1), photo(1)))
     backlog = Jobs([ia.Job(photo(n)) for n in range(1000, 1500)])
     found = []
-    for job in islice(ia.stream(state, [backlog], ia.Newsreader(library, state), None), 300):
+    for [job] in islice(
+        ia.stream(state, ia.Listings(backlog), ia.Newsreader(library, state), None), 300
+    ):
         found.append(job.asset.id)
         state.stop.now += 600  # a model takes its time
     assert found.index("1") == 6
@@ -342,35 +367,15 @@ def test_what_goes_on_failing_is_left_for_a_day(service, library, error, tries):
 
 def test_a_text_that_could_not_be_stored_is_kept(service, library):
     """The model is not asked again for what it said."""
-    asked, writes = [], iter([False, False, True])
-
-    class Desk:
-        def find(self, asset):
-            return photo(1)
-
-        def preview(self, asset):
-            return b"\xff\xd8\xff picture \xff\xd9"
-
-        def describe(self, picture):
-            asked.append(picture)
-            return "A lake."
-
-        def write(self, asset, text):
-            assert (asset.id, text) == ("1", "A lake.")
-            nonlocal tries
-            tries += 1
-            if tries <= ia.VALUABLE_TRIES * 2:
-                raise hiccup()
-            return True
-
-    tries, desk = 0, Desk()
+    desk = Desk(writes=[*[hiccup()] * (ia.VALUABLE_TRIES * 2), True], found=[""] * 2)
     state = service("-c")
     day = Day(state, library, lambda job: ia.analyze(job, desk, desk, state))
     library.arrive(photo(1))
     day.until(3000)
-    assert len(asked) == 1
+    writes = ["write A photo."] * ia.VALUABLE_TRIES
+    assert desk.said == ["preview", "describe", *writes, "find", *writes, "find", writes[0]]
     assert state.tally.counts == {"failed": 1, "described": 1}
-    assert writes
+    assert desk.noted == []
 
 
 # sweeps
@@ -480,7 +485,7 @@ def test_photos_that_only_the_feed_finds_are_noticed(service, library, stop, sin
     """A watch that has been there since before the last look should have told of them."""
     state = service("-m", "--api-poll-interval", "10")
     watch = Watch(stop.now + since)
-    stream = ia.stream(state, [], ia.Newsreader(library, state), watch)
+    stream = ia.stream(state, ia.Listings(), ia.Newsreader(library, state), watch)
     stop.now += 100
     library.arrive(photo(1))
     assert ids(islice(stream, 1)) == ["1"]
@@ -528,7 +533,8 @@ def test_ids_are_a_set_in_eight_bytes_each():
 
 
 def test_the_reasons_are_counted(service, library):
-    fates = {"1": hiccup(), "2": KeyError(), "3": ia.Gone("photo_gone"), "4": ia.Outcome.SKIPPED}
+    gone = {"3": ia.Gone("photo_gone"), "4": ia.Gone("has_description")}
+    fates = {"1": hiccup(), "2": KeyError(), **gone}
 
     def analyze(job):
         fate = fates.get(job.asset.id, ia.Outcome.DESCRIBED)

@@ -19,6 +19,7 @@ import pytest
 import sandbox
 import servers
 import tiny_vlm
+from conftest import check_note
 from servers import CUT, Answer, FakeImmich, FakeKey, FakeLlamaCpp, FakeOllama, FakeServer, Reply
 
 import immich_analyze as ia
@@ -64,18 +65,29 @@ class ApiWorld:
     def writes(self) -> list[tuple[str, str]]:
         """Each description the server took from the tool; empty updates ask who owns a photo."""
         puts = (put for put in self.server.find("PUT", "/api/assets/") if put.status == 200)
-        return [(put.params["id"], put.json["description"]) for put in puts if put.json]
+        puts = (put for put in puts if put.operation.name == "updateAsset" and put.json)
+        return [(put.params["id"], put.json["description"]) for put in puts]
 
     def state(self) -> State:
-        """Every asset with all its fields; `updated` says only that somebody wrote."""
-        own = {"rendered", "updated"}
+        """Every asset with all its fields; `updated` and `put` say only that somebody wrote."""
+        own = {"rendered", "updated", "put"}
         return {
             id: {name: value for name, value in vars(asset).items() if name not in own}
             for id, asset in self.server.assets.items()
         }
 
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """All that clients keep with each photo, by key."""
+        return {asset.id: dict(asset.notes) for asset in self.server.assets.values()}
+
     def changes_since(self, before: State) -> State:
-        return differences(before, self.state())
+        """What became of the assets; with a description goes its note."""
+        changes = differences(before, self.state())
+        for fields in changes.values():
+            check_note(fields.pop("notes"), fields["description"])
+            assert fields.pop("noted").keys() == {ia.KEY}
+            assert fields.pop("xmp") == fields["description"]
+        return changes
 
     def begin(self, trouble: str) -> None:
         """Be away, in one of several ways."""
@@ -144,14 +156,22 @@ class SqlWorld:
             for (row,) in self.photos.run(f'SELECT to_jsonb(t) FROM "{table}" t')
         }
 
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """All that clients keep with each photo, by key."""
+        return {id: self.photos.notes(id) for id in self.texts()}
+
     def changes_since(self, before: State) -> State:
-        """What became of the rows; a description is locked and stamped as it is written."""
-        changes = {}
-        for (table, _, id, _), columns in differences(before, self.state()).items():
+        """What became of the rows; a description is locked and stamped, and has its note."""
+        after, changes = self.state(), {}
+        notes = {key: after.pop(key) for key in after.keys() - before.keys()}
+        assert {table for table, *_ in notes} <= {"asset_metadata"}
+        for (table, _, id, _), columns in differences(before, after).items():
             assert table == self.photos.tables["exif"]
             assert columns.pop("lockedProperties") == ["description"]
             assert columns.keys() == {"description", "updatedAt", "updateId"}
             changes[id] = {"description": columns["description"]}
+            check_note(self.photos.notes(id), columns["description"])
+        assert sorted(row["assetId"] for row in notes.values()) == sorted(changes)
         return changes
 
     def begin(self, _: str) -> None:
@@ -349,17 +369,20 @@ def listings(server: FakeImmich) -> Counter[str]:
     return Counter(search.json["visibility"] for search in server.find("POST", "/search/metadata"))
 
 
-def test_the_api_is_asked_three_times_for_each_described_photo(api, immich, ollama, command):
+def test_the_api_is_asked_four_times_for_each_described_photo(api, immich, ollama, command):
     immich.keys[immich.key] = FakeKey("alice", [*servers.MINIMAL, "user.read"])
     wanted = fill(api, 50)
     for picture in (servers.picture("red"), servers.picture("blue")):
         api.add(picture=picture, description="By a person.")
     assert command(*api.argv, *asking(ollama)).returncode == 0
     asked = Counter(exchange.operation.name for exchange in immich.exchanges)
-    at_start = ("getServerVersion", "getMyApiKey", "getMyUser")
-    each = ("viewAsset", "getAssetInfo", "updateAsset")
-    assert asked.pop("searchAssets") == listings(immich).total()
-    assert asked == dict.fromkeys(at_start, 1) | dict.fromkeys(each, 50)
+    each = ("viewAsset", "getAssetMetadataByKey", "getAssetInfo", "updateAsset")
+    searches = [search.json for search in immich.find("POST", "/search/metadata")]
+    assert asked.pop("searchAssets") == len(searches)
+    once = {"getServerVersion": 2, "getMyApiKey": 1, "getMyUser": 1, "updateBulkAssetMetadata": 1}
+    assert asked == once | dict.fromkeys(each, 50)
+    read_back = [search["visibility"] for search in searches if "updatedAfter" in search]
+    assert read_back == ["timeline"]  # where all of them were found
     for call in each:
         ids = [x.params["id"] for x in immich.exchanges if x.operation.name == call]
         assert sorted(ids) == sorted(wanted)
@@ -516,6 +539,9 @@ def test_a_bad_preview_costs_only_its_photo(library, ollama, command):
     assert last.startswith(tally(described=3, failed=4))
     assert library.texts() == dict.fromkeys(ids.values(), "") | good
     assert ollama.count(*CHATS) == 3
+    notes = library.notes()
+    failed = {id: notes[id][ia.KEY]["failed"] for id in ids.values() if notes[id]}
+    assert failed == {ids["words.jpg"]: "preview_unknown"}  # the others may pass
 
 
 @pytest.mark.parametrize(
@@ -554,6 +580,10 @@ def test_a_key_that_is_revoked_stops_only_the_photos_of_its_user(command, immich
     assert line == (ia.t("key_refused", number=1, why=refusal) if keys == 2 else refusal)
     assert {immich.assets[id].description for id in mine} == {""}
     assert all(immich.assets[id].description for id in theirs) == (keys == 2)
+    if keys == 2:
+        assert tool.said[-1].startswith(tally(described=12, skipped=12))
+        for asset in map(immich.assets.get, theirs):
+            check_note(asset.notes, asset.description)
 
 
 def test_webp_reaches_the_model_as_jpeg(library, model, command):
@@ -664,6 +694,9 @@ def test_an_unusable_answer_fails_its_photo_after_three_tries(api, model, comman
     good_one = ia.good_picture().base64
     asked = [exchange for exchange in model.find(*CHATS) if good_one not in str(exchange.json)]
     assert len(asked) == 2 + 3 * len(UNUSABLE)
+    notes = api.notes()
+    failed = {name: notes[id][ia.KEY]["failed"] for name, id in ids.items()}
+    assert failed == {name: key for name, (_, key) in UNUSABLE.items()}
 
 
 def test_what_an_answer_has_too_much_is_taken_away(api, model, command):
@@ -693,6 +726,7 @@ def test_what_a_person_types_meanwhile_stays(library, ollama):
     assert tool.said[-1].startswith(tally(skipped=1))
     assert library.texts() == {id: "Our first car."}
     assert library.writes() == []
+    assert library.notes() == {id: {}}
 
 
 @pytest.mark.parametrize("fate", ["trash", "delete"])

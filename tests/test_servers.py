@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import threading
 from datetime import UTC, datetime, timedelta
@@ -10,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import requests
 from servers import (
+    BODY_LIMIT,
     CONTRACTS,
     CUT,
     EVERYTHING,
@@ -72,6 +74,24 @@ def call(session):
         return session.request(method, f"{immich.url}/api{path}", timeout=PATIENCE, **more)
 
     return send
+
+
+class Clock:
+    """The time of a fake: it stands still but for what a test lets pass."""
+
+    def __init__(self):
+        self.moment = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def __call__(self):
+        return self.moment
+
+    def wait(self, seconds):
+        self.moment += timedelta(seconds=seconds)
+
+
+@pytest.fixture
+def clock():
+    return Clock()
 
 
 def search(call, immich, **wanted):
@@ -363,13 +383,55 @@ def test_permissions_count_from_1_137_on(run, call, version, enforced):
     assert reply.status_code == (403 if enforced else 200)
 
 
-@pytest.mark.parametrize(("version", "status"), [("2.4.1", 400), ("2.7.5", 200)])
-def test_notes_take_any_key_from_2_5_on(run, call, version, status):
+@pytest.mark.parametrize(
+    ("version", "key", "status"),
+    [
+        ("1.135.3", "mobile-app", 404),
+        ("1.144.1", "mobile-app", 200),
+        ("1.144.1", "immich-analyze", 400),
+        ("2.4.1", "mobile-app", 200),
+        ("2.4.1", "immich-analyze", 400),
+        ("2.7.5", "immich-analyze", 200),
+    ],
+)
+def test_notes_take_any_key_from_2_5_on(run, call, version, key, status):
     immich = run(FakeImmich(version))
     asset = immich.add()
-    items = [{"key": "immich-analyze", "value": {"v": 1}}]
+    items = [{"key": key, "value": {"v": 1}}]
     reply = call(immich, "PUT", f"/assets/{asset.id}/metadata", json={"items": items})
     assert reply.status_code == status
+    assert bool(asset.notes) == (status == 200)
+    if status == 400:
+        said = "items.0.key must be one of the following values: mobile-app"
+        assert reply.json()["message"] == [said]
+        assert "items/0/key" in complaint(immich)
+    else:
+        immich.check()
+
+
+def test_notes_of_many_are_written_together_or_not_at_all(run, call):
+    immich = run(FakeImmich())
+    mine, his = immich.add_many(2), immich.add(owner=STRANGER)
+
+    def put(*assets):
+        items = [{"assetId": asset.id, "key": "k", "value": {"v": 1}} for asset in assets]
+        return call(immich, "PUT", "/assets/metadata", json={"items": items})
+
+    assert put(*mine, his).status_code == 400
+    assert not any(asset.notes for asset in (*mine, his))
+    assert [note["assetId"] for note in put(*mine).json()] == [asset.id for asset in mine]
+    assert [asset.notes for asset in mine] == [{"k": {"v": 1}}] * 2
+    immich.check()
+
+
+@pytest.mark.parametrize("version", IMMICH_VERSIONS)
+def test_notes_of_many_are_known_from_2_5_on(run, call, version):
+    immich = run(FakeImmich(version))
+    items = [{"assetId": immich.add().id, "key": "k", "value": {"v": 1}}]
+    reply = call(immich, "PUT", "/assets/metadata", json={"items": items})
+    assert reply.status_code == (200 if immich.version >= (2, 5) else 400)
+    if reply.ok:
+        immich.check()
 
 
 def test_notes_are_kept_replaced_and_deleted(run, call):
@@ -386,12 +448,27 @@ def test_notes_are_kept_replaced_and_deleted(run, call):
     immich.check()
 
 
-def test_a_huge_body_fails(run, call):
+@pytest.mark.parametrize(("more", "status"), [(0, 200), (1, 500)])
+def test_a_description_may_be_as_long_as_a_body(run, call, more, status):
     immich = run(FakeImmich())
-    asset = immich.add()
-    text = "x" * 11_000_000
+    asset = immich.add(description="old")
+    text = "x" * (BODY_LIMIT + more - len(json.dumps({"description": ""})))
     reply = call(immich, "PUT", f"/assets/{asset.id}", json={"description": text})
-    assert reply.status_code == 500
+    assert reply.status_code == status
+    assert asset.description == (text if status == 200 else "old")
+    if status == 500:
+        assert reply.json() == {"message": "Internal server error"}
+    immich.check()
+
+
+def test_a_description_with_a_nul_is_not_stored(run, call):
+    immich = run(FakeImmich())
+    asset = immich.add(description="old")
+    reply = call(immich, "PUT", f"/assets/{asset.id}", json={"description": "a\0b"})
+    assert (reply.status_code, reply.json()) == (500, {"message": "Failed to update asset"})
+    assert asset.description == "old"
+    assert immich.hasty == []
+    immich.check()
 
 
 def test_immich_below_a_path(run, call):
@@ -399,6 +476,264 @@ def test_immich_below_a_path(run, call):
     assert immich.url.endswith("/photos")
     assert call(immich, "GET", "/server/ping").json() == {"res": "pong"}
     assert call(immich, "GET", "/nope").json() == {"message": "Cannot GET /api/nope"}
+
+
+# --- What becomes of a description -----------------------------------------------------------
+
+LIBRARY = "0b6b3e65-5f3a-4f0a-9a3d-3f1c6f0f5a11"
+
+
+@pytest.fixture
+def describe(call):
+    """Send a description as a client does; gives the one in the answer."""
+
+    def send(immich, asset, text):
+        reply = call(immich, "PUT", f"/assets/{asset.id}", json={"description": text})
+        assert reply.status_code == 200, reply.text
+        return reply.json()["exifInfo"]["description"]
+
+    return send
+
+
+def shown(call, immich, asset):
+    """The descriptions that a client sees: one photo's answer, and a search's."""
+    (item,) = search(call, immich, id=asset.id, withExif=True)["items"]
+    alone = call(immich, "GET", f"/assets/{asset.id}").json()
+    return {alone["exifInfo"]["description"], item["exifInfo"]["description"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (" \n A cat.\u00a0\n", "A cat."),
+        ("1.50", "1.5"),
+        ("2.00", "2"),
+        ("12345", "12345"),
+        ("007.50", "007.50"),
+        ("1.50 m", "1.50 m"),
+        ("One\n\ttwo <&> \U0001f408", "One\n\ttwo <&> \U0001f408"),
+        ("   ", ""),
+    ],
+)
+@pytest.mark.parametrize("version", ["1.144.1", "2.7.5", "3.1.0"])
+def test_a_text_goes_through_a_file_soon_after_it_was_stored(
+    run, call, clock, describe, version, text, kept
+):
+    immich = run(FakeImmich(version, now=clock))
+    asset = immich.add()
+    search(call, immich, withExif=True)
+    assert describe(immich, asset, text) == text
+    assert (asset.description, shown(call, immich, asset)) == (text, {text})
+    clock.wait(0.099)
+    assert (asset.description, shown(call, immich, asset)) == (text, {text})
+    clock.wait(0.001)
+    assert shown(call, immich, asset) == {kept}
+    assert asset.description == kept
+    immich.check()
+
+
+def test_the_delay_can_be_chosen_and_the_answer_never_waits_for_it(run, clock, describe):
+    immich = run(FakeImmich(now=clock, sidecar_delay=0))
+    asset = immich.add()
+    assert describe(immich, asset, " now ") == " now "
+    assert asset.description == "now"
+    clock.wait(1)
+    immich.sidecar_delay = 5
+    describe(immich, asset, " late ")
+    clock.wait(4)
+    assert asset.description == " late "
+    clock.wait(1)
+    assert asset.description == "late"
+
+
+def test_a_photo_is_updated_again_when_its_text_comes_back(run, call, clock, describe):
+    immich = run(FakeImmich(now=clock))
+    asset = immich.add()
+    clock.wait(10)
+    describe(immich, asset, "A cat.")
+    stored = asset.updated
+    assert stored == clock()
+    after = (stored + timedelta(milliseconds=1)).isoformat()
+    assert names(call, immich, updatedAfter=after) == []
+    clock.wait(60)
+    assert names(call, immich, updatedAfter=after) == [asset.name]
+    assert asset.updated == stored + timedelta(seconds=0.1)
+    (item,) = search(call, immich)["items"]
+    assert item["updatedAt"] == "2026-01-01T00:00:10.100Z"
+
+
+@pytest.mark.parametrize("camera", ["", "By the camera"])
+@pytest.mark.parametrize("version", IMMICH_VERSIONS)
+def test_a_library_that_can_only_be_read_loses_texts_except_on_2_4(
+    run, call, clock, describe, version, camera
+):
+    immich = run(FakeImmich(version, now=clock))
+    asset = immich.add(read_only=True, library_id=LIBRARY, camera=camera)
+    assert shown(call, immich, asset) == {camera}
+    assert describe(immich, asset, "A cat. ") == "A cat. "
+    assert asset.description == "A cat. "
+    clock.wait(0.1)
+    # On 2.4 the lock outlasts the write, and the text is not even trimmed.
+    assert asset.description == ("A cat. " if version == "2.4.1" else camera)
+    assert shown(call, immich, asset) == {asset.description}
+    assert search(call, immich)["items"][0]["libraryId"] == LIBRARY
+    immich.check()
+
+
+def test_a_text_over_the_cameras_stays_where_immich_may_write(run, call, clock, describe):
+    immich = run(FakeImmich(now=clock))
+    asset = immich.add(camera="By the camera", library_id=LIBRARY)
+    for text in ("A cat.", ""):
+        clock.wait(1)
+        describe(immich, asset, text)
+        clock.wait(1)
+        assert asset.description == text
+        immich.refresh_metadata(asset)
+        assert asset.description == text
+    assert call(immich, "GET", f"/assets/{immich.add().id}").json()["libraryId"] is None
+
+
+@pytest.mark.parametrize(
+    ("pause", "kept"), [(0, "first"), (0.029, "first"), (0.03, "second"), (0.2, "second")]
+)
+@pytest.mark.parametrize("delay", [0.01, 0.1])
+def test_a_second_text_at_once_is_lost(run, call, clock, describe, pause, kept, delay):
+    immich = run(FakeImmich(now=clock, sidecar_delay=delay))
+    asset, other = immich.add_many(2)
+    describe(immich, asset, "first")
+    clock.wait(pause)
+    describe(immich, other, "of another photo")
+    assert describe(immich, asset, "second") == "second"
+    assert asset.description == "second"
+    clock.wait(delay)
+    assert asset.description == kept
+    assert shown(call, immich, asset) == {kept}
+    assert other.description == "of another photo"
+    assert immich.count("PUT", "/assets/") == 3
+    assert immich.hasty == [asset.id]
+    immich.check()
+
+
+def test_of_many_texts_at_once_the_first_is_kept_and_the_next_is_stored(run, clock, describe):
+    immich = run(FakeImmich(now=clock))
+    asset = immich.add()
+    for text in ("one", "two", "three"):
+        describe(immich, asset, text)
+        clock.wait(0.02)
+    clock.wait(1)
+    assert asset.description == "one"
+    describe(immich, asset, "four")
+    clock.wait(1)
+    assert asset.description == "four"
+    assert immich.hasty == [asset.id] * 2
+
+
+def test_what_is_sent_again_within_a_second_is_noted_once_it_took_effect(
+    run, call, clock, describe
+):
+    immich = run(FakeImmich(now=clock))
+    asset = immich.add()
+    immich.script("PUT", "/assets/", RESET, Reply(502), CUT)
+    for _ in range(3):
+        with contextlib.suppress(requests.RequestException):
+            call(immich, "PUT", f"/assets/{asset.id}", json={"description": "A cat."})
+    assert immich.hasty == []
+    clock.wait(0.999)
+    assert call(immich, "PUT", f"/assets/{asset.id}", json={}).ok
+    describe(immich, asset, "A cat.")
+    assert immich.hasty == [asset.id]
+    clock.wait(1)
+    describe(immich, asset, "A cat.")
+    assert immich.hasty == [asset.id]
+    immich.check()
+
+
+def test_what_a_test_writes_is_there_for_good(run, clock, describe):
+    immich = run(FakeImmich(now=clock))
+    asset = immich.add(description="old")
+    immich.refresh_metadata(asset)
+    assert asset.description == "old"
+    describe(immich, asset, "By the client.")
+    asset.description = "By a person."
+    clock.wait(1)
+    assert asset.description == "By a person."
+    immich.refresh_metadata(asset)
+    assert asset.description == "By a person."
+
+
+@pytest.mark.parametrize(
+    ("version", "fields", "kept"),
+    [
+        ("3.1.0", {"read_only": True}, "By the camera"),
+        ("3.1.0", {"read_only": True, "locked": True}, "Typed."),
+        ("3.1.0", {"read_only": True, "xmp": "Beside it"}, "Beside it"),
+        ("3.1.0", {}, "Typed."),
+        ("1.144.1", {"read_only": True}, "By the camera"),
+    ],
+)
+def test_the_files_are_read_again_at_an_administrators_wish(
+    run, call, clock, version, fields, kept
+):
+    immich = run(FakeImmich(version, now=clock))
+    asset = immich.add(description="Typed.", camera="By the camera", **fields)
+    assert shown(call, immich, asset) == {"Typed."}
+    clock.wait(5)
+    immich.refresh_metadata(asset)
+    assert shown(call, immich, asset) == {kept}
+    assert asset.updated == clock()
+
+
+@pytest.mark.parametrize(
+    ("version", "during"), [("1.144.1", ""), ("2.4.1", "new"), ("3.1.0", "new")]
+)
+def test_reading_the_files_again_does_not_overtake_a_text_on_its_way(
+    run, clock, describe, version, during
+):
+    immich = run(FakeImmich(version, now=clock))
+    asset = immich.add()
+    describe(immich, asset, "new")
+    immich.refresh_metadata(asset)
+    assert asset.description == during
+    clock.wait(1)
+    immich.refresh_metadata(asset)
+    assert (asset.updated, asset.description) == (clock(), "new")
+
+
+def test_a_write_and_reading_the_files_make_an_exif_row(run, call, describe):
+    immich = run(FakeImmich())
+    written, read = immich.add(exif=False), immich.add(exif=False, camera="By the camera")
+    assert search(call, immich, withExif=True)["items"] == []
+    describe(immich, written, "A cat.")
+    assert shown(call, immich, written) == {"A cat."}
+    immich.refresh_metadata(read)
+    assert shown(call, immich, read) == {"By the camera"}
+
+
+def test_a_photo_may_be_deleted_while_its_text_is_on_its_way(run, call, clock, describe):
+    immich = run(FakeImmich(now=clock))
+    asset = immich.add()
+    describe(immich, asset, "A cat. ")
+    del immich.assets[asset.id]
+    clock.wait(1)
+    assert names(call, immich) == []
+    immich.check()
+
+
+def test_an_asset_starts_with_what_its_files_say(run, call):
+    immich = run(FakeImmich())
+    for fields in ({"camera": " a "}, {"camera": "b", "xmp": "a"}, {"camera": "b", "xmp": ""}):
+        asset = immich.add(**fields)
+        wanted = "a" if asset.xmp != "" else ""
+        assert asset.description == wanted
+        assert shown(call, immich, asset) == {wanted}
+
+
+def test_a_write_takes_the_lock_off_what_cannot_be_kept(run, clock, describe):
+    immich = run(FakeImmich(now=clock))
+    asset = immich.add(read_only=True, locked=True, description="By SQL.")
+    describe(immich, asset, "By the client.")
+    clock.wait(1)
+    assert (asset.description, asset.locked) == ("", False)
 
 
 # --- What check() says -----------------------------------------------------------------------
@@ -426,6 +761,7 @@ def complaint(fake):
         ("GET", "/assets/{id}/thumbnail?size=fullsize", {}, "no fullsize pictures"),
         ("GET", "/assets/{id}/thumbnail?sise=preview", {}, "no query parameter sise"),
         ("GET", "/assets/1", {}, '"1" is not a "uuid"'),
+        ("PUT", "/assets/metadata", {"json": {"items": [{"id": "1"}]}}, "'id' was unexpected"),
         ("GET", "/assets/{id}/thumbnial", {}, "no call of the contract"),
         ("GET", "/server/ping", {"data": b"x"}, "takes no body"),
     ],

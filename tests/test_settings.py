@@ -59,6 +59,10 @@ PROMPT = (
 DEFAULTS = {
     "mode": ia.Mode.BATCH,
     "policy": ia.Policy.NONE,
+    "preserve_human": False,
+    "retry_failed": False,
+    "undo": False,
+    "dry_run": False,
     "access": ia.Access.DATABASE,
     "access_ambiguous": False,
     "immich_root": Path("/var/lib/immich"),
@@ -129,6 +133,10 @@ OPTIONS = [
     Option(
         *("--mode", "IMMICH_ANALYZE_MODE", "mode"),
         *("monitor", ia.Mode.MONITOR, "Combined", ia.Mode.COMBINED),
+    ),
+    Option(
+        *("--overwrite-policy", "IMMICH_ANALYZE_OVERWRITE_POLICY", "policy"),
+        *("all", ia.Policy.ALL, "Outdated", ia.Policy.OUTDATED),
     ),
     Option(
         *("--data-access-mode", "IMMICH_ANALYZE_DATA_ACCESS_MODE", "access"),
@@ -220,6 +228,9 @@ def test_flag_beats_variable_beats_file(settings, option):
 
 SWITCHES = [
     ("overwrite-existing", "policy", ia.Policy.ALL, ia.Policy.NONE),
+    ("preserve-human", "preserve_human", True, False),
+    ("disable-ai-wrapper", "preserve_human", False, False),  # the default, said aloud
+    ("retry-failed", "retry_failed", True, False),
     ("think", "think", True, False),
     ("wait-for-immich", "wait_for_immich", True, False),
     ("final-output", "final_output", True, False),
@@ -253,6 +264,27 @@ def test_a_switch_can_be_set_back(settings, name, field, on, off):
     ("argv", "environ", "file", "field", "value"),
     [
         (["-o"], {}, "", "policy", ia.Policy.ALL),
+        (["-O", "missing-ai"], {}, "", "policy", ia.Policy.MISSING_AI),
+        (["-O", "none"], {}, "overwrite-existing", "policy", ia.Policy.NONE),
+        (
+            [],
+            {
+                "IMMICH_ANALYZE_OVERWRITE_EXISTING": "true",
+                "IMMICH_ANALYZE_OVERWRITE_POLICY": "outdated",
+            },
+            "",
+            "policy",
+            ia.Policy.OUTDATED,
+        ),
+        (["-o"], {"IMMICH_ANALYZE_OVERWRITE_POLICY": "outdated"}, "", "policy", ia.Policy.ALL),
+        (["-p"], {}, "", "preserve_human", True),
+        (["-O", "missing-ai"], {}, "", "preserve_human", True),
+        (["-O", "missing-ai", "--no-preserve-human"], {}, "", "preserve_human", True),
+        (["-O", "outdated"], {}, "", "preserve_human", False),
+        (["--undo"], {}, "", "undo", True),
+        (["--undo"], {}, "", "policy", ia.Policy.ALL),
+        (["--undo"], {}, "", "retry_failed", True),
+        (["--undo", "--dry-run"], {}, "", "dry_run", True),
         (["-d", "database"], API, "", "access", ia.Access.DATABASE),
         (["-m"], {}, "", "mode", ia.Mode.MONITOR),
         (["--monitor"], {}, "", "mode", ia.Mode.MONITOR),
@@ -303,12 +335,15 @@ def test_an_empty_variable_counts_as_unset(config, empty):
     assert config(environ=dict.fromkeys(variables(), empty)) == config()
 
 
+ONLY_FLAGS = ("help", "version", "config", "monitor", "combined", "healthcheck", "undo", "dry_run")
+
+
 def test_every_option_with_a_value_has_a_variable_and_a_row_here():
     named = {"immich_api_url": "IMMICH_API_URL", "immich_api_keys": "IMMICH_API_KEY"}
     twins = {"immich_api_keys_file": "IMMICH_API_KEY_FILE"}
     for action in ia.build_parser()._actions:
         option = action.option_strings[0].removeprefix("--").replace("-", "_")
-        if option in ("help", "version", "config", "monitor", "combined", "healthcheck"):
+        if option in ONLY_FLAGS:
             assert not action.env_var
         else:
             usual = f"IMMICH_ANALYZE_{option.upper()}"
@@ -642,6 +677,8 @@ def test_a_named_file_beats_the_users_which_beats_the_systems(settings, tmp_path
         ([], {"file": "timeout = soon"}, "--timeout"),
         (["--lang", "de"], {}, "--lang"),
         ([], {"IMMICH_ANALYZE_LANG": "de"}, "--lang"),
+        (["-O", "some"], {}, "--overwrite-policy"),
+        (["--undo=yes"], {}, "--undo"),
         (["--mode", "once"], {}, "--mode"),
         ([], {"IMMICH_ANALYZE_MODE": "once"}, "--mode"),
         (["-m", "-c"], {}, "--combined"),
@@ -723,6 +760,14 @@ def test_a_wrong_setting_is_told_in_the_persons_language(refused, argv, more, na
         (["--api-key-file", "/"], {}, "unreadable_file", {"file": "/"}),
         ([], {"IMMICH_API_KEY_FILE": "/no/such"}, "unreadable_file", {"file": "/no/such"}),
         ([], {"DB_PASSWORD_FILE": "/no/such"}, "unreadable_file", {"file": "/no/such"}),
+        (["-p", "--disable-ai-wrapper"], {}, "wrapper_needed", {}),
+        (["-O", "missing-ai", "--disable-ai-wrapper"], {}, "wrapper_needed", {}),
+        (["-p"], {"IMMICH_ANALYZE_DISABLE_AI_WRAPPER": "yes"}, "wrapper_needed", {}),
+        (["-p"], {"file": "disable-ai-wrapper"}, "wrapper_needed", {}),
+        (["--undo", "-m"], {}, "undo_alone", {}),
+        (["--undo", "-c"], {}, "undo_alone", {}),
+        (["--undo"], {"IMMICH_ANALYZE_MODE": "combined"}, "undo_alone", {}),
+        (["--dry-run"], {}, "undo_alone", {}),
         (["--api-key", f"{SECRET} x"], {}, "bad_key", {"option": "--api-key"}),
         (["--api-key", f"{SECRET}\r\nx"], {}, "bad_key", {"option": "--api-key"}),
         (["--api-key", f"{SECRET}ключ"], {}, "bad_key", {"option": "--api-key"}),

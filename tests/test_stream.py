@@ -5,6 +5,7 @@ import math
 import threading
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain, repeat
 
 import pytest
@@ -14,6 +15,8 @@ import immich_analyze as ia
 
 WHOLE = servers.picture()
 CUT = WHOLE[:-20]
+DEFAULTS = ia.parse((), {})
+MODEL, PROMPT = DEFAULTS.model_name, DEFAULTS.prompt_id
 
 
 def photo(number, **fields):
@@ -64,7 +67,17 @@ def state(stop, patience, config):
 
 def state_of(config, stop, patience, lasting):
     hosts = ia.Hosts(["http://host"], 1, 60)
-    return ia.State(config, stop, hosts, patience, ia.Agenda(stop.rouse, lasting), ia.Tally())
+    agenda = ia.Agenda(stop.rouse, lasting)
+    return ia.State(config, stop, hosts, patience, agenda, ia.Checks(), ia.Tally())
+
+
+def work(assets, story, state):
+    """Have photos worked on by a library that keeps what it takes: nothing is read back."""
+    ia.work(([ia.Job(asset)] for asset in assets), story, nothing_to_confirm, state)
+
+
+def nothing_to_confirm(jobs):
+    raise AssertionError(jobs)
 
 
 class Jobs:
@@ -85,8 +98,9 @@ class Jobs:
 
 def backlog(library, state):
     """The photos to describe that a batch is given by a library."""
-    listing = ia.Listing(library, state, counts=True)
-    return (job.asset for job in ia.stream(state, [listing], None, None))
+    for [job] in ia.stream(state, ia.Listings(ia.Listing(library, state, counts=True)), None, None):
+        yield job.asset
+        state.tally.hand(-1)
 
 
 def test_pages_come_in_order_and_only_when_they_are_needed(state):
@@ -178,9 +192,9 @@ def test_a_stream_stops_between_pages_that_have_nothing_to_do(state, stop):
 def test_a_stream_that_is_stopped_while_the_library_is_away_just_ends(stop, state, sick):
     stop._after = 2
     library = Listing([photo(1)], [photo(2)], trouble={sick: repeat(away())})
-    jobs = map(ia.Job, backlog(library, state))
+    assets = backlog(library, state)
     ran = []
-    ia.work(jobs, lambda job: ran.append(job.asset) or ia.Outcome.DESCRIBED, state)
+    work(assets, lambda job: ran.append(job.asset) or ia.Outcome.DESCRIBED, state)
     assert ran == [photo(1)][:sick]
     assert stop.waits == [5, 5]
 
@@ -196,7 +210,7 @@ def test_a_worker_that_waits_does_not_hide_why_another_ended_the_run(config):
     state = state_of(config(), stop, ia.Patience(stop, pause=60, longest=math.inf), lasting=0)
 
     def lists():
-        ia.work(backlog(Away(), state), lambda _: ia.Outcome.DESCRIBED, state)
+        work(backlog(Away(), state), lambda _: ia.Outcome.DESCRIBED, state)
 
     def fails():
         assert listing_waits.wait(5)
@@ -221,11 +235,14 @@ def test_a_worker_that_waits_does_not_hide_why_another_ended_the_run(config):
     ],
 )
 def test_each_photo_is_taken_or_counted(stop, patience, config, fields, none, all):
-    for argv, fate in (((), none), (("-o",), all)):
-        state, asset = state_of(config(*argv), stop, patience, lasting=0), photo(1, **fields)
+    for policy, fate in (("none", none), ("all", all)):
+        settings, asset = config("-O", policy), photo(1, **fields)
+        state = state_of(settings, stop, patience, lasting=0)
         taken = list(backlog(Listing([asset]), state))
         assert taken == ([asset] if fate == "taken" else [])
         assert state.tally.counts == ({} if fate == "taken" else {fate: 1})
+        reason = "has_description" if fate == "skipped" else ""
+        assert state.tally.reasons == ({} if fate == "taken" else {(fate, reason): 1})
 
 
 def test_a_photo_listed_twice_is_taken_once(state):
@@ -265,7 +282,7 @@ def test_what_became_of_a_photo_is_counted_and_the_others_go_on(caplog, state, b
             raise became
         return became if job.asset.id == "2" else ia.Outcome.DESCRIBED
 
-    ia.work([ia.Job(photo(n)) for n in (1, 2, 3)], analyze, state)
+    work([photo(n) for n in (1, 2, 3)], analyze, state)
     assert state.tally.counts == Counter({"described": 2}) + Counter({outcome: 1})
     said = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(said) == (outcome == "failed")
@@ -287,7 +304,7 @@ def test_the_end_for_all_leaves_the_photo_in_hand_uncounted(state, error):
         return ia.Outcome.DESCRIBED
 
     with pytest.raises(ia.Fatal) if isinstance(error, ia.Fatal) else nullcontext():
-        ia.work([ia.Job(photo(n)) for n in (1, 2, 3)], analyze, state)
+        work([photo(n) for n in (1, 2, 3)], analyze, state)
     assert seen == ["1", "2"]
     assert state.tally.counts == {"described": 1}
 
@@ -314,9 +331,10 @@ def test_every_photo_taken_ends_in_exactly_one_outcome(state):
             raise fate
         return fate
 
-    listing = ia.Listing(library, state, counts=True)
-    ia.work(ia.Shared(ia.stream(state, [listing], None, None)), analyze, state)
+    stream = ia.stream(state, ia.Listings(ia.Listing(library, state, counts=True)), None, None)
+    ia.work(ia.Shared(stream), analyze, nothing_to_confirm, state)
     assert taken == [str(n) for n in range(60)]
+    assert tally.in_hand == 0
     assert tally.counts == {"described": 10, "skipped": 21, "failed": 30, "not_ready": 1}
 
 
@@ -485,11 +503,16 @@ def test_nobody_says_that_an_outage_is_over_which_is_not(stop, caplog, longest):
 
 
 class Desk:
-    """A library and a model in one, that note what they are asked."""
+    """A library and a model in one, that note what they are asked.
 
-    def __init__(self, previews=(WHOLE,), writes=(True,)):
-        self.said = []
-        self._previews, self._writes = iter(previews), iter(writes)
+    `found` is what a photo is found to say once a write met another text than the listed one.
+    """
+
+    must_confirm = False
+
+    def __init__(self, previews=(WHOLE,), writes=(True,), found=("by a person",)):
+        self.said, self.noted = [], []
+        self._previews, self._writes, self._found = iter(previews), iter(writes), iter(found)
 
     def _next(self, what, answers):
         self.said.append(what)
@@ -497,6 +520,12 @@ class Desk:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def recall(self, asset):
+        return asset
+
+    def find(self, asset):
+        return replace(asset, description=self._next("find", self._found), ready=True)
 
     def preview(self, asset):
         return self._next("preview", self._previews)
@@ -506,28 +535,47 @@ class Desk:
         self.said.append("describe")
         return "A photo."
 
-    def write(self, asset, text):
+    def write(self, asset, text, note):
+        assert note == ia.Note(MODEL, PROMPT, text=ia.text_id(text))
         return self._next(f"write {text}", self._writes)
 
+    def remember(self, notes):
+        self.noted += notes
 
+
+@pytest.mark.parametrize("must_confirm", [False, True])
 @pytest.mark.parametrize(
-    ("previews", "writes", "said", "outcome"),
+    ("previews", "writes", "found", "said", "outcome"),
     [
-        ([WHOLE], [True], "PDW", "described"),
-        ([WHOLE], [False], "PDW", "skipped"),
-        ([CUT, b"", WHOLE], [True], "PPPDW", "described"),
-        ([CUT, CUT + b"more", WHOLE], [True], "PPPDW", "described"),
-        ([away(), hiccup(), WHOLE], [True], "PPPDW", "described"),
-        ([WHOLE], [away(), away(), hiccup(), True], "PDWWWW", "described"),
-        ([WHOLE], [hiccup(), False], "PDWW", "skipped"),
-        ([WHOLE], [*[hiccup()] * 11, True], "PD" + "W" * 12, "described"),
+        ([WHOLE], [True], [], "PDW", "described"),
+        ([WHOLE], [False], ["by a person"], "PDWF", "skipped"),
+        ([WHOLE], [False, True], [" "], "PDWFW", "described"),
+        ([WHOLE], [False, False], ["", "by a person"], "PDWFWF", "skipped"),
+        ([WHOLE], [False] * 3, ["", " ", ""], "PDWFWFWF", "failed"),
+        ([CUT, b"", WHOLE], [True], [], "PPPDW", "described"),
+        ([CUT, CUT + b"more", WHOLE], [True], [], "PPPDW", "described"),
+        ([away(), hiccup(), WHOLE], [True], [], "PPPDW", "described"),
+        ([WHOLE], [away(), away(), hiccup(), True], [], "PDWWWW", "described"),
+        ([WHOLE], [hiccup(), False], ["by a person"], "PDWWF", "skipped"),
+        ([WHOLE], [*[hiccup()] * 11, True], [], "PD" + "W" * 12, "described"),
     ],
 )
-def test_the_model_is_asked_once_whatever_the_library_does(state, previews, writes, said, outcome):
-    desk = Desk(previews, writes)
-    assert ia.analyze(ia.Job(photo(1)), desk, desk, state) == outcome
-    words = {"P": "preview", "D": "describe", "W": "write A photo."}
+def test_the_model_is_asked_once_whatever_the_library_does(
+    state, previews, writes, found, said, outcome, must_confirm
+):
+    desk, job = Desk(previews, writes, found), ia.Job(photo(1))
+    desk.must_confirm = must_confirm
+    became, error = ia.attempt(lambda: ia.analyze(job, desk, desk, state))
+    words = {"P": "preview", "D": "describe", "W": "write A photo.", "F": "find"}
     assert desk.said == [words[letter] for letter in said]
+    assert desk.noted == []
+    if outcome == "described":
+        assert became == (None if must_confirm else "described")
+        assert (job.stored, error) == ("A photo.", None)
+    else:
+        assert became == outcome
+        assert error.key == {"skipped": "has_description", "failed": "changed"}[outcome]
+        assert job.stored == ""
 
 
 def test_a_text_that_cannot_be_written_fails_in_the_end(state, stop):
@@ -536,24 +584,27 @@ def test_a_text_that_cannot_be_written_fails_in_the_end(state, stop):
         ia.analyze(ia.Job(photo(1)), desk, desk, state)
     assert desk.said[1:] == ["describe"] + ["write A photo."] * ia.VALUABLE_TRIES
     assert stop.waits == [5] * (ia.VALUABLE_TRIES - 1)
+    assert desk.noted == []
 
 
 @pytest.mark.parametrize(
-    ("previews", "kind", "tries"),
+    ("previews", "kind", "tries", "noted"),
     [
-        ([CUT] * 2, ia.Retryable, 2),
-        ([b"", CUT, b"", b""], ia.Retryable, 4),
-        ([b"<html>no picture</html>"], ia.Permanent, 1),
-        ([ia.Permanent("preview_missing")], ia.Permanent, 1),
-        ([ia.Gone("photo_gone")], ia.Gone, 1),
-        ([fatal()], ia.Fatal, 1),
+        ([CUT] * 2, ia.Retryable, 2, ""),
+        ([b"", CUT, b"", b""], ia.Retryable, 4, ""),
+        ([b"<html>no picture</html>"], ia.Permanent, 1, "preview_unknown"),
+        ([ia.Permanent("preview_missing")], ia.Permanent, 1, ""),
+        ([ia.Gone("photo_gone")], ia.Gone, 1, ""),
+        ([fatal()], ia.Fatal, 1, ""),
     ],
 )
-def test_without_a_preview_the_model_is_not_asked(state, previews, kind, tries):
+def test_without_a_preview_the_model_is_not_asked(state, previews, kind, tries, noted):
     desk = Desk(previews)
-    with pytest.raises(kind):
+    with pytest.raises(kind) as raised:
         ia.analyze(ia.Job(photo(1)), desk, desk, state)
     assert desk.said == ["preview"] * tries
+    failed = {"failed": noted, "why": str(raised.value), "tries": ia.MOST_TRIES}
+    assert desk.noted == ([(photo(1), ia.Note(MODEL, PROMPT, **failed))] if noted else [])
 
 
 def test_a_preview_that_is_being_written_is_read_again_soon(state, stop):

@@ -28,16 +28,17 @@ def opened(picture: ia.Picture) -> Image.Image:
 @pytest.mark.parametrize(
     ("description", "policy", "wanted"),
     [
-        ("", ia.Policy.NONE, True),
-        (" \n\t\xa0", ia.Policy.NONE, True),
-        (".", ia.Policy.NONE, False),
-        ("by a person", ia.Policy.NONE, False),
-        ("", ia.Policy.ALL, True),
-        ("by a person", ia.Policy.ALL, True),
+        ("", "none", True),
+        (" \n\t\xa0", "none", True),
+        (".", "none", False),
+        ("by a person", "none", False),
+        ("", "all", True),
+        ("by a person", "all", True),
     ],
 )
-def test_only_blank_descriptions_are_wanted_unless_all_are(description, policy, wanted):
-    assert ia.wants(description, policy) is wanted
+def test_only_blank_descriptions_are_wanted_unless_all_are(config, description, policy, wanted):
+    asset = ia.Asset("1", "lake.jpg", description, "0")
+    assert ia.left_alone(asset, config("-O", policy)) == ("" if wanted else "has_description")
 
 
 # Previews
