@@ -43,7 +43,7 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -1171,9 +1171,11 @@ def postgres_url(url: str) -> str:
 
 ANSWER_LIMIT = 4 * 2**20  # bytes
 CHECK_TIMEOUT = 15.0
-PICTURE_TRIES = 3  # of one picture; a host that is away or sick costs none of them
 SICK_AFTER = 3  # pictures that a host failed on, without an answer in between, make it doubtful
 STRUCK_REST = 3600.0  # somebody may have given it the model
+PROBE_PAUSE = 0.5  # seconds between two probes of a host that is gone, while all rest
+PROBE_TIMEOUT = 1.0
+JSON_BODY = {"Content-Type": "application/json"}
 QUIET = 600.0  # seconds between two lines about a host that rests for a moment only
 THINK_REFUSED = re.compile(r"think|chat_template_kwargs", re.I)
 
@@ -1189,6 +1191,7 @@ class Dialect:
     text: tuple[str | int, ...]  # where the answer is
     finish: tuple[str | int, ...]  # where it says why it ended; "length" = cut
     sees: Callable[[Callable[..., Any], str], bool | None]  # is the model there, and can it see?
+    alive: str  # a path that is answered whenever the server is up
 
 
 def ollama_question(model: str, prompt: str, picture: Picture, tokens: int) -> dict[str, Any]:
@@ -1244,6 +1247,7 @@ DIALECTS = {
         text=("message", "content"),
         finish=("done_reason",),
         sees=ollama_sees,
+        alive="/api/version",
     ),
     "llamacpp": Dialect(
         root="/v1",
@@ -1253,6 +1257,7 @@ DIALECTS = {
         text=("choices", 0, "message", "content"),
         finish=("choices", 0, "finish_reason"),
         sees=openai_sees,
+        alive="/health",
     ),
 }
 
@@ -1276,6 +1281,8 @@ class Host:
     away: bool = False  # since its last answer, and said so
     said: float = -math.inf  # when that was said last
     struck: bool = False  # it has a wrong key or lacks the model
+    gone: bool = False  # nothing answers at its address: a request that costs nothing tells more
+    probed: float = -math.inf  # when such a request was made
     failed: frozenset[int] = frozenset()  # pictures since its last answer
     requests: int = 0  # that ended, and the seconds they took, all together
     seconds: float = 0.0
@@ -1306,14 +1313,24 @@ class Hosts:
         self.no_switch: set[str] = set()  # hosts that refuse the switch for thinking
 
     @contextmanager
-    def place(self, stop: threading.Event) -> Iterator[str]:
-        """Hold one of the places for a request, at the host to ask."""
+    def place(
+        self, stop: threading.Event, avoid: Container[str], answers: Callable[[str], bool]
+    ) -> Iterator[str]:
+        """Hold one of the places for a request, at the host to ask: none of `avoid` if possible.
+
+        While all hosts rest, those that are gone are probed by `answers`.
+        """
         with self._places:
-            url, seconds = self.pick()
-            while seconds and not stop.wait(seconds):
-                url, seconds = self.pick()
             if stop.is_set():
                 raise Stopped("stopped")
+            url, seconds = self.pick(avoid)
+            while seconds:
+                gone = any(host.gone for host in self.seen())
+                if stop.wait(min(seconds, PROBE_PAUSE) if gone else seconds):
+                    raise Stopped("stopped")
+                if (lost := self._to_probe()) and answers(lost):
+                    self.wake(lost)
+                url, seconds = self.pick(avoid)
             self.moved = began = self._clock()
             try:
                 yield url
@@ -1325,7 +1342,7 @@ class Hosts:
                     host.requests += 1
                     host.seconds += self.moved - began
 
-    def pick(self) -> tuple[str, float]:
+    def pick(self, avoid: Container[str] = ()) -> tuple[str, float]:
         """The host to ask; with seconds to wait first while all of them rest."""
         with self._lock:
             now = self._clock()
@@ -1333,10 +1350,22 @@ class Hosts:
             if not awake:
                 soonest = min(self._hosts.values(), key=lambda host: host.rests_until)
                 return soonest.url, soonest.rests_until - now
-            host = min(awake, key=lambda host: (host.in_flight, host.used))
+            wanted = [host for host in awake if host.url not in avoid] or awake
+            host = min(wanted, key=lambda host: (host.in_flight, host.used))
             self._picks += 1
             host.in_flight, host.used = host.in_flight + 1, self._picks
             return host.url, 0.0
+
+    def _to_probe(self) -> str:
+        """The host that is gone and unprobed for longest, for the caller alone; "" for none."""
+        with self._lock:
+            now = self._clock()
+            due = [h for h in self._hosts.values() if h.gone and h.probed <= now - PROBE_PAUSE]
+            if not due:
+                return ""
+            host = min(due, key=lambda host: host.probed)
+            host.probed = now
+            return host.url
 
     def __len__(self) -> int:
         return len(self._hosts)
@@ -1358,6 +1387,7 @@ class Hosts:
         with self._lock:
             host, now = self._hosts[url], self._clock()
             host.rests_until = max(host.rests_until, now + seconds)
+            host.gone = error.key == "unreachable" or error.fields.get("status") in (502, 504)
             # a busy one may ask to be left alone for a second, again and again
             first = not host.away and (seconds >= self._rest or now > host.said + QUIET)
             if first:
@@ -1366,17 +1396,34 @@ class Hosts:
             log.warning("%s", t("host_rests", why=error, seconds=f"{seconds:g}"))
 
     def doubtful(self, url: str, picture: Picture) -> bool:
-        """Note that a host failed on a picture; whether it did on several, with no answer since."""
+        """Note that a host failed on a picture; whether it did on several, with no answer since.
+
+        Then it rests until somebody found out what is wrong.
+        """
         with self._lock:
             host = self._hosts[url]
             host.failed |= {hash(picture)}
-            return len(host.failed) >= SICK_AFTER
+            if len(host.failed) < SICK_AFTER:
+                return False
+            host.rests_until = max(host.rests_until, self._clock() + self._rest)
+            return True
+
+    def resting(self, url: str) -> bool:
+        """Whether a host rests."""
+        with self._lock:
+            return self._hosts[url].rests_until > self._clock()
+
+    def wake(self, url: str) -> None:
+        """End a host's rest."""
+        with self._lock:
+            host = self._hosts[url]
+            host.rests_until, host.gone = self._clock(), False
 
     def up(self, url: str) -> None:
         """Note that a host answered."""
         with self._lock:
             host = self._hosts[url]
-            host.failed = frozenset()
+            host.failed, host.gone = frozenset(), False
             if not host.away or host.rests_until > self._clock():
                 return  # an answer to a question of earlier is no recovery
             host.away = host.struck = False
@@ -1411,66 +1458,90 @@ class Ai:
         request.headers["Authorization"] = f"Bearer {self._config.api_key}"
         return request
 
-    def describe(self, picture: Picture) -> str:
-        """Ask until a host gave a usable description.
+    def describe(self, picture: Picture, failed_at: set[str]) -> str:
+        """Have a picture described, by a host that did not fail on it if there is one.
 
-        A sick host is waited for (`--max-retries` bounds that), a sick picture given up
-        on. Raises Retryable or Permanent for the picture, Fatal when no host is left,
-        Stopped.
+        A host that is away or sick is waited for (`--max-retries` bounds that), HostDown
+        after that. Raises Retryable or Permanent for the picture, and adds the host to
+        `failed_at`; Fatal when no host is left; Stopped.
         """
-        most_waits = self._config.max_retries or math.inf
-        tries = min(PICTURE_TRIES, most_waits + 1)
+        most = self._config.max_retries or math.inf
         waits = 0
+        body = self._question(picture)
         while True:
-            with self._hosts.place(self._stop) as url:
+            with self._hosts.place(self._stop, failed_at, self._answers) as url:
                 try:
-                    answer = self._ask(url, picture)
+                    answer = self._ask(url, body)
                     self._hosts.up(url)
                     return self._description(answer)
                 except (Retryable, Unexpected) as error:
-                    if self._is_sick(url, picture, error):
-                        waits += 1
-                        if waits > most_waits:
-                            raise
-                        continue
-                    log.debug("%s", error)
-                    tries -= 1
-                    if tries <= 0:
+                    if not self._is_sick(url, picture, error):
+                        failed_at.add(url)
                         raise
+                    waits += 1
+                    if waits > most:
+                        raise
+                except Permanent:
+                    failed_at.add(url)
+                    raise
                 except Fatal as error:
                     self._hosts.strike(url, error)
-                    continue
-            if self._stop.wait(self._config.retry_delay_seconds):
-                raise Stopped("stopped")
 
     def _is_sick(self, url: str, picture: Picture, error: AnalyzeError) -> bool:
         """Whether the host is to blame for an error, not the picture; then it rests.
 
         One that failed on several pictures is shown one that is known to be good.
         """
-        if not isinstance(error, HostDown | Unexpected):
-            if not self._hosts.doubtful(url, picture):
-                return False
-            with suppress(AnalyzeError):
-                self._ask(url, good_picture())
-                self._hosts.up(url)
-                return False
-        self._hosts.down(url, error)
+        if isinstance(error, HostDown | Unexpected):
+            self._hosts.down(url, error)
+            return True
+        if self._hosts.resting(url):
+            return True
+        if not self._hosts.doubtful(url, picture):
+            return False
+        try:
+            self._ask(url, self._question(good_picture()))
+        except AnalyzeError:
+            self._hosts.down(url, error)
+            return True
+        self._hosts.wake(url)
+        self._hosts.up(url)
+        return False
+
+    def _answers(self, url: str) -> bool:
+        """Whether a host that was gone is back, by a request that costs it nothing."""
+        try:
+            self._call(url, "GET", self._dialect.alive, timeout=PROBE_TIMEOUT)
+        except Retryable as error:
+            return error.key == "not_json"  # it is there, and says so in another way
+        except AnalyzeError:
+            return True
         return True
 
-    def _ask(self, url: str, picture: Picture) -> Any:
-        """One question to one host; asked again without the switch it refuses."""
+    def _question(self, picture: Picture) -> Callable[[bool], bytes]:
+        """Makes the body of a question, with the switch for thinking or plain; once each."""
         config, dialect = self._config, self._dialect
         question = dialect.question(config.model_name, config.prompt, picture, config.max_tokens)
-        switch = {} if url in self._hosts.no_switch else dialect.thinking(config.think)
+
+        @functools.cache
+        def body(plain: bool) -> bytes:
+            return json.dumps(question | ({} if plain else dialect.thinking(config.think))).encode()
+
+        body(bool(self._hosts.no_switch))  # now, as no place is taken yet
+        return body
+
+    def _ask(self, url: str, body: Callable[[bool], bytes]) -> Any:
+        """One question to one host; asked again without the switch it refuses."""
+        plain = url in self._hosts.no_switch
+        ask = functools.partial(self._call, url, "POST", self._dialect.chat, headers=JSON_BODY)
         log.debug("asking %s", public(url))
         try:
-            return self._call(url, "POST", dialect.chat, json=question | switch)
+            return ask(data=body(plain))
         except Permanent as error:
-            if not switch or not THINK_REFUSED.search(str(error.fields["why"])):
+            if plain or not THINK_REFUSED.search(str(error.fields["why"])):
                 raise
             self._hosts.no_switch.add(url)
-            return self._call(url, "POST", dialect.chat, json=question)
+            return ask(data=body(True))
 
     def _description(self, answer: Any) -> str:
         """What the answer says of the picture; Retryable if that is no description."""
@@ -2524,6 +2595,7 @@ def open_library(config: Config) -> tuple[Callable[[], Library], Callable[[], bo
 # ------------------------------------------------------------------------------
 
 LIBRARY_TRIES = 3  # of a call that fails by itself; a library that is away costs none
+PICTURE_TRIES = 3  # of one picture; a host that is away or sick costs none of them
 VALUABLE_TRIES = 12  # of a write, whose text took minutes, and of a page
 LONGEST_PAUSE = 60.0  # however long the library asks to be left alone
 
@@ -2591,6 +2663,8 @@ class Job:
     pause: float = 0.0  # until it is looked at again, growing
     until: float = 0.0  # when it is left to the sweep, by the monotonic clock
     failed: bool = False  # which was said and counted once
+    failed_at: set[str] = field(default_factory=set)  # model hosts, in the tries of this time
+    tries: int = 0  # of this time
 
 
 class Agenda:
@@ -3106,19 +3180,39 @@ def look_up(job: Job, library: Library, state: State) -> None:
             raise Gone(reason)
 
 
-def describe(job: Job, library: Library, ai: Ai, state: State) -> None:
-    """Have a photo described; a note of a failure spares the next runs the same."""
+def describe(job: Job, library: Library, ai: Ai, state: State) -> bool:
+    """Have a photo described; False if that failed and is tried again soon, on another host.
+
+    A note of a failure spares the next runs the same.
+    """
     config, asset = state.config, job.asset
     preview = functools.partial(library.preview, asset)
     data = settled(lambda: state.patience(preview), config, state.stop)
     try:
-        job.text = ai.describe(prepared(data, config.max_image_size))
+        job.text = ai.describe(prepared(data, config.max_image_size), job.failed_at)
     except HostDown:
         raise
     except (Retryable, Permanent) as error:
+        if try_soon(job, error, state):
+            return False
         if not job.failed and error.key != "preview_cut":
             note_failure(job, error, library, state)
         raise
+    return True
+
+
+def try_soon(job: Job, error: AnalyzeError, state: State) -> bool:
+    """Put a picture that a host failed on back on the agenda; False once that was tried enough."""
+    others = len(job.failed_at) < len(state.hosts)
+    job.tries += 1
+    most = min(PICTURE_TRIES, (state.config.max_retries or math.inf) + 1)
+    if not job.failed_at or job.tries >= most or (isinstance(error, Permanent) and not others):
+        job.tries = 0
+        job.failed_at.clear()
+        return False
+    log.debug("%s: %s", job.asset.id, error)
+    state.agenda.put(job, 0.0 if others else state.config.retry_delay_seconds)
+    return True
 
 
 def note_failure(job: Job, error: AnalyzeError, library: Library, state: State) -> None:
@@ -3134,15 +3228,15 @@ def note_failure(job: Job, error: AnalyzeError, library: Library, state: State) 
 
 
 def analyze(job: Job, library: Library, ai: Ai, state: State) -> Outcome | None:
-    """The whole story of one photo; None if it ends with a reading back."""
+    """The whole story of one photo; None if it goes on later, as with a reading back."""
     config, patience = state.config, state.patience
     look_up(job, library, state)
     if not job.asset.ready:
         return Outcome.NOT_READY
     if state.checks.hopeless(job.asset):
         raise Gone("library_loses", library=job.asset.library or "-")
-    if not job.text:
-        describe(job, library, ai, state)
+    if not job.text and not describe(job, library, ai, state):
+        return None
     for _ in range(LIBRARY_TRIES):
         asset, stored = job.asset, merge(job.asset, job.text, config)
         note = Note(config.model_name, config.prompt_id, text=text_id(stored))
@@ -3155,7 +3249,7 @@ def analyze(job: Job, library: Library, ai: Ai, state: State) -> Outcome | None:
         if written:
             log.debug("%s (%s), written: %s", asset.name, asset.id, stored)
             job.stored = stored
-            return None if library.must_confirm else Outcome.DESCRIBED
+            return stored_well(job, Outcome.DESCRIBED, library, state)
         job.asset = replace(asset, ready=False)
         look_up(job, library, state)
         if job.asset.description.strip() and not config.preserve_human:
@@ -3183,7 +3277,15 @@ def take_back(job: Job, library: Library, state: State) -> Outcome | None:
         return Outcome.UNDONE
     if not state.patience(lambda: library.write(asset, left, None), VALUABLE_TRIES):
         raise Gone("has_description")
-    return None if library.must_confirm else Outcome.UNDONE
+    return stored_well(job, Outcome.UNDONE, library, state)
+
+
+def stored_well(job: Job, outcome: Outcome, library: Library, state: State) -> Outcome | None:
+    """The outcome of a write; None if what was written is to be read back first."""
+    if not library.must_confirm:
+        return outcome
+    state.checks.add(job)
+    return None
 
 
 def confirm(jobs: Sequence[Job], library: Library, state: State) -> None:
@@ -3289,8 +3391,6 @@ def work(
                 outcome, error = attempt(functools.partial(story, jobs[0]))
                 if outcome:
                     conclude(jobs[0], outcome, error, state)
-                else:
-                    state.checks.add(jobs[0])
             state.tally.hand(-1)
             state.stop.rouse()
 

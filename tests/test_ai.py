@@ -6,11 +6,13 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import servers
 from conftest import FakeStop
 from servers import HANG, RESET, Answer, Reply
+from test_stream import photo
 
 import immich_analyze as ia
 
@@ -36,6 +38,27 @@ def second(fake):
     server.check()
 
 
+class Persistent(ia.Ai):
+    """Tries a picture again as the pipeline does."""
+
+    def describe(self, picture):
+        job = ia.Job(photo(1))
+        agenda = ia.Agenda(lambda: None, 0.0)
+        state = SimpleNamespace(config=self._config, hosts=self._hosts, agenda=agenda)
+        while True:
+            try:
+                return super().describe(picture, job.failed_at)
+            except ia.HostDown:
+                raise
+            except (ia.Retryable, ia.Permanent) as error:
+                if not ia.try_soon(job, error, state):
+                    raise
+            pause = agenda.next_time() - self._stop.now
+            if pause and self._stop.wait(pause):
+                raise ia.Stopped("stopped")
+            assert agenda.due() is job
+
+
 @pytest.fixture
 def make(config, stop):
     """Makes an Ai, and what it shares with others, for these servers."""
@@ -47,7 +70,7 @@ def make(config, stop):
         known = ("--interface", interface, "--model-name", "tiny-vlm", "--hosts", hosts)
         settings = config(*known, *argv)
         shared = like._hosts if like else hosts_of(settings, stop)
-        opened.append(ia.Ai(settings, shared, stop))
+        opened.append(Persistent(settings, shared, stop))
         return opened[-1]
 
     yield new

@@ -11,6 +11,12 @@ from conftest import FakeStop
 import immich_analyze as ia
 
 A, B, C = "http://a", "http://b", "http://c"
+
+
+def nobody(url):
+    raise AssertionError(f"{url} was probed")
+
+
 DOWN = ia.HostDown("host_busy", url=A, status=503, why="")
 
 
@@ -36,7 +42,7 @@ def asked(hosts: ia.Hosts, stop: threading.Event, number: int) -> str:
     """The hosts that so many requests, one after the other, go to; their last letters."""
     found = ""
     for _ in range(number):
-        with hosts.place(stop) as url:
+        with hosts.place(stop, (), nobody) as url:
             found += url[-1]
     return found
 
@@ -54,13 +60,13 @@ def test_equal_hosts_take_turns(hosts, stop, urls, order):
 def test_the_host_with_the_fewest_requests_in_flight_is_asked(hosts, stop):
     mine = hosts(A, B, places=5)
     with ExitStack() as on_a, ExitStack() as on_b:
-        assert on_a.enter_context(mine.place(stop)) == A
-        assert on_b.enter_context(mine.place(stop)) == B
-        assert on_a.enter_context(mine.place(stop)) == A
+        assert on_a.enter_context(mine.place(stop, (), nobody)) == A
+        assert on_b.enter_context(mine.place(stop, (), nobody)) == B
+        assert on_a.enter_context(mine.place(stop, (), nobody)) == A
         assert asked(mine, stop, 3) == "bbb"
         on_b.close()
-        assert on_b.enter_context(mine.place(stop)) == B
-        assert on_b.enter_context(mine.place(stop)) == B
+        assert on_b.enter_context(mine.place(stop, (), nobody)) == B
+        assert on_b.enter_context(mine.place(stop, (), nobody)) == B
         on_a.close()
         assert asked(mine, stop, 3) == "aaa"
     assert asked(mine, stop, 4) == "baba"
@@ -68,14 +74,14 @@ def test_the_host_with_the_fewest_requests_in_flight_is_asked(hosts, stop):
 
 def test_a_slow_host_gets_less_and_holds_up_nobody(hosts, stop):
     mine = hosts(A, B)
-    with mine.place(stop) as slow:
+    with mine.place(stop, (), nobody) as slow:
         assert slow == A
         assert asked(mine, stop, 10) == "b" * 10
 
 
 def test_a_request_that_fails_leaves_its_host_too(hosts, stop):
     mine = hosts(A, B)
-    with pytest.raises(ia.Gone), mine.place(stop):
+    with pytest.raises(ia.Gone), mine.place(stop, (), nobody):
         raise ia.Gone("photo_gone")
     assert asked(mine, stop, 3) == "bab"
 
@@ -113,7 +119,7 @@ def test_when_all_rest_the_first_to_wake_is_waited_for(hosts, stop, rests, url, 
     mine = hosts(*dict.fromkeys(url for url, _ in rests))
     for host, trouble in rests:
         mine.down(host, trouble)
-    with mine.place(stop) as found:
+    with mine.place(stop, (), nobody) as found:
         assert (found, stop.waits) == (url, waits)
 
 
@@ -140,7 +146,7 @@ def test_a_host_that_fell_ill_meanwhile_is_waited_for_again(hosts, stop, monkeyp
         return stopped
 
     monkeypatch.setattr(stop, "wait", ill_again)
-    with mine.place(stop) as url:
+    with mine.place(stop, (), nobody) as url:
         assert (url, stop.waits) == (A, [5, 8, 8])
 
 
@@ -232,7 +238,7 @@ def test_striking_the_last_host_raises_why(hosts, stop, lines):
 
 def test_a_host_may_be_struck_while_requests_are_with_it(hosts, stop):
     mine = hosts(A, B)
-    with mine.place(stop) as first, mine.place(stop) as second:
+    with mine.place(stop, (), nobody) as first, mine.place(stop) as second:
         assert [first, second] == [A, B]
         mine.strike(A, fatal(A))
     assert asked(mine, stop, 2) == "bb"
@@ -248,7 +254,7 @@ def test_no_more_requests_than_places(hosts, stop, places, workers):
     counts = []
 
     def work() -> None:
-        with mine.place(stop):
+        with mine.place(stop, (), nobody):
             with lock:
                 counts.append(counts[-1] + 1 if counts else 1)
             inside.release()
@@ -272,7 +278,7 @@ def test_no_more_requests_than_places(hosts, stop, places, workers):
 def test_a_place_is_free_again_after_an_error(hosts, stop):
     mine = hosts(A, places=1)
     for _ in range(3):
-        with pytest.raises(ia.Gone), mine.place(stop):
+        with pytest.raises(ia.Gone), mine.place(stop, (), nobody):
             raise ia.Gone("photo_gone")
     assert asked(mine, stop, 1) == "a"
 
@@ -284,7 +290,7 @@ def test_stopping_ends_the_wait_for_a_host():
     stop = FakeStop(after=2)
     mine = ia.Hosts([A], 1, 60.0, lambda: 0.0)
     mine.down(A, DOWN)
-    with pytest.raises(ia.Stopped), mine.place(stop):
+    with pytest.raises(ia.Stopped), mine.place(stop, (), nobody):
         pytest.fail("was given a host")
     assert stop.waits == [60, 60]
 
@@ -292,7 +298,7 @@ def test_stopping_ends_the_wait_for_a_host():
 def test_nobody_is_asked_once_stopped(hosts, stop):
     mine = hosts(A)
     stop.set()
-    with pytest.raises(ia.Stopped), mine.place(stop):
+    with pytest.raises(ia.Stopped), mine.place(stop, (), nobody):
         pytest.fail("was given a host")
     assert stop.waits == []
 
@@ -301,7 +307,7 @@ def test_who_waits_for_a_place_does_not_ask_once_stopped(hosts):
     stop = threading.Event()
     mine = hosts(A, places=1)
     pool = ThreadPoolExecutor(1)
-    with pool, mine.place(stop):
+    with pool, mine.place(stop, (), nobody):
         job = pool.submit(asked, mine, stop, 1)
         stop.set()
     with pytest.raises(ia.Stopped):
