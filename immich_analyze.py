@@ -256,6 +256,7 @@ class Config:
     max_tokens: int
     max_image_size: int  # pixels of the longer side, 0 = as Immich made it
     max_concurrent: int
+    shard: tuple[int, int]  # which, from 1 on, of how many
     timeout: float
     max_retries: int  # 0 = no limit
     retry_delay_seconds: float
@@ -314,6 +315,15 @@ def port(text: str) -> int:
     if value > 65535:
         raise argparse.ArgumentTypeError(t("not_a_port", value=text))
     return value
+
+
+def shard(text: str) -> tuple[int, int]:
+    """Converter for a share of the photos such as 2/5, the second of five."""
+    match = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", text)
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise argparse.ArgumentTypeError(t("not_a_shard", value=text))
+    return number, count
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
@@ -464,6 +474,7 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     add(work, "--preserve-human", "-p", default=False, **switch)
     add(work, "--disable-ai-wrapper", default=False, **switch)
     add(work, "--retry-failed", default=False, **switch)
+    add(work, "--shard", type=shard, default="1/1", metavar="K/N")
     add(work, "--undo", env="", action="store_true")
     add(work, "--dry-run", env="", action="store_true")
     add(work, "--prompt", default=PROMPT, metavar="TEXT")
@@ -1631,6 +1642,12 @@ class Library(Protocol):
     def find(self, asset: Asset) -> Asset:
         """A photo as it is now, ready or not; Gone if it is not to be described."""
 
+    def claim(self, asset: Asset) -> Asset:
+        """The photo as it is now, kept from other instances; Gone if one of them has it."""
+
+    def release(self, asset: Asset) -> None:
+        """Leave a claimed photo to others; raises nothing."""
+
     def preview(self, asset: Asset) -> bytes:
         """The preview's file as it is."""
 
@@ -1875,6 +1892,13 @@ class ApiLibrary:
     def _photo(self, item: Mapping[str, Any], source: str) -> Asset | None:
         found = photo_listed(item, source)
         return found and replace(found, noted=not self._keeps_notes())
+
+    def claim(self, asset: Asset) -> Asset:
+        """As it was listed: nothing arbitrates between instances but `--shard`."""
+        return asset
+
+    def release(self, asset: Asset) -> None:
+        """Nothing was claimed."""
 
     def preview(self, asset: Asset) -> bytes:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
@@ -2232,6 +2256,9 @@ MISSING_GRANTS = """
     SELECT format('GRANT %%s ON asset_metadata TO %%I', name, current_user)
     FROM unnest(%(notes)s::text[]) name
     WHERE NOT has_table_privilege(to_regclass('asset_metadata'), name)"""
+# Two numbers, as Immich's own locks have one; the first says whose they are.
+CLAIM = "SELECT pg_try_advisory_lock(1229802817, hashtext(%(id)s))"
+RELEASE = "SELECT pg_advisory_unlock(1229802817, hashtext(%(id)s))"
 BEFORE_ALL_IDS = "00000000-0000-0000-0000-000000000000"
 REOPEN_AFTER = 3600.0  # seconds; Immich may have been upgraded, which changes its tables
 
@@ -2372,6 +2399,23 @@ class DbLibrary:
     def recall(self, asset: Asset) -> Asset:
         """The note came with the listing."""
         return asset
+
+    def claim(self, asset: Asset) -> Asset:
+        """Take an advisory lock on this connection, with which it ends; then look the photo up."""
+        if self._database.rows(CLAIM, id=asset.id) != [(True,)]:
+            raise Gone("claimed_elsewhere")
+        try:
+            return self.find(asset)
+        except AnalyzeError:
+            self.release(asset)
+            raise
+
+    def release(self, asset: Asset) -> None:
+        """Give the lock back, if need be with the connection."""
+        try:
+            self._database.rows(RELEASE, id=asset.id)
+        except AnalyzeError:
+            self._database.close()
 
     def preview(self, asset: Asset) -> bytes:
         """Read the file that `asset_file.path` names, or names by now.
@@ -2962,21 +3006,28 @@ class State:
     tally: Tally
 
 
+def in_shard(asset: Asset, shard: tuple[int, int]) -> bool:
+    """Whether a photo is in this instance's share, whoever lists it and in whatever order."""
+    number, count = shard
+    return zlib.crc32(asset.id.encode()) % count == number - 1
+
+
 def hint(asset_id: str, state: State) -> None:
     """Have a photo looked up whose preview is being written, until it is there.
 
     In a flood of hints the rest is left to the next look for news.
     """
     asset = Asset(asset_id, asset_id, description="", source="", ready=False)
-    if len(state.agenda) < MOST_HINTS and state.tally.take(asset):
+    wanted = len(state.agenda) < MOST_HINTS and in_shard(asset, state.config.shard)
+    if wanted and state.tally.take(asset):
         job = Job(asset)
         state.agenda.plan(job, HINT_PAUSE, state.config.file_write_timeout)
         state.agenda.put(job)
 
 
 def job_for(asset: Asset, state: State) -> Job | None:
-    """Work on a photo, unless it has its description or somebody took it before."""
-    wanted = not left_alone(asset, state.config)
+    """Work on a photo, unless it is to be left alone or somebody took it before."""
+    wanted = in_shard(asset, state.config.shard) and not left_alone(asset, state.config)
     return Job(asset) if wanted and state.tally.take(asset) else None
 
 
@@ -3012,8 +3063,8 @@ class Listing:
         return None
 
     def _job(self, asset: Asset) -> Job | None:
-        tally = self._state.tally
-        if self._counts:
+        tally, shard = self._state.tally, self._state.config.shard
+        if self._counts and in_shard(asset, shard):
             tally.listed += 1
             if reason := left_alone(asset, self._state.config):
                 tally.add(Outcome.SKIPPED, reason)
@@ -3229,6 +3280,15 @@ def note_failure(job: Job, error: AnalyzeError, library: Library, state: State) 
 
 def analyze(job: Job, library: Library, ai: Ai, state: State) -> Outcome | None:
     """The whole story of one photo; None if it goes on later, as with a reading back."""
+    claimed = job.asset = state.patience(lambda: library.claim(job.asset))
+    try:
+        return analyze_claimed(job, library, ai, state)
+    finally:
+        library.release(claimed)
+
+
+def analyze_claimed(job: Job, library: Library, ai: Ai, state: State) -> Outcome | None:
+    """The same, with other instances kept off."""
     config, patience = state.config, state.patience
     look_up(job, library, state)
     if not job.asset.ready:
@@ -3723,7 +3783,7 @@ def describe_library(state: State, new_library: Callable[[], Library]) -> None:
         terminal = sys.stderr.isatty()
         if config.mode.backlog and (terminal or config.health_port):
             with suppress(AnalyzeError):  # an extra, that not every key may ask for
-                tally.total = library.total()
+                tally.total = library.total() // config.shard[1]
         if terminal:
             progress = stack.enter_context(closing(Progress(tally.total)))
             tally.show = progress.show

@@ -16,6 +16,7 @@ from test_stream import photo
 
 import immich_analyze as ia
 
+ALIVE = {"ollama": "/api/version", "llamacpp": "/health"}
 CHAT = {"ollama": "/api/chat", "llamacpp": "/v1/chat/completions"}
 JPEG = servers.own_picture(1)
 PICTURE = ia.prepared(JPEG, 0)
@@ -43,9 +44,9 @@ class Persistent(ia.Ai):
 
     def describe(self, picture):
         job = ia.Job(photo(1))
-        agenda = ia.Agenda(lambda: None, 0.0)
-        state = SimpleNamespace(config=self._config, hosts=self._hosts, agenda=agenda)
         while True:
+            agenda = ia.Agenda(lambda: None, 0.0)
+            state = SimpleNamespace(config=self._config, hosts=self._hosts, agenda=agenda)
             try:
                 return super().describe(picture, job.failed_at)
             except ia.HostDown:
@@ -53,10 +54,9 @@ class Persistent(ia.Ai):
             except (ia.Retryable, ia.Permanent) as error:
                 if not ia.try_soon(job, error, state):
                     raise
-            pause = agenda.next_time() - self._stop.now
+            pause = agenda.next_time() - ia.time.monotonic()
             if pause and self._stop.wait(pause):
                 raise ia.Stopped("stopped")
-            assert agenda.due() is job
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_thinking_is_off_unless_asked_for(config, stop, argv):
             known = ("--interface", interface, "--model-name", "tiny-vlm", "--hosts", server.url)
             settings = config(*known, *argv)
             with closing(ia.Ai(settings, hosts_of(settings, stop), stop)) as ai:
-                assert ai.describe(PICTURE) == servers.told(JPEG)
+                assert ai.describe(PICTURE, set()) == servers.told(JPEG)
             [exchange] = server.find("POST", CHAT[interface])
             assert exchange.json == body(interface, think=bool(argv))
             assert ("The user wants" in json.dumps(exchange.reply)) is bool(argv)
@@ -315,7 +315,46 @@ def test_a_sick_picture_leaves_its_hosts_in_rotation(fake, second, make, stop):
     ai = make(fake, second)
     assert error_of(ai.describe, PICTURE)[0] == (ia.Retryable, "host_failed")
     assert [server.count("POST", fake.chat) for server in (fake, second)] == [2, 1]
-    assert stop.waits == [5, 5]
+    assert stop.waits == [5]  # it went to the second one at once
+
+
+def test_a_picture_that_a_host_fails_on_goes_to_another_at_once(fake, second, make, stop):
+    fake.script("POST", fake.chat, BROKEN)
+    assert make(fake, second).describe(PICTURE) == servers.told(JPEG)
+    assert [server.count("POST", fake.chat) for server in (fake, second)] == [1, 1]
+    assert stop.waits == []
+
+
+def test_a_picture_that_one_host_refuses_goes_to_the_other(fake, second, make, stop):
+    for server in (fake, second):
+        server.script("POST", fake.chat, Reply(400))
+    ai = make(fake, second)
+    assert error_of(ai.describe, PICTURE)[0] == (ia.Permanent, "picture_refused")
+    assert [server.count("POST", fake.chat) for server in (fake, second)] == [1, 1]
+    assert ai.describe(PICTURE) == servers.told(JPEG)
+    assert stop.waits == []
+
+
+def test_a_gone_host_is_probed_only_while_all_rest(fake, second, make, stop):
+    """With another one at work, it comes back when its rest is over."""
+    second.close()
+    ai = make(fake, second)
+    for _ in range(3):
+        assert ai.describe(PICTURE) == servers.told(JPEG)
+    assert stop.waits == []
+    second.start()
+    stop.now += 61
+    ai.describe(PICTURE)
+    ai.describe(PICTURE)
+    assert [exchange.path for exchange in second.exchanges] == [fake.chat]
+
+
+@pytest.mark.parametrize("trouble", [Reply(503), Reply(429, None, {"Retry-After": "7"})])
+def test_one_that_is_busy_is_not_probed(fake, make, stop, trouble):
+    fake.script("POST", fake.chat, trouble)
+    assert make(fake).describe(PICTURE) == servers.told(JPEG)
+    assert [exchange.path for exchange in fake.exchanges] == [fake.chat] * 2
+    assert stop.waits in ([60], [7])
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
@@ -384,7 +423,8 @@ def test_a_host_that_is_started_again_is_found(fake, make, stop, monkeypatch):
 
     monkeypatch.setattr(stop, "wait", restart)
     assert ai.describe(PICTURE) == servers.told(JPEG)
-    assert stop.waits == [3, 3, 3]
+    assert stop.waits == [ia.PROBE_PAUSE] * 3  # which is sooner than its rest is over
+    assert [exchange.path for exchange in fake.exchanges] == [ALIVE[fake.interface], fake.chat]
 
 
 @pytest.mark.parametrize(

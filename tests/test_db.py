@@ -779,6 +779,38 @@ def test_a_disk_that_fails_is_asked_again(preview_of, monkeypatch, number):
     assert (type(error), error.key) == (ia.Retryable, "unreadable_file")
 
 
+# other instances
+
+
+def test_a_photo_is_claimed_by_one_instance_at_a_time(photos, opened):
+    library = photos()
+    library.add_many(2)
+    one, other = opened(library), opened(library)
+    first, second = listing(one)
+    assert one.claim(first) == first
+    assert error_of(partial(other.claim, first), ia.Gone).key == "claimed_elsewhere"
+    assert other.claim(second) == second
+    one.release(first)
+    assert other.claim(first) == first
+    one.close()
+    other.close()  # as when it is killed
+    assert one.claim(first) == first
+
+
+def test_what_another_instance_wrote_is_seen_when_it_is_claimed(photos, opened):
+    library = photos()
+    library.add_many(2)
+    one, other = opened(library), opened(library)
+    first, second = listing(other)
+    one.claim(first)
+    one.write(first, "A lake.", NOTE)
+    one.release(first)
+    assert other.claim(first).description == "A lake."
+    library.trash(second.id)
+    error_of(partial(other.claim, second), ia.Gone)
+    assert library.run("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == [(1,)]
+
+
 # what changes while it runs
 
 

@@ -238,7 +238,7 @@ def test_striking_the_last_host_raises_why(hosts, stop, lines):
 
 def test_a_host_may_be_struck_while_requests_are_with_it(hosts, stop):
     mine = hosts(A, B)
-    with mine.place(stop, (), nobody) as first, mine.place(stop) as second:
+    with mine.place(stop, (), nobody) as first, mine.place(stop, (), nobody) as second:
         assert [first, second] == [A, B]
         mine.strike(A, fatal(A))
     assert asked(mine, stop, 2) == "bb"

@@ -59,6 +59,7 @@ PROMPT = (
 DEFAULTS = {
     "mode": ia.Mode.BATCH,
     "policy": ia.Policy.NONE,
+    "shard": (1, 1),
     "preserve_human": False,
     "retry_failed": False,
     "undo": False,
@@ -138,6 +139,7 @@ OPTIONS = [
         *("--overwrite-policy", "IMMICH_ANALYZE_OVERWRITE_POLICY", "policy"),
         *("all", ia.Policy.ALL, "Outdated", ia.Policy.OUTDATED),
     ),
+    Option("--shard", "IMMICH_ANALYZE_SHARD", "shard", "2/5", (2, 5), "3/3", (3, 3)),
     Option(
         *("--data-access-mode", "IMMICH_ANALYZE_DATA_ACCESS_MODE", "access"),
         *("immich-api", ia.Access.API, "database", ia.Access.DATABASE, API),
@@ -283,6 +285,8 @@ def test_a_switch_can_be_set_back(settings, name, field, on, off):
         (["-O", "outdated"], {}, "", "preserve_human", False),
         (["--undo"], {}, "", "undo", True),
         (["--undo"], {}, "", "policy", ia.Policy.ALL),
+        (["--shard", "2/5"], {}, "", "shard", (2, 5)),
+        ([], {"IMMICH_ANALYZE_SHARD": " 5/5 "}, "", "shard", (5, 5)),
         (["--undo"], {}, "", "retry_failed", True),
         (["--undo", "--dry-run"], {}, "", "dry_run", True),
         (["-d", "database"], API, "", "access", ia.Access.DATABASE),
@@ -678,6 +682,10 @@ def test_a_named_file_beats_the_users_which_beats_the_systems(settings, tmp_path
         (["--lang", "de"], {}, "--lang"),
         ([], {"IMMICH_ANALYZE_LANG": "de"}, "--lang"),
         (["-O", "some"], {}, "--overwrite-policy"),
+        *(
+            (["--shard", text], {}, "--shard")
+            for text in ("6/5", "0/5", "2", "2/", "-1/2", "a/b", "1/0")
+        ),
         (["--undo=yes"], {}, "--undo"),
         (["--mode", "once"], {}, "--mode"),
         ([], {"IMMICH_ANALYZE_MODE": "once"}, "--mode"),

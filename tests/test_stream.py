@@ -245,6 +245,19 @@ def test_each_photo_is_taken_or_counted(stop, patience, config, fields, none, al
         assert state.tally.reasons == ({} if fate == "taken" else {(fate, reason): 1})
 
 
+def test_shares_are_disjoint_and_together_all(stop, patience, config):
+    photos = [photo(n, description="" if n % 3 else "By a person.") for n in range(200)]
+    shares, skipped = [], 0
+    for number in range(1, 6):
+        state = state_of(config("--shard", f"{number}/5"), stop, patience, lasting=0)
+        shares.append(list(backlog(Listing(photos), state)))
+        skipped += state.tally.counts[ia.Outcome.SKIPPED]
+    assert {p.id for s in shares for p in s} == {p.id for p in photos if not p.description}
+    assert sum(map(len, shares)) == sum(not p.description for p in photos)
+    assert all(len(share) > 15 for share in shares)
+    assert skipped == sum(bool(p.description) for p in photos)
+
+
 def test_a_photo_listed_twice_is_taken_once(state):
     pages = [photo(1), photo(2), photo(1), photo(1, description=" ")], [photo(2), photo(3)]
     assert list(backlog(Listing(*pages), state)) == [photo(1), photo(2), photo(3)]
@@ -523,6 +536,11 @@ class Desk:
 
     def recall(self, asset):
         return asset
+
+    claim = recall
+
+    def release(self, asset):
+        pass
 
     def find(self, asset):
         return replace(asset, description=self._next("find", self._found), ready=True)
