@@ -3190,6 +3190,7 @@ def stream(
         if news and now >= next_sweep and len(listings) < 2:  # the backlog may take weeks
             next_sweep = now + SWEEP_INTERVAL
             listings.add(news.sweep(whole=len(listings) == 0))
+        busy = tally.in_hand > 0  # looked at before all else: what is in hand may come back
         turn = state.checks.due(idle=False)
         if not turn and (job := state.agenda.due() or listings.next()):
             turn = [job]
@@ -3199,7 +3200,7 @@ def stream(
         else:
             times = (next_look, next_sweep, listings.next_time, state.agenda.next_time())
             soonest = min(*times, state.checks.next_time())
-            if soonest == math.inf and not tally.in_hand:
+            if soonest == math.inf and not busy:
                 return
             state.stop.nap(min(soonest - time.monotonic(), interval))
 
@@ -3253,7 +3254,7 @@ def describe(job: Job, library: Library, ai: Ai, state: State) -> bool:
 
 
 def try_soon(job: Job, error: AnalyzeError, state: State) -> bool:
-    """Put a picture that a host failed on back on the agenda; False once that was tried enough."""
+    """Whether a picture that a host failed on is to be tried again, after `job.pause`."""
     others = len(job.failed_at) < len(state.hosts)
     job.tries += 1
     most = min(PICTURE_TRIES, (state.config.max_retries or math.inf) + 1)
@@ -3262,7 +3263,7 @@ def try_soon(job: Job, error: AnalyzeError, state: State) -> bool:
         job.failed_at.clear()
         return False
     log.debug("%s: %s", job.asset.id, error)
-    state.agenda.put(job, 0.0 if others else state.config.retry_delay_seconds)
+    job.pause = 0.0 if others else state.config.retry_delay_seconds
     return True
 
 
@@ -3282,9 +3283,12 @@ def analyze(job: Job, library: Library, ai: Ai, state: State) -> Outcome | None:
     """The whole story of one photo; None if it goes on later, as with a reading back."""
     claimed = job.asset = state.patience(lambda: library.claim(job.asset))
     try:
-        return analyze_claimed(job, library, ai, state)
+        outcome = analyze_claimed(job, library, ai, state)
     finally:
         library.release(claimed)
+    if not outcome and not job.written:  # only now, as another worker may take it at once
+        state.agenda.put(job, job.pause)
+    return outcome
 
 
 def analyze_claimed(job: Job, library: Library, ai: Ai, state: State) -> Outcome | None:

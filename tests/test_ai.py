@@ -44,9 +44,8 @@ class Persistent(ia.Ai):
 
     def describe(self, picture):
         job = ia.Job(photo(1))
+        state = SimpleNamespace(config=self._config, hosts=self._hosts)
         while True:
-            agenda = ia.Agenda(lambda: None, 0.0)
-            state = SimpleNamespace(config=self._config, hosts=self._hosts, agenda=agenda)
             try:
                 return super().describe(picture, job.failed_at)
             except ia.HostDown:
@@ -54,8 +53,7 @@ class Persistent(ia.Ai):
             except (ia.Retryable, ia.Permanent) as error:
                 if not ia.try_soon(job, error, state):
                     raise
-            pause = agenda.next_time() - ia.time.monotonic()
-            if pause and self._stop.wait(pause):
+            if job.pause and self._stop.wait(job.pause):
                 raise ia.Stopped("stopped")
 
 

@@ -518,6 +518,62 @@ def test_two_hosts_share_the_photos(api, ollama, other, command):
     assert (ollama.count(*CHATS), other.count(*CHATS)) == (3, 3)
 
 
+def test_a_poisonous_picture_is_tried_on_each_host_and_rests_none(api, ollama, other, command):
+    wanted, poison = fill(api, 30), servers.own_picture(1000)
+    id = api.add("poison.jpg", picture=poison)
+    for server in (ollama, other):
+        answer_by_picture(server, {poison: Reply(500, {"error": "out of memory"})})
+    done = command(*api.argv, *asking(ollama, other), *NO_PAUSE, "--log-level", "info")
+    line, _ = done.stderr.splitlines()
+    assert (done.returncode, line.startswith("poison.jpg")) == (1, True)
+    assert api.texts() == wanted | {id: ""}
+    encoded = base64.b64encode(poison).decode()
+    tries = [
+        sum(encoded in str(exchange.json) for exchange in server.find(*CHATS))
+        for server in (ollama, other)
+    ]
+    assert sorted(tries) == [1, 2]
+
+
+@pytest.mark.parametrize("trouble", ["gone", "hangs", "fails"])
+def test_a_host_that_dies_costs_no_photo(library, ollama, other, trouble):
+    wanted = fill(library, 40)
+    ollama.hold(*CHATS)
+    argv = [*library.argv, *asking(ollama, other), "--timeout", "0.5", "--max-concurrent", "8"]
+    with Running(*argv, *NO_PAUSE, "--log-level", "warning") as tool:
+        ollama.wait_for(4)
+        if trouble == "gone":
+            ollama.close()
+        elif trouble == "fails":
+            ollama.script(*CHATS, Reply(500, {"error": "no memory"}), forever=True)
+            ollama.gate.set()
+        assert tool.end() == 0
+    ollama.gate.set()
+    assert len([line for line in tool.said if ollama.url in line]) == 1
+    assert library.texts() == wanted
+    assert sorted(library.writes()) == sorted(wanted.items())
+
+
+def test_several_instances_share_a_library(database, ollama):
+    """Each photo is asked about once, whoever takes it."""
+    wanted = fill(database, 60)
+    argv = [*database.argv, *asking(ollama), "--max-concurrent", "2"]
+    with Running(*argv) as one, Running(*argv) as two, Running(*argv) as three:
+        assert [tool.end() for tool in (one, two, three)] == [0, 0, 0]
+    assert database.texts() == wanted
+    assert sorted(database.writes()) == sorted(wanted.items())
+    assert ollama.count(*CHATS) == 60
+
+
+def test_shares_of_a_library_are_disjoint_and_together_all(api, ollama, command):
+    wanted = fill(api, 30)
+    for number in range(1, 4):
+        before = set(dict(api.writes()))
+        assert command(*api.argv, *asking(ollama), "--shard", f"{number}/3").returncode == 0
+        assert set(dict(api.writes())) - before
+    assert sorted(api.writes()) == sorted(wanted.items())
+
+
 # --- Bad pictures ----------------------------------------------------------------------------
 
 
