@@ -731,7 +731,7 @@ class Picture:
     """A preview ready to be sent; its base64 is made once for all tries."""
 
     mime: str
-    base64: str
+    base64: bytes
 
 
 # Our text among a person's: from a line [AI] to the next line [/AI] with no other [AI] between.
@@ -834,7 +834,7 @@ def prepared(data: bytes, max_size: int) -> Picture:
         if whole:
             raise
         raise Retryable("preview_cut") from error
-    return Picture(mime or "", base64.b64encode(data).decode("ascii"))
+    return Picture(mime or "", base64.b64encode(data))
 
 
 def as_jpeg(data: bytes, max_size: int) -> bytes:
@@ -970,8 +970,19 @@ class Session(requests.Session):
 
     def __init__(self) -> None:
         super().__init__()
+        self._settings: dict[str, Any] = {}
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         self.headers["User-Agent"] = f"immich-analyze/{__version__}"
+
+    def merge_environment_settings(self, url: Any, *given: Any) -> Any:
+        """The proxy and certificates that the environment names, read once for each server.
+
+        They are looked for among all variables, which takes longer than the rest of a request.
+        """
+        server = "/".join(str(url).split("/", 3)[:3])
+        if server not in self._settings:
+            self._settings[server] = super().merge_environment_settings(url, *given)
+        return dict(self._settings[server])
 
     def get_redirect_target(self, resp: requests.Response) -> None:
         """Nowhere, which is how requests is kept from following redirects."""
@@ -1197,7 +1208,7 @@ class Dialect:
 
     root: str  # what its paths begin with; people often give it with the address
     chat: str
-    question: Callable[[str, str, Picture, int], dict[str, Any]]  # model, prompt, picture, tokens
+    question: Callable[[str, str, str, int], dict[str, Any]]  # model, prompt, MIME type, tokens
     thinking: Callable[[bool], dict[str, Any]]  # the switch to add to a question
     text: tuple[str | int, ...]  # where the answer is
     finish: tuple[str | int, ...]  # where it says why it ended; "length" = cut
@@ -1205,9 +1216,13 @@ class Dialect:
     alive: str  # a path that is answered whenever the server is up
 
 
-def ollama_question(model: str, prompt: str, picture: Picture, tokens: int) -> dict[str, Any]:
+# What stands for the picture in a question: JSON's encoder would take a millisecond for it.
+PICTURE = "immich-analyze puts the picture here"
+
+
+def ollama_question(model: str, prompt: str, _: str, tokens: int) -> dict[str, Any]:
     """Body of POST /api/chat; images are bare base64 there."""
-    message = {"role": "user", "content": prompt, "images": [picture.base64]}
+    message = {"role": "user", "content": prompt, "images": [PICTURE]}
     options = {"num_predict": tokens}
     return {"model": model, "messages": [message], "stream": False, "options": options}
 
@@ -1218,9 +1233,9 @@ def ollama_sees(ask: Callable[..., Any], model: str) -> bool | None:
     return "vision" in capabilities if isinstance(capabilities, list) else None
 
 
-def openai_question(model: str, prompt: str, picture: Picture, tokens: int) -> dict[str, Any]:
+def openai_question(model: str, prompt: str, mime: str, tokens: int) -> dict[str, Any]:
     """Body of POST /v1/chat/completions."""
-    image = {"url": f"data:{picture.mime};base64,{picture.base64}"}
+    image = {"url": f"data:{mime};base64,{PICTURE}"}
     content = [{"type": "text", "text": prompt}, {"type": "image_url", "image_url": image}]
     message = {"role": "user", "content": content}
     return {"model": model, "messages": [message], "stream": False, "max_tokens": tokens}
@@ -1294,6 +1309,7 @@ class Host:
     struck: bool = False  # it has a wrong key or lacks the model
     gone: bool = False  # nothing answers at its address: a request that costs nothing tells more
     probed: float = -math.inf  # when such a request was made
+    doubted: bool = False  # it rests while somebody finds out whether it is sick
     failed: frozenset[int] = frozenset()  # pictures since its last answer
     requests: int = 0  # that ended, and the seconds they took, all together
     seconds: float = 0.0
@@ -1336,8 +1352,8 @@ class Hosts:
                 raise Stopped("stopped")
             url, seconds = self.pick(avoid)
             while seconds:
-                gone = any(host.gone for host in self.seen())
-                if stop.wait(min(seconds, PROBE_PAUSE) if gone else seconds):
+                sooner = any(host.gone or host.doubted for host in self.seen())  # perhaps
+                if stop.wait(min(seconds, PROBE_PAUSE) if sooner else seconds):
                     raise Stopped("stopped")
                 if (lost := self._to_probe()) and answers(lost):
                     self.wake(lost)
@@ -1397,7 +1413,7 @@ class Hosts:
         seconds = self._rest if asked is None else asked
         with self._lock:
             host, now = self._hosts[url], self._clock()
-            host.rests_until = max(host.rests_until, now + seconds)
+            host.rests_until, host.doubted = max(host.rests_until, now + seconds), False
             host.gone = error.key == "unreachable" or error.fields.get("status") in (502, 504)
             # a busy one may ask to be left alone for a second, again and again
             first = not host.away and (seconds >= self._rest or now > host.said + QUIET)
@@ -1417,6 +1433,7 @@ class Hosts:
             if len(host.failed) < SICK_AFTER:
                 return False
             host.rests_until = max(host.rests_until, self._clock() + self._rest)
+            host.doubted = True
             return True
 
     def resting(self, url: str) -> bool:
@@ -1428,7 +1445,8 @@ class Hosts:
         """End a host's rest."""
         with self._lock:
             host = self._hosts[url]
-            host.rests_until, host.gone = self._clock(), False
+            host.rests_until = self._clock()
+            host.gone = host.doubted = False
 
     def up(self, url: str) -> None:
         """Note that a host answered."""
@@ -1532,11 +1550,13 @@ class Ai:
     def _question(self, picture: Picture) -> Callable[[bool], bytes]:
         """Makes the body of a question, with the switch for thinking or plain; once each."""
         config, dialect = self._config, self._dialect
-        question = dialect.question(config.model_name, config.prompt, picture, config.max_tokens)
+        model, prompt, tokens = config.model_name, config.prompt, config.max_tokens
+        question = dialect.question(model, prompt, picture.mime, tokens)
 
         @functools.cache
         def body(plain: bool) -> bytes:
-            return json.dumps(question | ({} if plain else dialect.thinking(config.think))).encode()
+            text = json.dumps(question | ({} if plain else dialect.thinking(config.think)))
+            return text.encode().replace(PICTURE.encode(), picture.base64)
 
         body(bool(self._hosts.no_switch))  # now, as no place is taken yet
         return body
@@ -2344,14 +2364,18 @@ class DbLibrary:
         self._database = database
         self._choose = choose
         self._root = root
+        self._known: tuple[Mapping[str, set[str]], Statements] | None = None
 
     @property
     def _statements(self) -> Statements:
-        try:
-            return self._choose(self._database.tables())
-        except Unexpected:  # in the middle of a restore: look again the next time
-            self._database.close()
-            raise
+        tables = self._database.tables()
+        if not self._known or self._known[0] is not tables:
+            try:
+                self._known = (tables, self._choose(tables))
+            except Unexpected:  # in the middle of a restore: look again the next time
+                self._database.close()
+                raise
+        return self._known[1]
 
     def clock(self) -> datetime:
         """PostgreSQL's clock."""

@@ -365,7 +365,7 @@ def test_a_refused_picture_is_given_up_on_at_once(fake, make, stop, status):
 
 
 def test_garbage_is_refused_by_the_real_error(fake, make):
-    garbage = ia.Picture("image/jpeg", base64.b64encode(b"garbage").decode())
+    garbage = ia.Picture("image/jpeg", base64.b64encode(b"garbage"))
     error = error_of(make(fake).describe, garbage)[1]
     assert error.fields == {"url": fake.url + fake.chat, "status": 400, "why": servers.NO_PICTURE}
 
@@ -498,7 +498,7 @@ def test_a_host_that_fails_on_every_picture_rests_and_costs_them_nothing(
 
 
 def test_pictures_that_are_all_bad_rest_no_host_and_fail_each_after_three_tries(fake, make, stop):
-    behave, good = fake.behave, ia.good_picture().base64
+    behave, good = fake.behave, ia.good_picture().base64.decode()
     error = {"code": 500, "message": "no memory", "type": "server_error"}
     broken = Reply(500, {"error": error if fake.interface == "llamacpp" else "no memory"})
     fake.behave = lambda x: behave(x) if good in json.dumps(x.json) else broken

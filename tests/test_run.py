@@ -747,7 +747,7 @@ def test_an_unusable_answer_fails_its_photo_after_three_tries(api, model, comman
     )
     assert last.startswith(tally(described=2, failed=len(UNUSABLE)))
     assert api.texts() == dict.fromkeys(ids.values(), "") | good
-    good_one = ia.good_picture().base64
+    good_one = ia.good_picture().base64.decode()
     asked = [exchange for exchange in model.find(*CHATS) if good_one not in str(exchange.json)]
     assert len(asked) == 2 + 3 * len(UNUSABLE)
     notes = api.notes()

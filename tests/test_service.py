@@ -367,7 +367,7 @@ def test_photos_that_fail_in_passing_hold_no_worker_and_are_described_later(
     monkeypatch.setattr(ia, "CHECK_PAUSE", 0.0)
     sick = fill(api, 5)
     behave, broken = ollama.behave, Reply(500, {"error": "out of memory"})
-    ill, good = threading.Event(), ia.good_picture().base64
+    ill, good = threading.Event(), ia.good_picture().base64.decode()
     ill.set()
 
     def behaves(exchange):
