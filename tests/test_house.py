@@ -26,7 +26,7 @@ BANNERS = {
     if (section := "".join(re.findall(r"^# (\d) [A-Z]", line)))
 }
 FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
-LONGEST_MODULE, LONGEST_FUNCTION, WIDEST_SUMMARY = 3900, 45, 95
+LONGEST_MODULE, LONGEST_FUNCTION, WIDEST_SUMMARY = 3950, 45, 95
 
 
 def section(node: ast.AST) -> int:

@@ -737,7 +737,8 @@ def test_an_unusable_answer_fails_its_photo_after_three_tries(api, model, comman
     pictures = {name: servers.own_picture(n) for n, name in enumerate(UNUSABLE, 100)}
     ids = {name: api.add(name, picture=picture) for name, picture in pictures.items()}
     answer_by_picture(model, {pictures[name]: UNUSABLE[name][0] for name in UNUSABLE})
-    done = command(*api.argv, *asking(model), *NO_PAUSE)
+    one = ["--max-concurrent", "1"]  # or some would be asked about while the host is doubted
+    done = command(*api.argv, *asking(model), *NO_PAUSE, *one)
     assert done.returncode == 1
     [chat] = {exchange.path for exchange in model.find(*CHATS)}
     fields = {"url": model.url + chat, "tokens": 4096, "status": 500, "why": "out of memory"}
