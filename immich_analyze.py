@@ -746,21 +746,21 @@ def is_ours(asset: Asset) -> bool:
 
 def left_alone(asset: Asset, config: Config) -> str:
     """Why a photo is not to be described, as a key; "" if it is, or if its note must tell."""
-    note, (model, prompt) = asset.note, (config.model_name, config.prompt_id)
-    same = bool(note and (note.model, note.prompt) == (model, prompt))
+    note = asset.note
+    same = note is not None and (note.model, note.prompt) == (config.model_name, config.prompt_id)
     if note and note.failed and same and note.tries >= MOST_TRIES and not config.retry_failed:
         return "failed_before"
     if not asset.description.strip():
         return "has_description" if config.undo else ""
+    if config.policy is Policy.NONE:
+        return "has_description"
     ours = is_ours(asset) or bool(BLOCK.search(asset.description))
     match config.policy:
-        case Policy.NONE:
-            wanted = False
         case Policy.MISSING_AI:
             wanted = not ours
         case Policy.OUTDATED:
             wanted = not asset.noted or (ours and not (same and note and not note.failed))
-        case Policy.ALL:
+        case _:
             wanted = True
     return "" if wanted else "has_description"
 
@@ -1841,10 +1841,11 @@ class ApiLibrary:
         listed: dict[str, datetime] = {}
         date = walk.before or FAR_FUTURE
         for item in items:
-            date = moment(dig(item, "fileCreatedAt")) or date
+            date = moment(item.get("fileCreatedAt")) or date
             listed[item["id"]] = date
-        fresh = [item for item in items if item["id"] not in walk.seen]
-        photos = ((item, self._photo(item, str(number))) for item in fresh)
+        fresh = (item for item in items if item["id"] not in walk.seen)
+        noted = not self._keeps_notes()
+        photos = ((item, photo_listed(item, str(number), noted=noted)) for item in fresh)
         assets = [photo for item, photo in photos if photo and self._owns(number, item)]
         more, stable = dig(told, "nextPage") is not None, self._version >= (3, 1, 0)
         step = onward(walk, listed, more, stable)
@@ -1904,14 +1905,10 @@ class ApiLibrary:
 
     def find(self, asset: Asset) -> Asset:
         """GET /assets/{id}."""
-        found = self._photo(self._read(asset), asset.source)
+        found = photo_listed(self._read(asset), asset.source, noted=asset.noted)
         if not found:
             raise Gone("photo_excluded")
-        return replace(found, note=asset.note, noted=asset.noted)
-
-    def _photo(self, item: Mapping[str, Any], source: str) -> Asset | None:
-        found = photo_listed(item, source)
-        return found and replace(found, noted=not self._keeps_notes())
+        return replace(found, note=asset.note)
 
     def claim(self, asset: Asset) -> Asset:
         """As it was listed: nothing arbitrates between instances but `--shard`."""
@@ -2069,23 +2066,24 @@ def no_web_page(reply: Reply) -> bytes:
     return reply.body
 
 
-def photo_listed(item: Mapping[str, Any], source: str) -> Asset | None:
+def photo_listed(item: Mapping[str, Any], source: str, *, noted: bool) -> Asset | None:
     """A photo as POST /search/metadata lists it; None for what the search let through besides.
 
     No preview was made if thumbhash is null.
     """
-    if dig(item, "type") != "IMAGE" or dig(item, "visibility") in ("hidden", "locked"):
+    if item.get("type") != "IMAGE" or item.get("visibility") in ("hidden", "locked"):
         return None
-    if dig(item, "isTrashed") is True or dig(item, "isOffline") is True:
+    if item.get("isTrashed") is True or item.get("isOffline") is True:
         return None
     description = dig(item, "exifInfo", "description")
     return Asset(
         id=item["id"],
-        name=str(dig(item, "originalFileName") or item["id"]),
+        name=str(item.get("originalFileName") or item["id"]),
         description=description if isinstance(description, str) else "",
         source=source,
-        ready=bool(dig(item, "thumbhash")),
-        library=str(dig(item, "libraryId") or ""),
+        ready=bool(item.get("thumbhash")),
+        noted=noted,
+        library=str(item.get("libraryId") or ""),
     )
 
 
