@@ -1422,15 +1422,15 @@ class Hosts:
         if first:
             log.warning("%s", t("host_rests", why=error, seconds=f"{seconds:g}"))
 
-    def doubtful(self, url: str, picture: Picture) -> bool:
-        """Note that a host failed on a picture; whether it did on several, with no answer since.
+    def doubtful(self, url: str, picture: Picture, after: int) -> bool:
+        """Note that a host failed on a picture; whether it did on so many, with no answer since.
 
         Then it rests until somebody found out what is wrong.
         """
         with self._lock:
             host = self._hosts[url]
             host.failed |= {hash(picture)}
-            if len(host.failed) < SICK_AFTER:
+            if len(host.failed) < after:
                 return False
             host.rests_until = max(host.rests_until, self._clock() + self._rest)
             host.doubted = True
@@ -1487,8 +1487,10 @@ class Ai:
         request.headers["Authorization"] = f"Bearer {self._config.api_key}"
         return request
 
-    def describe(self, picture: Picture, failed_at: set[str]) -> str:
+    def describe(self, picture: Picture, failed_at: set[str], *, last: bool) -> str:
         """Have a picture described, by a host that did not fail on it if there is one.
+
+        `last`: it is given up if it fails once more.
 
         A host that is away or sick is waited for (`--max-retries` bounds that), HostDown
         after that. Raises Retryable or Permanent for the picture, and adds the host to
@@ -1504,7 +1506,7 @@ class Ai:
                     self._hosts.up(url)
                     return self._description(answer)
                 except (Retryable, Unexpected) as error:
-                    if not self._is_sick(url, picture, error):
+                    if not self._is_sick(url, picture, error, last=last):
                         failed_at.add(url)
                         raise
                     waits += 1
@@ -1516,17 +1518,18 @@ class Ai:
                 except Fatal as error:
                     self._hosts.strike(url, error)
 
-    def _is_sick(self, url: str, picture: Picture, error: AnalyzeError) -> bool:
+    def _is_sick(self, url: str, picture: Picture, error: AnalyzeError, *, last: bool) -> bool:
         """Whether the host is to blame for an error, not the picture; then it rests.
 
-        One that failed on several pictures is shown one that is known to be good.
+        One that failed on several pictures, or on one that would be given up, is shown one
+        that is known to be good.
         """
         if isinstance(error, HostDown | Unexpected):
             self._hosts.down(url, error)
             return True
         if self._hosts.resting(url):
             return True
-        if not self._hosts.doubtful(url, picture):
+        if not self._hosts.doubtful(url, picture, after=1 if last else SICK_AFTER):
             return False
         try:
             self._ask(url, self._question(good_picture()))
@@ -3262,8 +3265,10 @@ def describe(job: Job, library: Library, ai: Ai, state: State) -> bool:
     config, asset = state.config, job.asset
     preview = functools.partial(library.preview, asset)
     data = settled(lambda: state.patience(preview), config, state.stop)
+    last = job.tries + 1 >= most_tries(config)
     try:
-        job.text = ai.describe(prepared(data, config.max_image_size), job.failed_at)
+        picture = prepared(data, config.max_image_size)
+        job.text = ai.describe(picture, job.failed_at, last=last)
     except HostDown:
         raise
     except (Retryable, Permanent) as error:
@@ -3275,12 +3280,17 @@ def describe(job: Job, library: Library, ai: Ai, state: State) -> bool:
     return True
 
 
+def most_tries(config: Config) -> float:
+    """How often a picture is tried."""
+    return min(PICTURE_TRIES, (config.max_retries or math.inf) + 1)
+
+
 def try_soon(job: Job, error: AnalyzeError, state: State) -> bool:
     """Whether a picture that a host failed on is to be tried again, after `job.pause`."""
     others = len(job.failed_at) < len(state.hosts)
     job.tries += 1
-    most = min(PICTURE_TRIES, (state.config.max_retries or math.inf) + 1)
-    if not job.failed_at or job.tries >= most or (isinstance(error, Permanent) and not others):
+    enough = job.tries >= most_tries(state.config) or (isinstance(error, Permanent) and not others)
+    if enough or not job.failed_at:
         job.tries = 0
         job.failed_at.clear()
         return False
@@ -3429,6 +3439,8 @@ def conclude(job: Job, outcome: Outcome, error: Exception | None, state: State) 
     tally, agenda, asset = state.tally, state.agenda, job.asset
     known = isinstance(error, AnalyzeError)
     reason = error.key if isinstance(error, AnalyzeError) else "bug" if error else ""
+    if reason == "claimed_elsewhere" and agenda.again(job):
+        return
     if outcome is Outcome.FAILED and not job.failed:
         job.failed = True
         agenda.plan(job, FAILED_PAUSE)

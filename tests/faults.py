@@ -922,7 +922,10 @@ class Faults:
 
     @contextmanager
     def _killed_at_update(self) -> Iterator[Met]:
-        """The write waits in PostgreSQL, which does it though nobody is left to be told."""
+        """The write waits in PostgreSQL, which does it though nobody is left to be told.
+
+        Until then the photo is claimed by the dead, so the next one leaves it alone.
+        """
         self._hold(CHATS, *self._trial.hosts)
         with sandbox.connected(self._library.photos.uri) as cursor:
             cursor.connection.autocommit = False
@@ -934,7 +937,7 @@ class Faults:
             self._tool.kill()
             left = self._library.blocked()
             self._tool.start()
-            yield lambda: self._library.blocked() > left > 0
+            yield lambda: self._tool.ready and left > 0
         self._library.here = True
 
 

@@ -386,9 +386,12 @@ class _Script:
     replies: deque[Reply | Special]
     forever: bool
     checked: bool
+    unless: bytes = b""
 
     def next(self, exchange: Exchange) -> Reply | Special | None:
         if not self.replies or not _matches(exchange, self.method, self.path):
+            return None
+        if self.unless and self.unless in exchange.data:
             return None
         if self.forever and len(self.replies) == 1:
             return self.replies[0]
@@ -465,14 +468,17 @@ class FakeServer:
         *replies: Reply | Special,
         forever: bool = False,
         checked: bool = False,
+        unless: bytes = b"",
     ) -> None:
         """Answer the next matching requests with these, in turn; `forever` repeats the last.
 
         Method and path are regular expressions: the whole method, any part of the path.
-        Scripted replies are taken on trust unless `checked`.
+        Scripted replies are taken on trust unless `checked`. Requests that hold `unless` are
+        answered as usual.
         """
         with self._lock:
-            self._scripts.append(_Script(method, path, deque(replies), forever, checked))
+            script = _Script(method, path, deque(replies), forever, checked, unless)
+            self._scripts.append(script)
 
     def forget_scripts(self) -> None:
         """Back to the real behaviour."""

@@ -548,7 +548,7 @@ class Desk:
     def preview(self, asset):
         return self._next("preview", self._previews)
 
-    def describe(self, picture, failed_at):
+    def describe(self, picture, failed_at, *, last):
         assert picture.mime == "image/jpeg"
         self.said.append("describe")
         return "A photo."
