@@ -1,6 +1,6 @@
 """Measure the tool beside bare clients; nothing here passes or fails.
 
-    python tests/bench.py [start|memory|listing|photo|arrival|burst|stop|growth|all]
+    python tests/bench.py [GROUP]     all groups, or the one named: see -h
 
 Each figure is the median of five runs of a whole process, and stands beside a yardstick from
 the same minutes on the same machine: the bare clients below send the same requests or the same
@@ -21,6 +21,7 @@ import platform
 import random
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,7 @@ PHOTOS = 300  # to be described
 ARRIVALS = 40  # that are timed
 POLL = 10.0  # seconds between two looks, by default
 BURST, BURST_SECONDS = 2_000, 20.0
+CALM = 1.0  # seconds after a host's death until the rate counts again
 GROWTH, BATCH = 50_000, 500  # arrivals after the first SMALL ones, so many at once
 TESTS = Path(__file__).resolve().parent
 TOOL = TESTS.parent / "immich_analyze.py"
@@ -155,12 +157,20 @@ class Instant(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = -1
 
+    SAID: ClassVar[dict[str, Any]] = {
+        "message": {"role": "assistant", "content": "A photo of a lake between two mountains."},
+        "done": True,
+        "done_reason": "stop",
+    }
+
     def do_POST(self) -> None:
         self.note(self.rfile.read(int(self.headers["Content-Length"])))
-        message = {"role": "assistant", "content": "A photo of a lake between two mountains."}
-        answer = {"message": message, "done": True, "done_reason": "stop"}
-        body = json.dumps(answer | {"capabilities": ["completion", "vision"]}).encode()
-        self.send_response(200)
+        self.answer(200, {"capabilities": ["completion", "vision"], **self.SAID})
+
+    def answer(self, status: int, said: dict[str, Any]) -> None:
+        """Send JSON."""
+        body = json.dumps(said).encode()
+        self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -188,6 +198,95 @@ class Noting(Instant):
         asked = dict(cls.asked)
         cls.asked.clear()
         return asked
+
+
+class Hosts:
+    """Model hosts that take their time, each so many pictures at once; the others queue there.
+
+    They note each picture they answered: its number, the host, and when, by the monotonic clock.
+    """
+
+    def __init__(self, kinds: list[tuple[int, float]], poison: int = -1) -> None:
+        self.answered: list[tuple[int, int, float]] = []
+        self.first = 0.0  # when the first picture came, since that was asked last
+        self._kinds, self._poison = kinds, poison
+        self._hanging: set[int] = set()
+        self._open: list[set[Any]] = [set() for _ in kinds]
+        self._servers = [self._server(number, 0) for number in range(len(kinds))]
+        self.ports = [server.server_port for server in self._servers]
+
+    def _server(self, number: int, port: int) -> http.server.ThreadingHTTPServer:
+        places, delay = self._kinds[number]
+        free, hosts = threading.Semaphore(places), self
+
+        class Timed(Instant):
+            def setup(self) -> None:
+                super().setup()
+                hosts._open[number].add(self.connection)
+
+            def do_GET(self) -> None:
+                self.answer(200, {"version": "0"})
+
+            def do_POST(self) -> None:
+                request = self.rfile.read(int(self.headers["Content-Length"]))
+                image = Noting.IMAGE.search(request)
+                data = base64.b64decode(image[1])[6:14] if image else b""
+                hosts.first = hosts.first or (time.monotonic() if image else 0.0)
+                if number in hosts._hanging:
+                    while number in hosts._hanging:
+                        time.sleep(0.05)
+                    self.close_connection = True
+                    return
+                if not data.isdigit():  # no picture of ours
+                    self.answer(200, {"capabilities": ["vision"], **self.SAID})
+                    return
+                picture = int(data)
+                if picture == hosts._poison:
+                    self.answer(500, {"error": "out of memory"})
+                    return
+                with free:
+                    time.sleep(delay)
+                if number not in hosts._hanging:
+                    self.answer(200, self.SAID)
+                    self.wfile.flush()  # which fails if nobody is there any more
+                    hosts.answered.append((picture, number, time.monotonic()))
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Timed)
+        server.daemon_threads = True
+        server.handle_error = lambda *_: None  # of connections that are dropped
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return server
+
+    def told(self) -> tuple[float, list[tuple[int, int, float]]]:
+        """When the first picture came and what was answered, which both begin anew."""
+        told = self.first, self.answered
+        self.first, self.answered = 0.0, []
+        return told
+
+    def die(self, number: int) -> None:
+        """Refuse connections, and drop those there are."""
+        self._servers[number].shutdown()
+        self._servers[number].server_close()
+        for connection in self._open[number]:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def back(self, number: int) -> None:
+        """Be there again."""
+        self._hanging.discard(number)
+        if self._servers[number].socket.fileno() < 0:
+            self._servers[number] = self._server(number, self.ports[number])
+
+    def hang(self, number: int) -> None:
+        """Take requests and never answer."""
+        self._hanging.add(number)
+
+
+@contextmanager
+def hosts_server(*arguments: Any) -> Iterator[tuple[dict[str, Any], Callable[..., Any]]]:
+    hosts = Hosts(*arguments)
+    urls = ",".join(f"http://127.0.0.1:{port}" for port in hosts.ports)
+    yield {"urls": urls}, lambda what, *numbers: getattr(hosts, what)(*numbers)
 
 
 def numbered(picture: bytes, number: int) -> bytes:
@@ -275,16 +374,21 @@ def postgres_server(
             yield told, reset
 
 
-SERVERS = {"immich": immich_server, "postgres": postgres_server, "model": model_server}
+SERVERS = {
+    "immich": immich_server,
+    "postgres": postgres_server,
+    "model": model_server,
+    "hosts": hosts_server,
+}
 
 
 def serve(name: str, *arguments: Any) -> None:
-    """Run in the child: say where the server is, set it back for each line, end with the input."""
+    """Run in the child: say where the server is, call its function for each line of arguments."""
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     with SERVERS[name](*arguments) as (told, reset):
         print(json.dumps(told), flush=True)
-        for _ in sys.stdin:
-            print(json.dumps(reset()), flush=True)
+        for line in sys.stdin:
+            print(json.dumps(reset(*json.loads(line))), flush=True)
 
 
 class Server:
@@ -305,9 +409,9 @@ class Server:
     def __getattr__(self, name: str) -> Any:
         return self.facts[name]
 
-    def reset(self) -> Any:
-        """Back to where it began; what it noted until then."""
-        self._process.stdin.write("\n")
+    def reset(self, *arguments: Any) -> Any:
+        """Back to where it began, or what else its function does; what that gives."""
+        self._process.stdin.write(json.dumps(arguments) + "\n")
         self._process.stdin.flush()
         return self._answer()
 
@@ -461,6 +565,185 @@ def photo() -> None:
         what = f"database: a described photo ({size} preview)"
         row(what, milliseconds(whole.wall), milliseconds(client.wall), "bare client, 6 threads")
         row(what + ", CPU", milliseconds(whole.cpu), milliseconds(client.cpu), "bare client")
+
+
+# --- model hosts ----------------------------------------------------------------------------------
+
+EQUAL = [(4, 0.25)] * 4  # places, seconds for a picture
+Answered = list[tuple[int, int, float]]
+
+
+@contextmanager
+def numbered_library(photos: int) -> Iterator[tuple[list[str], Callable[[], None]]]:
+    """A library whose pictures have numbers: the tool's options, and how it is set back."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.effect_noise((400, 300), 60).convert("RGB").save(out, "JPEG", quality=60)
+    with sql_library() as (library, options):
+        for number, id in enumerate(library.add_many(photos, preview=False)):
+            library.write_preview(id, numbered(out.getvalue(), number))
+            library.add_preview(id)
+        library.run("ANALYZE")
+
+        def reset() -> None:
+            library.run("UPDATE {exif} SET description = '', \"lockedProperties\" = NULL")
+            library.run("DELETE FROM asset_metadata")
+
+        yield options, reset
+
+
+def batch(*options: str) -> subprocess.Popen[str]:
+    """The tool at work on what is there."""
+    environment = ENVIRONMENT | {"HOME": "/nonexistent", "LANG": "C.UTF-8"}
+    pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    command = tool("--log-level", "warning", *options)
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def rate(answered: Answered, begin: float, end: float) -> float:
+    """Answers per second between two moments."""
+    return sum(begin <= at < end for _, _, at in answered) / (end - begin)
+
+
+def moments(answered: Answered, *shares: float) -> list[float]:
+    """When these shares of the answers had been given."""
+    times = sorted(at for _, _, at in answered)
+    return [times[min(int(share * len(times)), len(times) - 1)] for share in shares]
+
+
+def faults(answered: Answered, photos: int) -> str:
+    """What was lost or doubled."""
+    lost = photos - len({number for number, _, _ in answered})
+    return f"{lost} lost, {len(answered) - photos + lost} doubled"
+
+
+def share(what: str, rates: list[float], capacity: float, note: str) -> None:
+    """A line for the median of some rates."""
+    median = statistics.median(rates)
+    figure, whole = f"{100 * median / capacity:.1f} %", f"{capacity:.0f}/s"
+    row(what, figure, whole, note)
+
+
+def saturation() -> None:
+    """Equal hosts, from the first request to the last answer."""
+    rates = []
+    with numbered_library(640) as (options, reset), Server("hosts", EQUAL) as hosts:
+        for _ in range(RUNS):
+            reset()
+            done = batch(*options, "--hosts", hosts.urls, "--max-concurrent", "16")
+            done.communicate()
+            first, answered = hosts.reset("told")
+            rates.append(len(answered) / (moments(answered, 1)[0] - first))
+    share("4 equal hosts x 4 places, 0.25 s a picture", rates, 64, "the hosts' capacity")
+
+
+def unequal() -> None:
+    """A fast host and slow ones, while there is enough to do."""
+    rates = []
+    kinds = [(4, 0.1)] + [(4, 0.4)] * 3
+    with numbered_library(700) as (options, reset), Server("hosts", kinds) as hosts:
+        for _ in range(RUNS):
+            reset()
+            done = batch(*options, "--hosts", hosts.urls, "--max-concurrent", "16")
+            done.communicate()
+            _, answered = hosts.reset("told")
+            rates.append(rate(answered, *moments(answered, 0.1, 0.9)))
+    share("1 fast host, 3 four times slower", rates, 70, "their summed capacity")
+
+
+def death() -> None:
+    """One of four hosts dies in the middle, while there is enough to do."""
+    photos = 800
+    with numbered_library(photos) as (options, reset), Server("hosts", EQUAL) as hosts:
+        known = [*options, "--hosts", hosts.urls, "--max-concurrent", "16", "--timeout", "2"]
+        for how, calm in (("die", CALM), ("hang", 2 + CALM)):
+            rates, found = [], []
+            for _ in range(RUNS):
+                reset()
+                done = batch(*known)
+                time.sleep(5)
+                hosts.reset(how, 0)
+                died = time.monotonic()
+                done.communicate()
+                _, answered = hosts.reset("told")
+                hosts.reset("back", 0)
+                rates.append(rate(answered, died + calm, *moments(answered, 0.95)))
+                found.append(faults(answered, photos))
+            what = {"die": "one of 4 hosts refuses", "hang": "one of 4 hosts hangs"}[how]
+            share(what, rates, 48, f"what is left; {max(found)}")
+
+
+def poison() -> None:
+    """One picture in 1,000 on which every host fails."""
+    photos, kinds = 1000, [(4, 0.1)] * 2
+    spent: dict[int, list[float]] = {-1: [], 500: []}
+    rests = 0
+    with (
+        numbered_library(photos) as (options, reset),
+        Server("hosts", kinds) as healthy,
+        Server("hosts", kinds, 500) as poisoned,
+    ):
+        for _ in range(RUNS):
+            for number, hosts in ((-1, healthy), (500, poisoned)):
+                reset()
+                done = batch(*options, "--hosts", hosts.urls, "--max-concurrent", "8")
+                _, said = done.communicate()
+                rests += said.count("Next try")
+                first, answered = hosts.reset("told")
+                spent[number].append((moments(answered, 1)[0] - first) / len(answered))
+    with_it, without = (1 / statistics.median(spent[number]) for number in (500, -1))
+    row(
+        "1 poisonous picture in 1,000",
+        f"{with_it:.1f}/s",
+        f"{without:.1f}/s",
+        f"without it; {rests} rests of a host",
+    )
+
+
+def outage() -> None:
+    """All hosts are away for 20 seconds."""
+    waits = []
+    for _ in range(RUNS):
+        with numbered_library(8) as (options, _), Server("hosts", EQUAL) as hosts:
+            for number in range(4):
+                hosts.reset("hang", number)
+            with service(*options, "--hosts", hosts.urls):
+                for number in range(4):
+                    hosts.reset("die", number)
+                time.sleep(20)
+                hosts.reset("told")
+                began = time.monotonic()
+                for number in range(4):
+                    hosts.reset("back", number)
+                first = 0.0
+                while not first:
+                    time.sleep(0.01)
+                    first, _ = hosts.reset("told")
+            waits.append(first - began)
+    row(
+        "all hosts away for 20 s: first request",
+        seconds(statistics.median(waits)),
+        "1 s",
+        "promised",
+    )
+
+
+def instances() -> None:
+    """Three instances on one library, whose host has places for all of them."""
+    photos, spent, found = 320, {1: [], 3: []}, []
+    with numbered_library(photos) as (options, reset), Server("hosts", [(12, 0.25)]) as hosts:
+        for _ in range(RUNS):
+            for number in spent:
+                reset()
+                tools = [batch(*options, "--hosts", hosts.urls) for _ in range(number)]
+                for each in tools:
+                    each.communicate()
+                first, answered = hosts.reset("told")
+                spent[number].append(moments(answered, 1)[0] - first)
+                found.append(faults(answered, photos))
+    one, three = (photos / statistics.median(spent[number]) for number in (1, 3))
+    row("3 instances, database mode", f"{three:.1f}/s", f"{one:.1f}/s", f"one; {max(found)}")
 
 
 # --- the service ----------------------------------------------------------------------------------
@@ -773,6 +1056,12 @@ GROUPS = {
     "memory": memory,
     "listing": listing,
     "photo": photo,
+    "saturation": saturation,
+    "unequal": unequal,
+    "death": death,
+    "poison": poison,
+    "outage": outage,
+    "instances": instances,
     "arrival": arrival,
     "burst": burst,
     "stop": stop,

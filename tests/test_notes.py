@@ -23,6 +23,7 @@ import immich_analyze as ia
 KEY = "immich-analyze"
 PROMPT_ID = hashlib.sha256(ia.PROMPT.encode()).hexdigest()[:12]
 NOWHERE = ["--hosts", "http://127.0.0.1:9"]
+GOOD = ia.good_picture().base64
 SAID = "A blue ship on a lake."
 BLOCK = f"[AI]\n{SAID}\n[/AI]"
 OLD = "[AI]\nA red boat.\n[/AI]"
@@ -475,7 +476,7 @@ def test_with_another_question_or_on_request_it_is_sent_again(library, ollama, f
 
 
 def test_what_may_pass_is_tried_in_three_runs(library, ollama):
-    ollama.script(*CHATS, Reply(500, {"error": "out of memory"}), forever=True)
+    ollama.script(*CHATS, Reply(500, {"error": "out of memory"}), forever=True, unless=GOOD)
     id = add(library)
     for tries in (1, 2, 3):
         assert run(library, ollama).counts == {ia.Outcome.FAILED: 1}
