@@ -2679,6 +2679,7 @@ CHECK_PAUSE = 2.0  # seconds in which Immich loses a text that it cannot keep
 CHECK_WAIT = 120.0  # for others to be read back with
 CHECK_MOST = 50
 MOST_LOSSES = 3
+MAY_COME_BACK = ("photo_gone", "photo_excluded", "claimed_elsewhere")
 FOR_GOOD = {  # what a picture fails with that it will fail with again
     *("picture_refused", "preview_unknown", "preview_broken", "not_kept"),
     "description_too_long",
@@ -3361,15 +3362,8 @@ def take_back(job: Job, library: Library, state: State) -> Outcome | None:
         raise Gone("has_description")
     job.stored = left
     if state.config.dry_run:
-        log.warning(
-            "%s",
-            t(
-                "would_undo",
-                name=asset.name,
-                id=asset.id,
-                text=json.dumps(left, ensure_ascii=False),
-            ),
-        )
+        shown = json.dumps(left, ensure_ascii=False)
+        log.warning("%s", t("would_undo", name=asset.name, id=asset.id, text=shown))
         return Outcome.UNDONE
     if not state.patience(lambda: library.write(asset, left, None), VALUABLE_TRIES):
         raise Gone("has_description")
@@ -3452,7 +3446,7 @@ def conclude(job: Job, outcome: Outcome, error: Exception | None, state: State) 
         if for_good or not agenda.again(job):
             tally.give_up(asset)
     elif outcome is not Outcome.NOT_READY:
-        if isinstance(error, Gone):  # it may come back
+        if reason in MAY_COME_BACK:
             tally.release(asset)
         tally.add(outcome, reason)
     elif not agenda.again(job):

@@ -336,6 +336,24 @@ def test_a_photo_that_fails_in_passing_is_taken_again_and_holds_no_worker(servic
     assert len([r for r in caplog.records if r.levelno >= logging.ERROR]) == 1
 
 
+@pytest.mark.parametrize(
+    ("reason", "times"), [("photo_excluded", 2), ("claimed_elsewhere", 2), ("has_description", 1)]
+)
+def test_what_was_gone_is_taken_again_when_it_comes_back(service, library, reason, times):
+    seen = []
+
+    def analyze(job):
+        seen.append(job.asset.id)
+        if len(seen) == 1:
+            raise ia.Gone(reason)
+        return ia.Outcome.DESCRIBED
+
+    day = Day(service("-c", "--api-poll-interval", "1000"), library, analyze)
+    library.arrive(photo(1))
+    day.until(3999)
+    assert len(seen) == times
+
+
 def test_it_is_looked_up_before_it_is_tried_again(service, library):
     ready = []
 
