@@ -1,12 +1,15 @@
 """Measure the tool beside bare clients; nothing here passes or fails.
 
-    python tests/bench.py [GROUP]     all groups, or the one named: see -h
+    python tests/bench.py [start|memory|listing|photo|arrival|burst|stop|growth|
+                           saturation|unequal|death|poison|outage|instances|all]
 
-Each figure is the median of five runs of a whole process, and stands beside a yardstick from
-the same minutes on the same machine: the bare clients below send the same requests or the same
-SQL, parse the answers, and do nothing else. Immich, the model host and PostgreSQL run in child
-processes, where they cost nobody memory but some of the two sides' time. From arrival on it is
-about the service, whose settings are the default ones but for addresses. Results: BENCHMARKS.md.
+Each figure is the median of five runs of a whole process (of one, for memory), and stands beside
+a yardstick from the same minutes on the same machine: the bare clients below send the same
+requests or the same SQL, parse the answers, and do nothing else. Immich, the model hosts and
+PostgreSQL run in child processes, where they cost nobody memory but some of the two sides' time.
+From arrival to growth it is about the service, whose settings are the default ones but for
+addresses; from saturation on about several hosts, and the yardstick is what these could do.
+Results: BENCHMARKS.md.
 """
 
 import argparse
@@ -36,13 +39,17 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 RUNS = 5
-LARGE, SMALL = 100_000, 1_000  # described photos
+HUGE, LARGE, SMALL = 1_000_000, 100_000, 1_000  # described photos
 PHOTOS = 300  # to be described
 ARRIVALS = 40  # that are timed
 POLL = 10.0  # seconds between two looks, by default
 BURST, BURST_SECONDS = 2_000, 20.0
-CALM = 1.0  # seconds after a host's death until the rate counts again
 GROWTH, BATCH = 50_000, 500  # arrivals after the first SMALL ones, so many at once
+PLACES, PAUSE = 4, 0.25  # of a model host, and the seconds that each takes for a picture
+FLEET_PHOTOS = 640  # ten seconds for four such hosts
+TIMEOUT = 2.0  # of the tool, where a host hangs
+OUTAGE = 20.0  # seconds
+POISON = 99_999_999  # the number of a picture on which every host fails
 TESTS = Path(__file__).resolve().parent
 TOOL = TESTS.parent / "immich_analyze.py"
 PACKAGES = (
@@ -78,7 +85,8 @@ import psycopg2, sys
 cursor = psycopg2.connect(sys.argv[1]).cursor()
 after = "00000000-0000-0000-0000-000000000000"
 while after:
-    cursor.execute(sys.argv[2], {"since": None, "after": after, "limit": 1000})
+    values = {"key": sys.argv[3], "since": None, "after": after, "limit": 1000}
+    cursor.execute(sys.argv[2], values)
     rows = cursor.fetchall()
     after = rows[-1][0] if len(rows) == 1000 else None
 """
@@ -107,7 +115,7 @@ with concurrent.futures.ThreadPoolExecutor(6) as pool:
 
 BARE_SQL_PHOTOS = """
 import base64, concurrent.futures, pathlib, psycopg2, requests, sys, threading
-uri, listing, write, root, model = sys.argv[1:6]
+uri, listing, write, key, note, root, model = sys.argv[1:8]
 own = threading.local()
 
 def describe(row):
@@ -118,10 +126,12 @@ def describe(row):
     message = {"role": "user", "content": "?", "images": [base64.b64encode(picture).decode()]}
     question = {"model": "m", "stream": False, "messages": [message]}
     text = own.session.post(model + "/api/chat", json=question).json()["message"]["content"]
-    own.connection.cursor().execute(write, {"id": row[0], "text": text, "listed": row[2]})
+    values = {"key": key, "note": note, "id": row[0], "text": text, "listed": row[2]}
+    own.connection.cursor().execute(write, values)
 
 cursor = psycopg2.connect(uri).cursor()
-first = {"since": None, "after": "00000000-0000-0000-0000-000000000000", "limit": 1000}
+after = "00000000-0000-0000-0000-000000000000"
+first = {"key": key, "since": None, "after": after, "limit": 1000}
 cursor.execute(listing, first)
 with concurrent.futures.ThreadPoolExecutor(6) as pool:
     list(pool.map(describe, cursor.fetchall()))
@@ -157,26 +167,19 @@ class Instant(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = -1
 
-    SAID: ClassVar[dict[str, Any]] = {
-        "message": {"role": "assistant", "content": "A photo of a lake between two mountains."},
-        "done": True,
-        "done_reason": "stop",
-    }
-
     def do_POST(self) -> None:
-        self.note(self.rfile.read(int(self.headers["Content-Length"])))
-        self.answer(200, {"capabilities": ["completion", "vision"], **self.SAID})
-
-    def answer(self, status: int, said: dict[str, Any]) -> None:
-        """Send JSON."""
-        body = json.dumps(said).encode()
+        status = self.note(self.rfile.read(int(self.headers["Content-Length"])))
+        message = {"role": "assistant", "content": "A photo of a lake between two mountains."}
+        answer = {"message": message, "done": True, "done_reason": "stop"}
+        body = json.dumps(answer | {"capabilities": ["completion", "vision"]}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
-    def note(self, request: bytes) -> None:
-        """Take no note of it."""
+    def note(self, request: bytes) -> int:
+        """Take no note of it; the status of the answer."""
+        return 200
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -185,12 +188,12 @@ class Instant(http.server.BaseHTTPRequestHandler):
 class Noting(Instant):
     """The same, but it notes when it was asked about each numbered picture."""
 
-    IMAGE = re.compile(rb'"images": \["([\w+/]{40})')
     asked: ClassVar[defaultdict[int, list[float]]] = defaultdict(list)
 
-    def note(self, request: bytes) -> None:
-        if image := self.IMAGE.search(request):
-            self.asked[int(base64.b64decode(image[1])[6:14])].append(time.monotonic())
+    def note(self, request: bytes) -> int:
+        if (number := number_in(request)) is not None:
+            self.asked[number].append(time.monotonic())
+        return 200
 
     @classmethod
     def forget(cls) -> dict[int, list[float]]:
@@ -200,105 +203,122 @@ class Noting(Instant):
         return asked
 
 
-class Hosts:
-    """Model hosts that take their time, each so many pictures at once; the others queue there.
-
-    They note each picture they answered: its number, the host, and when, by the monotonic clock.
-    """
-
-    def __init__(self, kinds: list[tuple[int, float]], poison: int = -1) -> None:
-        self.answered: list[tuple[int, int, float]] = []
-        self.first = 0.0  # when the first picture came, since that was asked last
-        self._kinds, self._poison = kinds, poison
-        self._hanging: set[int] = set()
-        self._open: list[set[Any]] = [set() for _ in kinds]
-        self._servers = [self._server(number, 0) for number in range(len(kinds))]
-        self.ports = [server.server_port for server in self._servers]
-
-    def _server(self, number: int, port: int) -> http.server.ThreadingHTTPServer:
-        places, delay = self._kinds[number]
-        free, hosts = threading.Semaphore(places), self
-
-        class Timed(Instant):
-            def setup(self) -> None:
-                super().setup()
-                hosts._open[number].add(self.connection)
-
-            def do_GET(self) -> None:
-                self.answer(200, {"version": "0"})
-
-            def do_POST(self) -> None:
-                request = self.rfile.read(int(self.headers["Content-Length"]))
-                image = Noting.IMAGE.search(request)
-                data = base64.b64decode(image[1])[6:14] if image else b""
-                hosts.first = hosts.first or (time.monotonic() if image else 0.0)
-                if number in hosts._hanging:
-                    while number in hosts._hanging:
-                        time.sleep(0.05)
-                    self.close_connection = True
-                    return
-                if not data.isdigit():  # no picture of ours
-                    self.answer(200, {"capabilities": ["vision"], **self.SAID})
-                    return
-                picture = int(data)
-                if picture == hosts._poison:
-                    self.answer(500, {"error": "out of memory"})
-                    return
-                with free:
-                    time.sleep(delay)
-                if number not in hosts._hanging:
-                    self.answer(200, self.SAID)
-                    self.wfile.flush()  # which fails if nobody is there any more
-                    hosts.answered.append((picture, number, time.monotonic()))
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Timed)
-        server.daemon_threads = True
-        server.handle_error = lambda *_: None  # of connections that are dropped
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        return server
-
-    def told(self) -> tuple[float, list[tuple[int, int, float]]]:
-        """When the first picture came and what was answered, which both begin anew."""
-        told = self.first, self.answered
-        self.first, self.answered = 0.0, []
-        return told
-
-    def die(self, number: int) -> None:
-        """Refuse connections, and drop those there are."""
-        self._servers[number].shutdown()
-        self._servers[number].server_close()
-        for connection in self._open[number]:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-    def back(self, number: int) -> None:
-        """Be there again."""
-        self._hanging.discard(number)
-        if self._servers[number].socket.fileno() < 0:
-            self._servers[number] = self._server(number, self.ports[number])
-
-    def hang(self, number: int) -> None:
-        """Take requests and never answer."""
-        self._hanging.add(number)
-
-
-@contextmanager
-def hosts_server(*arguments: Any) -> Iterator[tuple[dict[str, Any], Callable[..., Any]]]:
-    hosts = Hosts(*arguments)
-    urls = ",".join(f"http://127.0.0.1:{port}" for port in hosts.ports)
-    yield {"urls": urls}, lambda what, *numbers: getattr(hosts, what)(*numbers)
-
-
 def numbered(picture: bytes, number: int) -> bytes:
     """The same JPEG with its number as a comment."""
     return picture[:2] + b"\xff\xfe\0\x0a%08d" % number + picture[2:]
 
 
-def preview() -> bytes:
+IMAGE = re.compile(rb'"images": \["([\w+/]{40})')
+
+
+def number_in(request: bytes) -> int | None:
+    """The number of the picture in a request; None without one."""
+    image = IMAGE.search(request)
+    number = base64.b64decode(image[1])[6:14] if image else b""
+    return int(number) if number.isdigit() else None
+
+
+class Placed(Instant):
+    """Asks its host, which has places, about each picture."""
+
+    def note(self, request: bytes) -> int:
+        if self.path == "/api/chat":
+            return self.server.describe(number_in(request))
+        self.server.stall()
+        return 200
+
+
+class PlacedHost(http.server.ThreadingHTTPServer):
+    """A model host with some places, each of which takes its time for a picture.
+
+    More requests than places queue. It notes of each picture its number, if it has one, and
+    when it was asked about, begun and answered. Lines can name its methods.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, pause: float, places: int) -> None:
+        super().__init__(("127.0.0.1", 0), Placed)
+        self._pause, self._places = pause, threading.Semaphore(places)
+        self._seen: list[list[Any]] = []
+        self._trouble = ""
+        self._connections: set[Any] = set()
+        self._listen()
+
+    def _listen(self) -> float:
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return time.monotonic()
+
+    def stall(self) -> None:
+        """Never return if it hangs."""
+        if self._trouble == "hang":
+            threading.Event().wait()
+
+    def describe(self, number: int | None) -> int:
+        """Take a picture; the status to answer with."""
+        seen = [number, time.monotonic(), None, None]
+        self._seen.append(seen)
+        with self._places:
+            seen[2] = time.monotonic()
+            time.sleep(self._pause)
+            self.stall()  # with its place
+            if self._trouble or number == POISON:
+                return 500
+            seen[3] = time.monotonic()
+        return 200
+
+    def forget(self) -> list[list[Any]]:
+        """What was noted, which begins anew."""
+        seen, self._seen = self._seen, []
+        return seen
+
+    def count(self) -> int:
+        """How many answers it gave."""
+        return sum(seen[3] is not None for seen in self._seen)
+
+    def hang(self) -> float:
+        """Take requests, and answer none from now on; the moment."""
+        self._trouble = "hang"
+        return time.monotonic()
+
+    def die(self) -> float:
+        """Refuse connections, and cut those that there are; the moment."""
+        self._trouble = "die"
+        time.sleep(0.05)  # by then an answer that was just noted is out
+        self.shutdown()
+        self.server_close()
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        return time.monotonic()
+
+    def back(self) -> float:
+        """Be there again, at the same address; the moment."""
+        self._trouble = ""
+        self.socket = socket.socket(self.address_family, self.socket_type)
+        self.server_bind()
+        self.server_activate()
+        return self._listen()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, *_: object) -> None:
+        """Say nothing of clients that went away, nor of those that were cut off."""
+
+
+def preview(width: int = 2160) -> bytes:
     """A JPEG as large as Immich's previews often are."""
     from PIL import Image
 
-    noise = Image.effect_noise((90, 60), 90).resize((2160, 1440), Image.Resampling.BICUBIC)
+    size = (width, width * 2 // 3)
+    noise = Image.effect_noise((90, 60), 90).resize(size, Image.Resampling.BICUBIC)
     out = io.BytesIO()
     Image.merge("RGB", [noise, noise.rotate(180), noise.rotate(90)]).save(out, "JPEG", quality=80)
     return out.getvalue()
@@ -310,6 +330,19 @@ def model_server(notes: bool = False) -> Iterator[tuple[dict[str, Any], Callable
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield {"url": f"http://127.0.0.1:{server.server_port}"}, Noting.forget
+
+
+@contextmanager
+def fleet_server(
+    pauses: list[float], places: int
+) -> Iterator[tuple[dict[str, Any], Callable[..., Any]]]:
+    """One host for each pause, all in one process."""
+    hosts = [PlacedHost(pause, places) for pause in pauses]
+
+    def tell(what: str = "forget", which: str = "") -> list[Any]:
+        return [getattr(host, what)() for host in ([hosts[int(which)]] if which else hosts)]
+
+    yield {"urls": [f"http://127.0.0.1:{host.server_port}" for host in hosts]}, tell
 
 
 def quick_immich() -> Any:
@@ -360,6 +393,8 @@ def postgres_server(
         with sandbox.PhotoLibrary(uri, root) as library:
             # the start-up check looks for a few of the first ones
             first = 10 if described else photos
+            if described:  # the checks of what is right would take as long as the rest
+                library.run("SET session_replication_role = replica")
             library.add_many(first, description=text, preview_bytes=preview())
             library.add_many(photos - first, description=text, files=False)
             library.run("ANALYZE")
@@ -370,25 +405,29 @@ def postgres_server(
                 if not described:
                     library.run("UPDATE {exif} SET description = '', \"lockedProperties\" = NULL")
 
+            note = ia.as_json(ia.Note("m", "p", text=ia.text_id(text)))
             told = {"uri": uri, "root": folder, "listing": sql.listing, "write": sql.write}
-            yield told, reset
+            yield told | {"key": ia.KEY, "note": note}, reset
 
 
 SERVERS = {
     "immich": immich_server,
     "postgres": postgres_server,
     "model": model_server,
-    "hosts": hosts_server,
+    "fleet": fleet_server,
 }
 
 
 def serve(name: str, *arguments: Any) -> None:
-    """Run in the child: say where the server is, call its function for each line of arguments."""
+    """Run in the child: say where the server is, obey each line, end with the input.
+
+    The words of a line are for the server; an empty one sets it back.
+    """
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     with SERVERS[name](*arguments) as (told, reset):
         print(json.dumps(told), flush=True)
         for line in sys.stdin:
-            print(json.dumps(reset(*json.loads(line))), flush=True)
+            print(json.dumps(reset(*line.split())), flush=True)
 
 
 class Server:
@@ -409,9 +448,13 @@ class Server:
     def __getattr__(self, name: str) -> Any:
         return self.facts[name]
 
-    def reset(self, *arguments: Any) -> Any:
-        """Back to where it began, or what else its function does; what that gives."""
-        self._process.stdin.write(json.dumps(arguments) + "\n")
+    def reset(self) -> Any:
+        """Back to where it began; what it noted until then."""
+        return self.tell()
+
+    def tell(self, *words: str) -> Any:
+        """Have it do something else; what it says to that."""
+        self._process.stdin.write(" ".join(words) + "\n")
         self._process.stdin.flush()
         return self._answer()
 
@@ -449,11 +492,13 @@ def once(command: list[str], home: str) -> Cost:
     return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
-def measured(*commands: list[str], before: Callable[[], None] = lambda: None) -> list[Cost]:
+def measured(
+    *commands: list[str], before: Callable[[], None] = lambda: None, runs: int = RUNS
+) -> list[Cost]:
     """The median cost of each command; they take turns, so that a busy minute hits all alike."""
     costs: list[list[Cost]] = [[] for _ in commands]
     with tempfile.TemporaryDirectory() as home:
-        for number in range(RUNS + 1):
+        for number in range(runs + 1):
             for command, list_of_costs in zip(commands, costs, strict=True):
                 before()
                 cost = once(command, home)
@@ -509,15 +554,19 @@ def start() -> None:
 
 
 def memory() -> None:
-    """How memory grows with the library, for a run that finds nothing to do."""
+    """How memory grows with the library, for a run that finds nothing to do.
+
+    With the default policy PostgreSQL keeps described photos to itself, so there it is another
+    one, that has them listed. A run takes long, and no two differ much: one is enough.
+    """
     with Server("model") as model:
         host = ["--hosts", model.url]
         for mode, name, options in (("API", "immich", api), ("database", "postgres", database)):
-            with Server(name, SMALL, True) as small, Server(name, LARGE, True) as large:
-                few, many = measured(
-                    tool(*options(small), *host), tool(*options(large), *host), before=large.reset
-                )
-            what = f"{mode}: most memory, {LARGE:,} described photos"
+            listed = ["-O", "outdated"] if mode == "database" else []
+            with Server(name, SMALL, True) as small, Server(name, HUGE, True) as large:
+                commands = (tool(*options(each), *host, *listed) for each in (small, large))
+                few, many = measured(*commands, before=large.reset, runs=1)
+            what = f"{mode}: most memory, {HUGE:,} listed photos"
             row(what, megabytes(many.memory), megabytes(few.memory), f"the same with {SMALL:,}")
 
 
@@ -536,7 +585,7 @@ def listing() -> None:
     with Server("model") as model, Server("postgres", LARGE, True) as postgres:
         whole, client = measured(
             tool(*database(postgres), "--hosts", model.url),
-            bare(BARE_SQL_LISTING, postgres.uri, postgres.listing),
+            bare(BARE_SQL_LISTING, postgres.uri, postgres.listing, postgres.key),
         )
         what = f"database: restart on {LARGE:,} described photos"
         row(what, seconds(whole.wall), seconds(client.wall), "bare client, the same SQL")
@@ -556,194 +605,15 @@ def photo() -> None:
         row(what, milliseconds(whole.wall), milliseconds(client.wall), "bare client, 6 threads")
         row(what + ", CPU", milliseconds(whole.cpu), milliseconds(client.cpu), "bare client")
     with Server("model") as model, Server("postgres", PHOTOS, False) as postgres:
-        facts = (postgres.uri, postgres.listing, postgres.write, postgres.root)
+        facts = (postgres.uri, postgres.listing, postgres.write, postgres.key, postgres.note)
         whole, client = measured(
             tool(*database(postgres), "--hosts", model.url),
-            bare(BARE_SQL_PHOTOS, *facts, model.url),
+            bare(BARE_SQL_PHOTOS, *facts, postgres.root, model.url),
             before=postgres.reset,
         )
         what = f"database: a described photo ({size} preview)"
         row(what, milliseconds(whole.wall), milliseconds(client.wall), "bare client, 6 threads")
         row(what + ", CPU", milliseconds(whole.cpu), milliseconds(client.cpu), "bare client")
-
-
-# --- model hosts ----------------------------------------------------------------------------------
-
-EQUAL = [(4, 0.25)] * 4  # places, seconds for a picture
-Answered = list[tuple[int, int, float]]
-
-
-@contextmanager
-def numbered_library(photos: int) -> Iterator[tuple[list[str], Callable[[], None]]]:
-    """A library whose pictures have numbers: the tool's options, and how it is set back."""
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.effect_noise((400, 300), 60).convert("RGB").save(out, "JPEG", quality=60)
-    with sql_library() as (library, options):
-        for number, id in enumerate(library.add_many(photos, preview=False)):
-            library.write_preview(id, numbered(out.getvalue(), number))
-            library.add_preview(id)
-        library.run("ANALYZE")
-
-        def reset() -> None:
-            library.run("UPDATE {exif} SET description = '', \"lockedProperties\" = NULL")
-            library.run("DELETE FROM asset_metadata")
-
-        yield options, reset
-
-
-def batch(*options: str) -> subprocess.Popen[str]:
-    """The tool at work on what is there."""
-    environment = ENVIRONMENT | {"HOME": "/nonexistent", "LANG": "C.UTF-8"}
-    pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    command = tool("--log-level", "warning", *options)
-    return subprocess.Popen(command, env=environment, **pipes)
-
-
-def rate(answered: Answered, begin: float, end: float) -> float:
-    """Answers per second between two moments."""
-    return sum(begin <= at < end for _, _, at in answered) / (end - begin)
-
-
-def moments(answered: Answered, *shares: float) -> list[float]:
-    """When these shares of the answers had been given."""
-    times = sorted(at for _, _, at in answered)
-    return [times[min(int(share * len(times)), len(times) - 1)] for share in shares]
-
-
-def faults(answered: Answered, photos: int) -> str:
-    """What was lost or doubled."""
-    lost = photos - len({number for number, _, _ in answered})
-    return f"{lost} lost, {len(answered) - photos + lost} doubled"
-
-
-def share(what: str, rates: list[float], capacity: float, note: str) -> None:
-    """A line for the median of some rates."""
-    median = statistics.median(rates)
-    figure, whole = f"{100 * median / capacity:.1f} %", f"{capacity:.0f}/s"
-    row(what, figure, whole, note)
-
-
-def saturation() -> None:
-    """Equal hosts, from the first request to the last answer."""
-    rates = []
-    with numbered_library(640) as (options, reset), Server("hosts", EQUAL) as hosts:
-        for _ in range(RUNS):
-            reset()
-            done = batch(*options, "--hosts", hosts.urls, "--max-concurrent", "16")
-            done.communicate()
-            first, answered = hosts.reset("told")
-            rates.append(len(answered) / (moments(answered, 1)[0] - first))
-    share("4 equal hosts x 4 places, 0.25 s a picture", rates, 64, "the hosts' capacity")
-
-
-def unequal() -> None:
-    """A fast host and slow ones, while there is enough to do."""
-    rates = []
-    kinds = [(4, 0.1)] + [(4, 0.4)] * 3
-    with numbered_library(700) as (options, reset), Server("hosts", kinds) as hosts:
-        for _ in range(RUNS):
-            reset()
-            done = batch(*options, "--hosts", hosts.urls, "--max-concurrent", "16")
-            done.communicate()
-            _, answered = hosts.reset("told")
-            rates.append(rate(answered, *moments(answered, 0.1, 0.9)))
-    share("1 fast host, 3 four times slower", rates, 70, "their summed capacity")
-
-
-def death() -> None:
-    """One of four hosts dies in the middle, while there is enough to do."""
-    photos = 800
-    with numbered_library(photos) as (options, reset), Server("hosts", EQUAL) as hosts:
-        known = [*options, "--hosts", hosts.urls, "--max-concurrent", "16", "--timeout", "2"]
-        for how, calm in (("die", CALM), ("hang", 2 + CALM)):
-            rates, found = [], []
-            for _ in range(RUNS):
-                reset()
-                done = batch(*known)
-                time.sleep(5)
-                hosts.reset(how, 0)
-                died = time.monotonic()
-                done.communicate()
-                _, answered = hosts.reset("told")
-                hosts.reset("back", 0)
-                rates.append(rate(answered, died + calm, *moments(answered, 0.95)))
-                found.append(faults(answered, photos))
-            what = {"die": "one of 4 hosts refuses", "hang": "one of 4 hosts hangs"}[how]
-            share(what, rates, 48, f"what is left; {max(found)}")
-
-
-def poison() -> None:
-    """One picture in 1,000 on which every host fails."""
-    photos, kinds = 1000, [(4, 0.1)] * 2
-    spent: dict[int, list[float]] = {-1: [], 500: []}
-    rests = 0
-    with (
-        numbered_library(photos) as (options, reset),
-        Server("hosts", kinds) as healthy,
-        Server("hosts", kinds, 500) as poisoned,
-    ):
-        for _ in range(RUNS):
-            for number, hosts in ((-1, healthy), (500, poisoned)):
-                reset()
-                done = batch(*options, "--hosts", hosts.urls, "--max-concurrent", "8")
-                _, said = done.communicate()
-                rests += said.count("Next try")
-                first, answered = hosts.reset("told")
-                spent[number].append((moments(answered, 1)[0] - first) / len(answered))
-    with_it, without = (1 / statistics.median(spent[number]) for number in (500, -1))
-    row(
-        "1 poisonous picture in 1,000",
-        f"{with_it:.1f}/s",
-        f"{without:.1f}/s",
-        f"without it; {rests} rests of a host",
-    )
-
-
-def outage() -> None:
-    """All hosts are away for 20 seconds."""
-    waits = []
-    for _ in range(RUNS):
-        with numbered_library(8) as (options, _), Server("hosts", EQUAL) as hosts:
-            for number in range(4):
-                hosts.reset("hang", number)
-            with service(*options, "--hosts", hosts.urls):
-                for number in range(4):
-                    hosts.reset("die", number)
-                time.sleep(20)
-                hosts.reset("told")
-                began = time.monotonic()
-                for number in range(4):
-                    hosts.reset("back", number)
-                first = 0.0
-                while not first:
-                    time.sleep(0.01)
-                    first, _ = hosts.reset("told")
-            waits.append(first - began)
-    row(
-        "all hosts away for 20 s: first request",
-        seconds(statistics.median(waits)),
-        "1 s",
-        "promised",
-    )
-
-
-def instances() -> None:
-    """Three instances on one library, whose host has places for all of them."""
-    photos, spent, found = 320, {1: [], 3: []}, []
-    with numbered_library(photos) as (options, reset), Server("hosts", [(12, 0.25)]) as hosts:
-        for _ in range(RUNS):
-            for number in spent:
-                reset()
-                tools = [batch(*options, "--hosts", hosts.urls) for _ in range(number)]
-                for each in tools:
-                    each.communicate()
-                first, answered = hosts.reset("told")
-                spent[number].append(moments(answered, 1)[0] - first)
-                found.append(faults(answered, photos))
-    one, three = (photos / statistics.median(spent[number]) for number in (1, 3))
-    row("3 instances, database mode", f"{three:.1f}/s", f"{one:.1f}/s", f"one; {max(found)}")
 
 
 # --- the service ----------------------------------------------------------------------------------
@@ -1051,21 +921,219 @@ def tiny() -> bytes:
     return out.getvalue()
 
 
+# --- several hosts --------------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """A request about a picture, as a host noted it."""
+
+    host: int
+    number: int
+    asked: float
+    begun: float | None  # once a place was free
+    answered: float | None  # if well
+
+
+class Fleet:
+    """Model hosts with places, and photos in PostgreSQL for the tool to have described there."""
+
+    def __init__(self, pauses: list[float], places: int, photos: int, concurrent: int) -> None:
+        self.capacity = sum(places / pause for pause in pauses)
+        self._stack = ExitStack()
+        self.library, options = self._stack.enter_context(sql_library())
+        self.hosts = self._stack.enter_context(Server("fleet", pauses, places))
+        many = ["--max-concurrent", str(concurrent)]
+        self._command = tool(*options, "--hosts", ",".join(self.hosts.urls), *many)
+        self._picture = preview(360)
+        self.ids = self.library.add_many(photos, files=False)
+        for number in range(photos):
+            self.show(number, number)
+        self.library.run("ANALYZE")
+
+    def show(self, photo: int, number: int) -> None:
+        """Give a photo the picture of that number."""
+        self.library.write_preview(self.ids[photo], numbered(self._picture, number))
+
+    def begin(self, *options: str) -> "subprocess.Popen[str]":
+        """Start the tool, whose settings are the default ones but for these."""
+        environment = ENVIRONMENT | {"HOME": "/nonexistent", "LANG": "C.UTF-8"}
+        pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([*self._command, *options], env=environment, **pipes)
+
+    def wait_for(self, answers: int) -> None:
+        """Return once the hosts gave so many answers."""
+        while sum(self.hosts.tell("count")) < answers:
+            time.sleep(0.02)
+
+    def end(self, *processes: "subprocess.Popen[str]") -> tuple[list[Request], str]:
+        """What the hosts noted until all have ended, and what was said meanwhile."""
+        said = "".join(process.communicate()[1] for process in processes)
+        if any(process.returncode not in (0, 1) for process in processes):  # 1: a photo failed
+            sys.exit(f"the tool did not end well: {said}")
+        noted = self.hosts.reset()
+        requests = [Request(host, *each) for host, some in enumerate(noted) for each in some]
+        return [each for each in requests if each.number is not None], said
+
+    def undescribed(self) -> int:
+        [(left,)] = self.library.run("SELECT count(*) FROM {exif} WHERE description = ''")
+        return left
+
+    def forget(self) -> None:
+        """Take all descriptions away."""
+        self.library.run("UPDATE {exif} SET description = '', \"lockedProperties\" = NULL")
+        self.library.run("DELETE FROM asset_metadata")
+
+    def __enter__(self) -> "Fleet":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def rate(requests: list[Request], first: float, last: float) -> float:
+    """Photos per second between two moments; one that is only partly in there counts in part.
+
+    To count answers would be wrong by up to a batch of them, as equal places begin together.
+    """
+    photos = 0.0
+    for _, _, _, begun, answered in requests:
+        if begun is not None and answered is not None:
+            inside = min(answered, last) - max(begun, first)
+            photos += max(0.0, inside) / (answered - begun)
+    return photos / (last - first)
+
+
+def answers(requests: list[Request]) -> list[float]:
+    """When pictures were answered, in order."""
+    return sorted(each.answered for each in requests if each.answered is not None)
+
+
+def tell_rate(what: str, rates: list[float], yardstick: float, of_what: str, least: str) -> None:
+    """A line for the median of some rates; the last column has what it is of the yardstick."""
+    figure = statistics.median(rates)
+    note = f"{of_what}: {figure / yardstick:.1%}, promised: {least}"
+    row(f"{what}: photos a second", f"{figure:.2f}", f"{yardstick:.2f}", note)
+
+
+def saturation() -> None:
+    """How much of what equal hosts can do is made use of."""
+    rates = []
+    with Fleet([PAUSE] * 4, PLACES, FLEET_PHOTOS, concurrent=16) as fleet:
+        for _ in range(RUNS):
+            requests, _ = fleet.end(fleet.begin())
+            moments = [each.asked for each in requests]
+            rates.append(rate(requests, min(moments), max(moments)))
+            fleet.forget()
+        tell_rate("saturation, 4 equal hosts", rates, fleet.capacity, "all they can", "97 %")
+
+
+def unequal() -> None:
+    """The same with one host four times as fast as the others, until work runs out."""
+    rates = []
+    with Fleet([0.1, 0.4, 0.4, 0.4], PLACES, FLEET_PHOTOS, concurrent=16) as fleet:
+        for _ in range(RUNS):
+            requests, _ = fleet.end(fleet.begin())
+            moments = answers(requests)
+            tenth = len(moments) // 10
+            rates.append(rate(requests, moments[tenth], moments[-tenth]))
+            fleet.forget()
+        tell_rate("unequal, 1 fast host and 3", rates, fleet.capacity, "all they can", "95 %")
+
+
+def death() -> None:
+    """What is left when one of four hosts goes away in the middle, and whether all goes well."""
+    for how, way in (("refused", "die"), ("hanging", "hang")):
+        rates, lost, doubled = [], 0, 0
+        for _ in range(RUNS):
+            with Fleet([PAUSE] * 4, PLACES, FLEET_PHOTOS, concurrent=16) as fleet:
+                process = fleet.begin("--timeout", f"{TIMEOUT:g}")
+                fleet.wait_for(FLEET_PHOTOS // 3)
+                [since] = fleet.hosts.tell(way, "0")
+                requests, _ = fleet.end(process)
+                lost += fleet.undescribed()
+            stuck = [each.asked for each in requests if not (each.host or each.answered)]
+            first = since + 1 if way == "die" else min(stuck) + TIMEOUT
+            moments = answers(requests)
+            rates.append(rate(requests, first, moments[len(moments) * 95 // 100]))
+            doubled += len(moments) - len({each.number for each in requests if each.answered})
+        tell_rate(f"death, {how}", rates, fleet.capacity * 3 / 4, "what is left", "95 %")
+        note = f"of {RUNS} times {FLEET_PHOTOS}; promised"
+        row(f"death, {how}: photos lost, doubled", f"{lost}, {doubled}", "0, 0", note)
+
+
+def poison() -> None:
+    """What one picture on which every host fails costs the others."""
+    rates: tuple[list[float], list[float]] = ([], [])
+    rests = 0
+    with Fleet([0.02] * 2, PLACES, 1000, concurrent=8) as fleet:
+        for _ in range(RUNS):
+            for list_of_rates, number in zip(rates, (POISON, 500), strict=True):
+                fleet.show(500, number)
+                requests, said = fleet.end(fleet.begin())
+                rests += said.count("Next try in")
+                good = [each.asked for each in requests if each.number != POISON]
+                list_of_rates.append(len(good) / (max(good) - min(good)))
+                fleet.forget()
+    without = statistics.median(rates[1])
+    tell_rate("poison, 1 picture of 1,000", rates[0], without, "without it", "98 %")
+    row("poison: hosts that rested", f"{rests}", "0", f"in {2 * RUNS} runs; promised")
+
+
+def outage() -> None:
+    """How soon hosts that were all away are asked again."""
+    delays = []
+    with Fleet([PAUSE] * 4, PLACES, FLEET_PHOTOS // 2, concurrent=16) as fleet:
+        for _ in range(RUNS):
+            process = fleet.begin()
+            fleet.wait_for(FLEET_PHOTOS // 6)
+            fleet.hosts.tell("die")
+            time.sleep(OUTAGE)
+            back = min(fleet.hosts.tell("back"))
+            requests, _ = fleet.end(process)
+            delays.append(min(each.asked for each in requests if each.asked > back) - back)
+            fleet.forget()
+    delay = statistics.median(delays)
+    what = f"outage, all hosts for {OUTAGE:g} s: first request"
+    row(what, seconds(delay), seconds(1.0), "after their return; promised")
+
+
+def instances() -> None:
+    """What three instances at once do on one library."""
+
+    def together(number: int) -> tuple[float, int, int]:
+        with Fleet([PAUSE], 3 * PLACES, PHOTOS, concurrent=PLACES) as fleet:
+            requests, _ = fleet.end(*[fleet.begin() for _ in range(number)])
+            # the library is new, so all changes are those of the tool
+            counted = "SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = %s"
+            [(written,)] = fleet.library.run(counted, fleet.library.tables["exif"])
+        spent = answers(requests)[-1] - min(each.asked for each in requests)
+        return PHOTOS / spent, len(requests), written
+
+    alone, _, _ = map(statistics.median, zip(*(together(1) for _ in range(RUNS)), strict=True))
+    several = [together(3) for _ in range(RUNS)]
+    figure, asked, written = map(statistics.median, zip(*several, strict=True))
+    what = "instances, 3 at once"
+    note = f"1 alone: {figure / alone:.2f} times, promised: 2.8"
+    row(f"{what}: photos a second", f"{figure:.2f}", f"{alone:.2f}", note)
+    row(f"{what}: requests", f"{asked:,}", f"{PHOTOS:,}", "photos; promised")
+    row(f"{what}: descriptions written", f"{written:,}", f"{PHOTOS:,}", "photos; promised")
+
+
 GROUPS = {
     "start": start,
     "memory": memory,
     "listing": listing,
     "photo": photo,
+    "arrival": arrival,
+    "burst": burst,
+    "stop": stop,
+    "growth": growth,
     "saturation": saturation,
     "unequal": unequal,
     "death": death,
     "poison": poison,
     "outage": outage,
     "instances": instances,
-    "arrival": arrival,
-    "burst": burst,
-    "stop": stop,
-    "growth": growth,
 }
 
 
