@@ -2451,11 +2451,10 @@ class DbLibrary:
             return read_file(inside(self._root, asset.source))
         except Permanent as error:
             now = self.find(asset)
-            if now.source not in ("", asset.source):
-                return read_file(inside(self._root, now.source))
             if trouble := root_trouble(self._root, self._database, self._statements):
                 raise trouble from error
-            raise
+            # it may lie elsewhere by now, or the disk may just have come back
+            return read_file(inside(self._root, now.source or asset.source))
 
     def write(self, asset: Asset, text: str, note: Note | None) -> bool:
         """UPDATE the row if it still holds what was listed, lock the property, keep the note."""
