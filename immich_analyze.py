@@ -1533,8 +1533,8 @@ class Ai:
             return False
         try:
             self._ask(url, self._question(good_picture()))
-        except AnalyzeError:
-            self._hosts.down(url, error)
+        except AnalyzeError as trouble:  # which may tell more: that nobody is there any more
+            self._hosts.down(url, trouble)
             return True
         self._hosts.wake(url)
         self._hosts.up(url)
@@ -1545,7 +1545,7 @@ class Ai:
         try:
             self._call(url, "GET", self._dialect.alive, timeout=PROBE_TIMEOUT)
         except Retryable as error:
-            return error.key == "not_json"  # it is there, and says so in another way
+            return error.key in ("not_json", "host_failed")  # it is there, if it says no more
         except AnalyzeError:
             return True
         return True
