@@ -1727,6 +1727,14 @@ class Account:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
+@dataclass(slots=True)
+class Server:
+    """What is known of one Immich, shared by all who talk to it."""
+
+    version: Version  # which may grow: each look at the clock tells
+    accounts: Sequence[Account]
+
+
 @dataclass(frozen=True, slots=True)
 class Walk:
     """Where a listing through the API stands.
@@ -1797,11 +1805,12 @@ class ApiLibrary:
 
     must_confirm = True
 
-    def __init__(self, immich: Immich, version: Version, accounts: Sequence[Account]) -> None:
+    def __init__(self, immich: Immich, server: Server) -> None:
         self._immich = immich
-        self._version = version
-        self._accounts = accounts
-        self._parts = [(n, v) for n in range(len(accounts)) for v in ("timeline", "archive")]
+        self._server = server
+        self._accounts = server.accounts
+        users = range(len(server.accounts))
+        self._parts = [(number, v) for number in users for v in ("timeline", "archive")]
         self._ahead: timedelta | None = None  # of the server's clock before ours
 
     def clock(self) -> datetime:
@@ -1809,14 +1818,14 @@ class ApiLibrary:
 
         What the version is counts from then on: Immich may have been upgraded.
         """
-        reply, self._version = immich_version(self._immich)
+        reply, self._server.version = immich_version(self._immich)
         with suppress(ValueError):
             return date_in(reply.headers.get("Date", ""))
         return datetime.now(UTC)
 
     def _keeps_notes(self) -> bool:
         """Whether this release has metadata of photos that keys may write."""
-        return self._version >= (2, 5, 0)
+        return self._server.version >= (2, 5, 0)
 
     def _now(self) -> datetime:
         """The server's time, which is asked for once."""
@@ -1850,7 +1859,7 @@ class ApiLibrary:
         noted = not self._keeps_notes()
         photos = ((item, photo_listed(item, str(number), noted=noted)) for item in fresh)
         assets = [photo for item, photo in photos if photo and self._owns(number, item)]
-        more, stable = dig(told, "nextPage") is not None, self._version >= (3, 1, 0)
+        more, stable = dig(told, "nextPage") is not None, self._server.version >= (3, 1, 0)
         step = onward(walk, listed, more, stable)
         if step is None and walk.part + 1 < len(self._parts):
             step = Walk(walk.part + 1)
@@ -1858,7 +1867,7 @@ class ApiLibrary:
 
     def _filter(self, visibility: str) -> dict[str, Any]:
         """Always an explicit visibility: what goes without saying differs by release."""
-        if self._version >= (1, 133, 0):
+        if self._server.version >= (1, 133, 0):
             return {"type": "IMAGE", "visibility": visibility}
         return {"type": "IMAGE", "isArchived": visibility == "archive", "isVisible": True}
 
@@ -2044,7 +2053,7 @@ class ApiLibrary:
         """
         kind, pause = Retryable, getattr(error, "pause", None)
         try:
-            granted(self._immich, key, self._version)
+            granted(self._immich, key, self._server.version)
         except AnalyzeError:
             kind = HostDown
         return kind(error.key, pause=pause, **error.fields)
@@ -2111,10 +2120,10 @@ def open_api(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]
         log.error("%s", trouble)
     if config.policy is Policy.OUTDATED and version < (2, 5, 0):
         raise Fatal("notes_needed")
-    users = list(accounts.values())
+    server = Server(version, list(accounts.values()))
     return (
-        lambda: ApiLibrary(Immich(url), version, users),
-        lambda: not refused and not any(user.refused for user in users),
+        lambda: ApiLibrary(Immich(url), server),
+        lambda: not refused and not any(account.refused for account in server.accounts),
     )
 
 

@@ -542,6 +542,20 @@ def test_trouble_at_the_start_that_stays_is_one_line(fake, settings, stop, path,
     assert sum(stop.waits) <= 120
 
 
+def test_an_upgrade_that_one_worker_sees_all_know_of(fake, settings):
+    server = fake()
+    server.add()
+    server.script("GET", "/server/version", Reply(200, {"major": 2, "minor": 4, "patch": 1}))
+    new_library, _ = ia.open_library(settings(server))
+    with closing(new_library()) as one, closing(new_library()) as other:
+        [asset] = listing(one)
+        one.remember([(asset, NOTE)])
+        assert server.assets[asset.id].notes == {}
+        other.clock()
+        one.remember([(asset, NOTE)])
+    assert server.assets[asset.id].notes.keys() == {ia.KEY}
+
+
 @pytest.mark.parametrize("status", [302, 401, 403, 404])
 @pytest.mark.parametrize("path", ["/api-keys/me", "/users/me"])
 def test_what_a_proxy_says_at_the_start_is_not_laid_to_the_key(fake, settings, status, path):
