@@ -1288,6 +1288,25 @@ DIALECTS = {
 }
 
 
+class Question:
+    """What is asked about one picture: the bodies of requests, each made once for all tries.
+
+    `plain` is without the switch for thinking, which some hosts refuse.
+    """
+
+    def __init__(self, picture: Picture, question: dict[str, Any], switch: dict[str, Any]) -> None:
+        self.picture = picture
+        self._kinds = {True: question, False: question | switch}
+        self._bodies: dict[bool, bytes] = {}
+
+    def body(self, *, plain: bool) -> bytes:
+        """JSON, with the picture in its place."""
+        if plain not in self._bodies:
+            text = json.dumps(self._kinds[plain]).encode()
+            self._bodies[plain] = text.replace(PICTURE.encode(), self.picture.base64)
+        return self._bodies[plain]
+
+
 @functools.cache
 def good_picture() -> Picture:
     """A picture that every model can take, though not say much about."""
@@ -1487,7 +1506,16 @@ class Ai:
         request.headers["Authorization"] = f"Bearer {self._config.api_key}"
         return request
 
-    def describe(self, picture: Picture, failed_at: set[str], *, last: bool) -> str:
+    def question(self, picture: Picture) -> Question:
+        """Make ready what is asked, before a place at a host is taken for it."""
+        config, dialect = self._config, self._dialect
+        model, prompt, tokens = config.model_name, config.prompt, config.max_tokens
+        asked = dialect.question(model, prompt, picture.mime, tokens)
+        question = Question(picture, asked, dialect.thinking(config.think))
+        question.body(plain=bool(self._hosts.no_switch))
+        return question
+
+    def describe(self, question: Question, failed_at: set[str], *, last: bool) -> str:
         """Have a picture described, by a host that did not fail on it if there is one.
 
         `last`: it is given up if it fails once more.
@@ -1498,15 +1526,14 @@ class Ai:
         """
         most = self._config.max_retries or math.inf
         waits = 0
-        body = self._question(picture)
         while True:
             with self._hosts.place(self._stop, failed_at, self._answers) as url:
                 try:
-                    answer = self._ask(url, body)
+                    answer = self._ask(url, question)
                     self._hosts.up(url)
                     return self._description(answer)
                 except (Retryable, Unexpected) as error:
-                    if not self._is_sick(url, picture, error, last=last):
+                    if not self._is_sick(url, question.picture, error, last=last):
                         failed_at.add(url)
                         raise
                     waits += 1
@@ -1532,7 +1559,7 @@ class Ai:
         if not self._hosts.doubtful(url, picture, after=1 if last else SICK_AFTER):
             return False
         try:
-            self._ask(url, self._question(good_picture()))
+            self._ask(url, self.question(good_picture()))
         except AnalyzeError as trouble:  # which may tell more: that nobody is there any more
             self._hosts.down(url, trouble)
             return True
@@ -1550,32 +1577,18 @@ class Ai:
             return True
         return True
 
-    def _question(self, picture: Picture) -> Callable[[bool], bytes]:
-        """Makes the body of a question, with the switch for thinking or plain; once each."""
-        config, dialect = self._config, self._dialect
-        model, prompt, tokens = config.model_name, config.prompt, config.max_tokens
-        question = dialect.question(model, prompt, picture.mime, tokens)
-
-        @functools.cache
-        def body(plain: bool) -> bytes:
-            text = json.dumps(question | ({} if plain else dialect.thinking(config.think)))
-            return text.encode().replace(PICTURE.encode(), picture.base64)
-
-        body(bool(self._hosts.no_switch))  # now, as no place is taken yet
-        return body
-
-    def _ask(self, url: str, body: Callable[[bool], bytes]) -> Any:
+    def _ask(self, url: str, question: Question) -> Any:
         """One question to one host; asked again without the switch it refuses."""
         plain = url in self._hosts.no_switch
         ask = functools.partial(self._call, url, "POST", self._dialect.chat, headers=JSON_BODY)
         log.debug("asking %s", public(url))
         try:
-            return ask(data=body(plain))
+            return ask(data=question.body(plain=plain))
         except Permanent as error:
             if plain or not THINK_REFUSED.search(str(error.fields["why"])):
                 raise
             self._hosts.no_switch.add(url)
-            return ask(data=body(True))
+            return ask(data=question.body(plain=True))
 
     def _description(self, answer: Any) -> str:
         """What the answer says of the picture; Retryable if that is no description."""
@@ -2741,7 +2754,8 @@ class Job:
     pause: float = 0.0  # until it is looked at again, growing
     until: float = 0.0  # when it is left to the sweep, by the monotonic clock
     failed: bool = False  # which was said and counted once
-    failed_at: set[str] = field(default_factory=set)  # model hosts, in the tries of this time
+    question: Question | None = None  # what hosts are asked, until one answered
+    failed_at: set[str] = field(default_factory=set)  # hosts, in the tries of this time
     tries: int = 0  # of this time
 
 
@@ -3271,13 +3285,14 @@ def describe(job: Job, library: Library, ai: Ai, state: State) -> bool:
 
     A note of a failure spares the next runs the same.
     """
-    config, asset = state.config, job.asset
-    preview = functools.partial(library.preview, asset)
-    data = settled(lambda: state.patience(preview), config, state.stop)
+    config, data = state.config, b""
+    if not job.question:
+        preview = functools.partial(library.preview, job.asset)
+        data = settled(lambda: state.patience(preview), config, state.stop)
     last = job.tries + 1 >= most_tries(config)
     try:
-        picture = prepared(data, config.max_image_size)
-        job.text = ai.describe(picture, job.failed_at, last=last)
+        job.question = job.question or ai.question(prepared(data, config.max_image_size))
+        job.text = ai.describe(job.question, job.failed_at, last=last)
     except HostDown:
         raise
     except (Retryable, Permanent) as error:
@@ -3286,6 +3301,7 @@ def describe(job: Job, library: Library, ai: Ai, state: State) -> bool:
         if not job.failed and error.key != "preview_cut":
             note_failure(job, error, library, state)
         raise
+    job.question = None
     return True
 
 
@@ -3300,8 +3316,6 @@ def try_soon(job: Job, error: AnalyzeError, state: State) -> bool:
     job.tries += 1
     enough = job.tries >= most_tries(state.config) or (isinstance(error, Permanent) and not others)
     if enough or not job.failed_at:
-        job.tries = 0
-        job.failed_at.clear()
         return False
     log.debug("%s: %s", job.asset.id, error)
     job.pause = 0.0 if others else state.config.retry_delay_seconds
@@ -3450,6 +3464,8 @@ def conclude(job: Job, outcome: Outcome, error: Exception | None, state: State) 
         why, bug = (error, None) if known else (t("bug"), error)
         log.error("%s", t("photo_failed", name=asset.name, id=asset.id, why=why), exc_info=bug)
     if outcome is Outcome.FAILED:
+        job.question, job.tries = None, 0
+        job.failed_at.clear()
         for_good = not isinstance(error, Retryable) or reason in FOR_GOOD
         if for_good or not agenda.again(job):
             tally.give_up(asset)

@@ -43,12 +43,12 @@ class Persistent(ia.Ai):
     """Tries a picture again as the pipeline does."""
 
     def describe(self, picture):
-        job = ia.Job(photo(1))
+        job, question = ia.Job(photo(1)), self.question(picture)
         state = SimpleNamespace(config=self._config, hosts=self._hosts)
         while True:
             try:
                 last = job.tries + 1 >= ia.most_tries(self._config)
-                return super().describe(picture, job.failed_at, last=last)
+                return super().describe(question, job.failed_at, last=last)
             except ia.HostDown:
                 raise
             except (ia.Retryable, ia.Permanent) as error:
@@ -160,7 +160,7 @@ def test_thinking_is_off_unless_asked_for(config, stop, argv):
             known = ("--interface", interface, "--model-name", "tiny-vlm", "--hosts", server.url)
             settings = config(*known, *argv)
             with closing(ia.Ai(settings, hosts_of(settings, stop), stop)) as ai:
-                assert ai.describe(PICTURE, set(), last=False) == servers.told(JPEG)
+                assert ai.describe(ai.question(PICTURE), set(), last=False) == servers.told(JPEG)
             [exchange] = server.find("POST", CHAT[interface])
             assert exchange.json == body(interface, think=bool(argv))
             assert ("The user wants" in json.dumps(exchange.reply)) is bool(argv)

@@ -533,6 +533,7 @@ def test_a_poisonous_picture_is_tried_on_each_host_and_rests_none(api, ollama, o
         for server in (ollama, other)
     ]
     assert sorted(tries) == [1, 2]
+    assert api.server.count("GET", f"{id}/thumbnail") == 1
 
 
 @pytest.mark.parametrize("trouble", ["gone", "hangs", "fails"])

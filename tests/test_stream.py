@@ -537,7 +537,7 @@ class Desk:
     def recall(self, asset):
         return asset
 
-    claim = recall
+    claim = question = recall
 
     def release(self, asset):
         pass
