@@ -928,6 +928,7 @@ def dig_list(data: object, *path: str | int) -> list[Any]:
 
 CONNECT_TIMEOUT = 10.0
 LONGEST_TIMEOUT = 2e6  # sockets count milliseconds in 31 bits
+JSON_BODY = {"Content-Type": "application/json"}  # where the JSON is made by us
 REPLY_LIMIT = 64 * 2**20  # bytes; a page of 1,000 photos has about 1.3 MB
 
 
@@ -1197,7 +1198,6 @@ SICK_AFTER = 3  # pictures that a host failed on, without an answer in between, 
 STRUCK_REST = 3600.0  # somebody may have given it the model
 PROBE_PAUSE = 0.5  # seconds between two probes of a host that is gone, while all rest
 PROBE_TIMEOUT = 1.0
-JSON_BODY = {"Content-Type": "application/json"}
 QUIET = 600.0  # seconds between two lines about a host that rests for a moment only
 THINK_REFUSED = re.compile(r"think|chat_template_kwargs", re.I)
 
@@ -1804,7 +1804,7 @@ class Immich(Session):
 
     def call(self, key: str, method: str, path: str, **options: Any) -> Reply:
         """Send one request with a user's key; without one for "", where none is needed."""
-        headers = {"x-api-key": key or None} | options.pop("more", {})
+        headers = {"x-api-key": key or None} | options.pop("headers", {})
         own: dict[str, Any] = {"timeout": IMMICH_TIMEOUT, "headers": headers}
         return http(self, method, self.url + path, blame=immich_error, **own | options)
 
@@ -1976,9 +1976,8 @@ class ApiLibrary:
         body = json.dumps({"description": text}).encode()
         if len(body) > BODY_LIMIT:
             raise Permanent("description_too_long")
-        kind = {"Content-Type": "application/json"}
         path = f"/assets/{asset.id}"
-        self._call(int(asset.source), "PUT", path, Reply.json, data=body, more=kind)
+        self._call(int(asset.source), "PUT", path, Reply.json, data=body, headers=JSON_BODY)
         return True
 
     def read_back(self, assets: Sequence[Asset], age: float) -> dict[str, str]:
@@ -2018,14 +2017,13 @@ class ApiLibrary:
                     self._call(number, "PUT", "/assets/metadata", Reply.json, json={"items": items})
             except (Permanent, Gone):  # one that is gone stands for all
                 for asset, item in kept:
-                    with suppress(Gone):
+                    with suppress(Permanent, Gone):
                         path = f"/assets/{asset.id}/metadata"
                         self._call(number, "PUT", path, Reply.json, json={"items": [item]})
-            for asset, note in own:
+            for asset in (asset for asset, note in own if not note):
                 with suppress(Permanent, Gone):
-                    if not note:
-                        path = f"/assets/{asset.id}/metadata/{KEY}"
-                        self._call(number, "DELETE", path, no_web_page)
+                    path = f"/assets/{asset.id}/metadata/{KEY}"
+                    self._call(number, "DELETE", path, no_web_page)
 
     def _read(self, asset: Asset) -> dict[str, Any]:
         """GET /assets/{id}; Retryable if something else answers."""
@@ -3453,7 +3451,6 @@ def notes_for(job: Job, text: str | None, state: State) -> Iterator[Note | None]
 def conclude(job: Job, outcome: Outcome, error: Exception | None, state: State) -> None:
     """Count what became of a photo, or put it off: what may pass is tried again later."""
     tally, agenda, asset = state.tally, state.agenda, job.asset
-    known = isinstance(error, AnalyzeError)
     reason = error.key if isinstance(error, AnalyzeError) else "bug" if error else ""
     if reason == "claimed_elsewhere" and agenda.again(job):
         return
@@ -3461,7 +3458,7 @@ def conclude(job: Job, outcome: Outcome, error: Exception | None, state: State) 
         job.failed = True
         agenda.plan(job, FAILED_PAUSE)
         tally.add(outcome, reason)
-        why, bug = (error, None) if known else (t("bug"), error)
+        why, bug = (t("bug"), error) if reason == "bug" else (error, None)
         log.error("%s", t("photo_failed", name=asset.name, id=asset.id, why=why), exc_info=bug)
     if outcome is Outcome.FAILED:
         job.question, job.tries = None, 0
@@ -3641,7 +3638,7 @@ class Progress:
         with self._bar.get_lock():
             if self._total is not None:
                 self._bar.total = max(0, self._total - left_out)
-            done = counts[Outcome.DESCRIBED] + counts[Outcome.FAILED]
+            done = counts.total() - left_out
             self._bar.update(done - self._bar.n)
 
     def close(self) -> None:

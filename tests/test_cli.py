@@ -155,6 +155,14 @@ def test_a_terminal_shows_progress_and_the_tally(library, ollama):
     assert shown.splitlines()[-1].lstrip().startswith(tally(described=6, skipped=skipped))
 
 
+def test_taking_back_is_progress_too(api, ollama, command):
+    fill(api, 3)
+    assert command(*api.argv, *asking(ollama)).returncode == 0
+    code, shown = on_terminal(*api.argv, *asking(ollama), "--undo")
+    assert code == 0
+    assert re.search(r"\b3 photos \[\d\d:\d\d, ", shown)
+
+
 def test_a_terminal_without_a_total_shows_progress_all_the_same(api, ollama):
     fill(api, 3)
     code, shown = on_terminal(*api.argv, *asking(ollama))

@@ -879,3 +879,14 @@ def test_a_batch_that_a_deleted_photo_spoils_is_noted_one_by_one(api, immich, ol
     assert {note_of(api, id)["text"] for id in ids[1:]} == {text_id(SAID)}
     assert immich.count("PUT", "/assets/metadata") == 1
     assert immich.count("PUT", "/api/assets/[^/]+/metadata") == 6
+
+
+def test_a_note_that_immich_refuses_costs_no_other_and_no_photo(api, immich, ollama, monkeypatch):
+    monkeypatch.setattr(ia, "CHECK_PAUSE", 0.3)
+    ids = [add(api) for _ in range(4)]
+    refused = Reply(400, {"message": ["value must be an object"]})
+    immich.script("PUT", "/assets/metadata$", refused, forever=True)
+    immich.script("PUT", f"{ids[0]}/metadata", refused, forever=True)
+    assert run(api, ollama).counts == {ia.Outcome.DESCRIBED: 4}
+    assert note_of(api, ids[0]) is None
+    assert {note_of(api, id)["text"] for id in ids[1:]} == {text_id(SAID)}
