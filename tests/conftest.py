@@ -8,14 +8,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sandbox
 import servers
+from worlds import ApiWorld, SqlWorld, World
 
 import immich_analyze as ia
 
@@ -50,23 +49,6 @@ def no_thread_left() -> Iterator[None]:
     for thread in left:
         thread.join(5)
     assert not [thread for thread in left if thread.is_alive()]
-
-
-def check_note(
-    notes: dict[str, Any], text: str, model: str = "tiny-vlm", prompt: str = ia.PROMPT
-) -> None:
-    """All that is kept of a photo is the one note for a text of ours, made just now."""
-    [(key, note)] = notes.items()
-    assert key == "immich-analyze"
-    at = note["at"]
-    assert abs(datetime.now(UTC) - datetime.fromisoformat(at)) < timedelta(minutes=5)
-    assert note == {
-        "v": 1,
-        "model": model,
-        "prompt": sha256(prompt.encode()).hexdigest()[:12],
-        "text": sha256(text.encode()).hexdigest()[:16],
-        "at": at,
-    }
 
 
 class FakeStop(ia.Stop):
@@ -189,3 +171,21 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def api(immich: servers.FakeImmich) -> ApiWorld:
+    """A library behind the REST API."""
+    return ApiWorld(immich)
+
+
+@pytest.fixture
+def database(photos: Callable[..., Any], postgres: sandbox.Postgres) -> SqlWorld:
+    """A library in PostgreSQL."""
+    return SqlWorld(photos(), postgres)
+
+
+@pytest.fixture(params=["api", "database"])
+def library(request: pytest.FixtureRequest) -> World:
+    """Each of the two."""
+    return request.getfixturevalue(request.param)

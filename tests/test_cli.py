@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -15,30 +14,25 @@ import psycopg2.extensions
 import pytest
 import sandbox
 import servers
-from conftest import check_note
-from servers import FakeImmich, FakeKey, FakeLlamaCpp, FakeOllama, FakeServer, Reply
-from test_run import CHATS, ROOT, ApiWorld, Running, SqlWorld, World, asking, failure, fill, tally
+from servers import FakeKey, FakeLlamaCpp, FakeOllama, FakeServer, Reply
+from worlds import (
+    CHATS,
+    ROOT,
+    ApiWorld,
+    Running,
+    SqlWorld,
+    asking,
+    check_note,
+    failure,
+    fill,
+    tally,
+)
 
 import immich_analyze as ia
 
 SECRET = "Zx9-s3cret"
 NOWHERE = "http://127.0.0.1:9"  # nothing listens at the port for what is to be thrown away
 API = ["--immich-api-url", NOWHERE, "--immich-api-keys", SECRET]
-
-
-@pytest.fixture
-def api(immich: FakeImmich) -> ApiWorld:
-    return ApiWorld(immich)
-
-
-@pytest.fixture
-def database(photos: Callable[..., Any], postgres: sandbox.Postgres) -> SqlWorld:
-    return SqlWorld(photos(), postgres)
-
-
-@pytest.fixture(params=["api", "database"])
-def library(request: pytest.FixtureRequest) -> World:
-    return request.getfixturevalue(request.param)
 
 
 def on_terminal(*argv: str, **environ: str) -> tuple[int, str]:

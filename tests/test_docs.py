@@ -8,7 +8,7 @@ from pathlib import Path
 import psycopg2.extensions
 import pytest
 import sandbox
-from conftest import check_note
+from worlds import check_note
 
 import immich_analyze as ia
 

@@ -12,8 +12,8 @@ import sandbox
 import servers
 from servers import FakeImmich, FakeOllama, FakeServer
 from test_notes import note_of, text_id
-from test_run import ApiWorld, Running, SqlWorld, World, asking
 from test_service import note_arrivals
+from worlds import ApiWorld, Running, SqlWorld, World, asking
 
 
 @pytest.fixture

@@ -7,16 +7,15 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import pytest
-import sandbox
 import servers
 from servers import FakeImmich, FakeKey, FakeOllama, Reply
-from test_run import CHATS, NO_PAUSE, ApiWorld, SqlWorld, World, asking
+from worlds import CHATS, NO_PAUSE, ApiWorld, SqlWorld, World, asking
 
 import immich_analyze as ia
 
@@ -49,21 +48,6 @@ def ollama(ollama: FakeOllama) -> FakeOllama:
     """Says the same of all pictures."""
     ollama.answer = lambda image, prompt: SAID
     return ollama
-
-
-@pytest.fixture
-def api(immich: FakeImmich) -> ApiWorld:
-    return ApiWorld(immich)
-
-
-@pytest.fixture
-def database(photos: Callable[..., Any], postgres: sandbox.Postgres) -> SqlWorld:
-    return SqlWorld(photos(), postgres)
-
-
-@pytest.fixture(params=["api", "database"])
-def library(request: pytest.FixtureRequest) -> World:
-    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(params=["api", "database"])

@@ -3,276 +3,43 @@
 import base64
 import copy
 import os
-import queue
 import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import sandbox
 import servers
 import tiny_vlm
-from conftest import check_note
-from servers import CUT, Answer, FakeImmich, FakeKey, FakeLlamaCpp, FakeOllama, FakeServer, Reply
+from servers import CUT, Answer, FakeImmich, FakeKey, FakeOllama, FakeServer, Reply
+from worlds import (
+    CHATS,
+    NO_PAUSE,
+    ROOT,
+    ApiWorld,
+    Running,
+    SqlWorld,
+    World,
+    asking,
+    check_note,
+    failure,
+    fill,
+    tally,
+)
 
 import immich_analyze as ia
-
-ROOT = Path(__file__).parent.parent
-CHATS = ("POST", "/api/chat|/v1/chat/completions")
-NO_PAUSE = ["--retry-delay-seconds", "0"]
-
-
-# --- A library, behind either way of access --------------------------------------------------
-
-State = dict[Any, dict[str, Any]]
-
-
-class ApiWorld:
-    """A library behind the REST API, as a test fills it and looks at it."""
-
-    def __init__(self, server: FakeImmich) -> None:
-        self.server = server
-        self.argv = ["--immich-api-url", server.url, "--immich-api-keys", server.key]
-
-    def add(self, name: str = "photo.jpg", *, picture: bytes, ready: bool = True, **more) -> str:
-        own = {"trashed": "is_trashed", "offline": "is_offline"}
-        more = {own.get(field, field): value for field, value in more.items()}
-        return self.server.add(name, preview=picture if ready else None, **more).id
-
-    def texts(self) -> dict[str, str]:
-        return {asset.id: asset.description for asset in self.server.assets.values()}
-
-    def describe(self, id: str, text: str) -> None:
-        self.server.assets[id].description = text
-
-    def trash(self, id: str) -> None:
-        self.server.assets[id].is_trashed = True
-
-    def delete(self, id: str) -> None:
-        del self.server.assets[id]
-
-    def lose_preview(self, id: str) -> None:
-        lost = servers.recorded("immich-3.1.0", "thumbnail-preview-of-broken.jpg")
-        self.server.script("GET", f"{id}/thumbnail", lost, forever=True)
-
-    def writes(self) -> list[tuple[str, str]]:
-        """Each description the server took from the tool; empty updates ask who owns a photo."""
-        puts = (put for put in self.server.find("PUT", "/api/assets/") if put.status == 200)
-        puts = (put for put in puts if put.operation.name == "updateAsset" and put.json)
-        return [(put.params["id"], put.json["description"]) for put in puts]
-
-    def state(self) -> State:
-        """Every asset with all its fields; `updated` and `put` say only that somebody wrote."""
-        own = {"rendered", "updated", "put"}
-        return {
-            id: {name: value for name, value in vars(asset).items() if name not in own}
-            for id, asset in self.server.assets.items()
-        }
-
-    def notes(self) -> dict[str, dict[str, Any]]:
-        """All that clients keep with each photo, by key."""
-        return {asset.id: dict(asset.notes) for asset in self.server.assets.values()}
-
-    def changes_since(self, before: State) -> State:
-        """What became of the assets; with a description goes its note."""
-        changes = differences(before, self.state())
-        for fields in changes.values():
-            check_note(fields.pop("notes"), fields["description"])
-            assert fields.pop("noted").keys() == {ia.KEY}
-            assert fields.pop("xmp") == fields["description"]
-        return changes
-
-    def begin(self, trouble: str) -> None:
-        """Be away, in one of several ways."""
-        if trouble == "gone":
-            self.server.close()
-        elif trouble == "bad gateway":
-            page = "<html><h1>502 Bad Gateway</h1></html>"
-            self.server.script(".*", "", Reply(502, page), forever=True)
-        else:
-            setattr(self.server, trouble, True)
-
-    def end(self, trouble: str) -> None:
-        if trouble == "gone":
-            self.server.start()
-        elif trouble == "bad gateway":
-            self.server.forget_scripts()
-        else:
-            setattr(self.server, trouble, False)
-
-
-class SqlWorld:
-    """A library in PostgreSQL, as a test fills it and looks at it.
-
-    A trigger notes what is written by anybody but the test itself.
-    """
-
-    def __init__(self, photos: sandbox.PhotoLibrary, server: sandbox.Postgres) -> None:
-        self.photos, self.server = photos, server
-        self.argv = ["--postgres-url", photos.uri, "--immich-root", str(photos.root)]
-        self.texts, self.describe, self.trash = photos.descriptions, photos.describe, photos.trash
-        photos.run("SET application_name = 'the test'")
-        photos.run("CREATE SCHEMA seen")
-        photos.run('CREATE TABLE seen.writes (n serial, id uuid, "text" text)')
-        photos.run(
-            "CREATE FUNCTION seen.note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-            ' INSERT INTO seen.writes (id, "text") VALUES (NEW."assetId", NEW.description);'
-            " RETURN NULL; END $$"
-        )
-        photos.run(
-            "CREATE TRIGGER noted AFTER UPDATE ON {exif} FOR EACH ROW"
-            " WHEN (current_setting('application_name') <> 'the test')"
-            " EXECUTE FUNCTION seen.note()"
-        )
-
-    def add(self, name: str = "photo.jpg", *, picture: bytes, ready: bool = True, **more) -> str:
-        return self.photos.add(name, preview=ready, preview_bytes=picture, **more)
-
-    def delete(self, id: str) -> None:
-        for table in ("file", "status", "exif"):
-            self.photos.run(f'DELETE FROM {{{table}}} WHERE "assetId" = %s', id)
-        self.photos.run('DELETE FROM {asset} WHERE "id" = %s', id)
-
-    def lose_preview(self, id: str) -> None:
-        self.photos.preview_file(id).unlink()
-
-    def writes(self) -> list[tuple[str, str]]:
-        """Each description the tool wrote, in order."""
-        return self.photos.run('SELECT id::text, "text" FROM seen.writes ORDER BY n')
-
-    def state(self) -> State:
-        """Every row of every table of Immich."""
-        tables = self.photos.run("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
-        return {
-            (table, *(row.get(name) for name in ("id", "assetId", "key"))): row
-            for (table,) in tables
-            for (row,) in self.photos.run(f'SELECT to_jsonb(t) FROM "{table}" t')
-        }
-
-    def notes(self) -> dict[str, dict[str, Any]]:
-        """All that clients keep with each photo, by key."""
-        return {id: self.photos.notes(id) for id in self.texts()}
-
-    def changes_since(self, before: State) -> State:
-        """What became of the rows; a description is locked and stamped, and has its note."""
-        after, changes = self.state(), {}
-        notes = {key: after.pop(key) for key in after.keys() - before.keys()}
-        assert {table for table, *_ in notes} <= {"asset_metadata"}
-        for (table, _, id, _), columns in differences(before, after).items():
-            assert table == self.photos.tables["exif"]
-            assert columns.pop("lockedProperties") == ["description"]
-            assert columns.keys() == {"description", "updatedAt", "updateId"}
-            changes[id] = {"description": columns["description"]}
-            check_note(self.photos.notes(id), columns["description"])
-        assert sorted(row["assetId"] for row in notes.values()) == sorted(changes)
-        return changes
-
-    def begin(self, _: str) -> None:
-        if not self.server.own:
-            pytest.skip("the server is not ours to stop")
-        self.server.stop()
-
-    def end(self, _: str) -> None:
-        self.server.start()
-
-
-World = ApiWorld | SqlWorld
-
-
-def differences(before: State, after: State) -> State:
-    """The new values where something changed; nothing was added or taken away."""
-    assert before.keys() == after.keys()
-    changed = {key: (before[key], row) for key, row in after.items() if row != before[key]}
-    return {
-        key: {name: value for name, value in row.items() if value != old[name]}
-        for key, (old, row) in changed.items()
-    }
-
-
-@pytest.fixture
-def api(immich: FakeImmich) -> ApiWorld:
-    return ApiWorld(immich)
-
-
-@pytest.fixture
-def database(photos: Callable[..., Any], postgres: sandbox.Postgres) -> SqlWorld:
-    return SqlWorld(photos(), postgres)
-
-
-@pytest.fixture(params=["api", "database"])
-def library(request: pytest.FixtureRequest) -> World:
-    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(params=["ollama", "llamacpp"])
 def model(request: pytest.FixtureRequest) -> FakeServer:
     return request.getfixturevalue(request.param)
-
-
-def fill(library: World, number: int) -> dict[str, str]:
-    """Put in photos, each of its own look; what the fakes will say of them, by id."""
-    pictures = [servers.own_picture(n) for n in range(number)]
-    return {library.add(picture=picture): servers.told(picture) for picture in pictures}
-
-
-# --- Runs ------------------------------------------------------------------------------------
-
-
-def asking(*hosts: FakeServer | sandbox.LlamaCpp | str) -> list[str]:
-    """The options that name these model hosts."""
-    urls = [host if isinstance(host, str) else host.url for host in hosts]
-    spoken = "llamacpp" if isinstance(hosts[0], FakeLlamaCpp | sandbox.LlamaCpp) else "ollama"
-    return ["--hosts", ",".join(urls), "--interface", spoken, "--model-name", "tiny-vlm"]
-
-
-class Running:
-    """The real command line at work; it ends with the block at the latest."""
-
-    def __init__(self, *argv: str, **environ: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "immich_analyze.py"), *argv],
-            env=os.environ | environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.said: list[str] = []
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stderr:
-            self._lines.put(line.rstrip("\n"))
-
-    def wait_for(self, text: str) -> None:
-        """Return once it says this."""
-        while not self.said or text not in self.said[-1]:
-            self.said.append(self._lines.get(timeout=servers.PATIENCE))
-
-    def end(self) -> int:
-        """Its exit code; then `said` is all that it said."""
-        code = self.process.wait(30)
-        self._reader.join(servers.PATIENCE)
-        while not self._lines.empty():
-            self.said.append(self._lines.get())
-        return code
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.end()
-        self.process.stderr.close()
 
 
 class Pause(ia.Stop):
@@ -310,17 +77,6 @@ def describing(library: World, model: FakeServer, stop: Pause, *more: str) -> It
             stop.set()
             stop.let_go.set()
             model.gate.set()
-
-
-def tally(**counts: int) -> str:
-    """The last line of a run, but for the time it took."""
-    numbers = {outcome.value: counts.get(outcome.value, 0) for outcome in ia.Outcome}
-    return ia.t("tally", **numbers)
-
-
-def failure(id: str, name: str, key: str, **fields: Any) -> str:
-    """The line about a photo that failed."""
-    return ia.t("photo_failed", id=id, name=name, why=ia.t(key, **fields))
 
 
 # --- The main job ----------------------------------------------------------------------------

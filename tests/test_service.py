@@ -25,29 +25,14 @@ from typing import Any
 import pytest
 import sandbox
 import servers
-from servers import RESET, FakeImmich, FakeKey, FakeOllama, FakeServer, Reply
-from test_run import CHATS, NO_PAUSE, ROOT, ApiWorld, Running, SqlWorld, World, asking, fill, tally
+from servers import RESET, FakeKey, FakeOllama, FakeServer, Reply
+from worlds import CHATS, NO_PAUSE, ROOT, ApiWorld, Running, SqlWorld, World, asking, fill, tally
 
 import immich_analyze as ia
 
 ALWAYS, NEVER = ["--api-poll-interval", "0.1"], ["--api-poll-interval", "1000"]
 DEBUG, MONITOR = ["--log-level", "debug"], ["--mode", "monitor"]
 READY = ia.t("ready")
-
-
-@pytest.fixture
-def api(immich: FakeImmich) -> ApiWorld:
-    return ApiWorld(immich)
-
-
-@pytest.fixture
-def database(photos: Callable[..., Any], postgres: sandbox.Postgres) -> SqlWorld:
-    return SqlWorld(photos(), postgres)
-
-
-@pytest.fixture(params=["api", "database"])
-def library(request: pytest.FixtureRequest) -> World:
-    return request.getfixturevalue(request.param)
 
 
 # --- The service -----------------------------------------------------------------------------
