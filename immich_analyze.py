@@ -3233,14 +3233,15 @@ def stream(
             next_look = now + interval
             if news.look() and watch and watch.since < now - interval - FEED_LAG.total_seconds():
                 watch.missed()
-        if news and now >= next_sweep and len(listings) < 2:  # the backlog may take weeks
+        if news and now >= next_sweep:
             next_sweep = now + SWEEP_INTERVAL
-            listings.add(news.sweep(whole=len(listings) == 0))
+            if len(listings) < 2:  # the backlog may take weeks, and so may a sweep in trouble
+                listings.add(news.sweep(whole=len(listings) == 0))
         busy = tally.in_hand > 0  # looked at before all else: what is in hand may come back
         turn = state.checks.due(idle=False)
         if not turn and (job := state.agenda.due() or listings.next()):
             turn = [job]
-        if turn := turn or state.checks.due(idle=listings.next_time == math.inf):
+        if turn := turn or state.checks.due(idle=listings.next_time > now):
             tally.hand(1)
             yield turn
         else:

@@ -531,6 +531,8 @@ def test_a_picture_that_no_host_can_take_rests_none(fake, make, stop):
         assert error_of(ai.describe, picture)[0] == (ia.Retryable, "host_failed")
         assert ai.describe(PICTURE) == servers.told(JPEG)
     assert set(stop.waits) == {5}
+    shown = sum(GOOD in exchange.data for exchange in fake.find("POST", fake.chat))
+    assert shown == len(bad)  # each before it was given up
 
 
 # Stopping

@@ -4,7 +4,7 @@ import logging
 import uuid
 from collections import Counter
 from datetime import UTC, datetime, timedelta
-from itertools import islice, pairwise
+from itertools import islice, pairwise, repeat
 
 import pytest
 from test_stream import Desk, Jobs, Listing, away, hiccup, nothing_to_confirm, photo, state_of
@@ -248,6 +248,28 @@ def test_sweeps_are_made_while_the_backlog_lasts(service, library):
     assert found.index("1") == 6
     assert len(library.sweeps) == 300 / 6 - 1
     assert None not in library.sweeps  # what the backlog lists is not listed at the same time
+
+
+def test_sweeps_that_cannot_go_on_do_not_pile_up(service, library):
+    state, listings = service("-c", "--api-poll-interval", "100000"), ia.Listings()
+    library.page = lambda *_: (_ for _ in ()).throw(hiccup())
+    stream = ia.stream(state, listings, ia.Newsreader(library, state), None)
+    ia.hint("at the end", state)
+    [(_, _, job)] = state.agenda._due
+    state.agenda.due()
+    state.agenda.put(job, 20 * 3600)
+    assert next(stream) == [job]
+    assert len(listings) == 2
+
+
+def test_what_was_written_is_read_back_while_a_page_will_not_come(service, library, stop):
+    state, job = service("-c", "--api-poll-interval", "1000"), ia.Job(photo(2))
+    bad = ia.Listing(Listing([photo(1)], trouble={0: repeat(hiccup())}), state, counts=True)
+    began = stop.now
+    state.checks.add(job)
+    stream = ia.stream(state, ia.Listings(bad), ia.Newsreader(library, state), None)
+    assert next(stream) == [job]
+    assert stop.now - began == ia.CHECK_PAUSE
 
 
 def test_a_service_that_waits_for_its_library_can_be_stopped(service, library, stop):
