@@ -88,13 +88,13 @@ def test_the_work_goes_on_when_nobody_reads_the_messages(api, ollama):
     assert {id: api.texts()[id] for id in wanted} == wanted
 
 
-def test_cron_hears_of_failures_and_of_nothing_else(library, ollama, command):
+def test_cron_hears_of_failures_and_of_nothing_else(library, ollama, process):
     fill(library, 2)
     argv = [*library.argv, *asking(ollama)]
-    well = command(*argv)
+    well = process(*argv)
     assert (well.returncode, well.stdout, well.stderr) == (0, "", "")
     id = library.add("bad.jpg", picture=b"not a picture at all")
-    ill = command(*argv)
+    ill = process(*argv)
     assert (ill.returncode, ill.stdout) == (1, "")
     line, last = ill.stderr.splitlines()
     assert line == failure(id, "bad.jpg", "preview_unknown")
@@ -204,9 +204,9 @@ def test_one_refused_key_of_two_is_told_and_the_other_works(api, ollama, command
     assert done.stderr.splitlines()[0] == ia.t("key_refused", number=1, why=why)
 
 
-def test_python_has_nothing_to_warn_of(library, ollama, command):
+def test_python_has_nothing_to_warn_of(library, ollama, process):
     fill(library, 3)
-    done = command(*library.argv, *asking(ollama), PYTHONWARNINGS="error", PYTHONDEVMODE="1")
+    done = process(*library.argv, *asking(ollama), PYTHONWARNINGS="error", PYTHONDEVMODE="1")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -214,8 +214,8 @@ def test_python_has_nothing_to_warn_of(library, ollama, command):
 
 
 @pytest.mark.parametrize("flag", ["-V", "--version"])
-def test_the_version_is_told(command, flag):
-    done = command(flag)
+def test_the_version_is_told(process, flag):
+    done = process(flag)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"immich-analyze {ia.__version__}\n"
 
@@ -466,6 +466,10 @@ def test_a_wrong_file_is_one_line(command, tmp_path, content, parts):
     assert_refused(command("--config", str(file), "--no-wait-for-immich"), *parts)
 
 
+def test_the_process_ends_as_the_command_does(process):
+    assert_refused(process("--max-concurrent", "0"), "--max-concurrent", "0")
+
+
 @pytest.fixture
 def website() -> Any:
     """Some web server that is neither Immich nor a model host."""
@@ -480,7 +484,7 @@ def test_without_waiting_an_absent_immich_is_one_line(command, ollama):
 
 def test_when_the_wait_is_over_an_absent_immich_is_one_line(command, ollama):
     argv = ["--wait-timeout", "0.2", "--wait-retry-interval", "2"]
-    assert_refused(command(*API, *asking(ollama), *argv, timeout=20), NOWHERE)
+    assert_refused(command(*API, *asking(ollama), *argv), NOWHERE)
 
 
 @pytest.mark.parametrize(
