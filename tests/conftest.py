@@ -51,7 +51,7 @@ def no_thread_left() -> Iterator[None]:
     yield
     left = {thread for thread in threading.enumerate() if not thread.daemon} - before
     for thread in left:
-        thread.join(5)
+        thread.join(servers.PATIENCE)
     assert not [thread for thread in left if thread.is_alive()]
 
 

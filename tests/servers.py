@@ -18,10 +18,12 @@ import itertools
 import json
 import random
 import re
+import socket
 import sys
 import threading
 import traceback
 import uuid
+import weakref
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +33,6 @@ from email.utils import format_datetime
 from enum import Enum
 from http import HTTPStatus
 from pathlib import Path
-from socket import SHUT_RDWR
 from types import EllipsisType
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -42,7 +43,7 @@ from PIL import Image
 CONTRACTS = Path(__file__).with_name("contracts")
 JSON = "application/json; charset=utf-8"
 MISSING = object()
-PATIENCE = 20  # seconds until a test that waits for a request gives up
+PATIENCE = 120  # seconds after which a test gives up waiting; no machine is so slow
 
 
 # --- The contract ----------------------------------------------------------------------------
@@ -375,7 +376,7 @@ class _Listener(http.server.ThreadingHTTPServer):
             conversations = list(self._open.items())
         for thread, request in conversations:
             with contextlib.suppress(OSError):  # its client may have been faster
-                request.shutdown(SHUT_RDWR)
+                request.shutdown(socket.SHUT_RDWR)
             thread.join(PATIENCE)
 
 
@@ -432,12 +433,21 @@ class FakeServer:
 
     def start(self) -> None:
         """Listen; after `close` again at the same port, as a restarted server does."""
+        if not self._port:
+            self._port = self._reserve()
         self._listener = _Listener(self._port, self)
-        self._port = self._listener.server_port
         self._thread = threading.Thread(
             target=self._listener.serve_forever, args=(0.01,), daemon=True, name="fake-listener"
         )
         self._thread.start()
+
+    def _reserve(self) -> int:
+        """A port that nobody else gets, also while nobody listens there."""
+        place = socket.socket()
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.bind(("127.0.0.1", 0))
+        weakref.finalize(self, place.close)
+        return place.getsockname()[1]
 
     def close(self) -> None:
         """Drop every connection, held ones too, and refuse new ones."""

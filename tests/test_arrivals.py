@@ -8,6 +8,7 @@ import uuid
 from contextlib import closing
 
 import pytest
+import servers
 from watchdog.events import FileClosedEvent, FileCreatedEvent, FileMovedEvent
 from watchdog.observers import inotify_c
 
@@ -34,11 +35,11 @@ class Watching:
 
     def begin(self):
         for thread in self._threads:
-            thread.join(5)
+            thread.join(servers.PATIENCE)
         return self
 
     def next(self):
-        return self.seen.get(timeout=5)
+        return self.seen.get(timeout=servers.PATIENCE)
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def on_terminal(*argv: str, **environ: str) -> tuple[int, str]:
             while some := os.read(ours, 2**16):
                 shown += some
         os.close(ours)
-        return process.wait(60), shown.decode()
+        return process.wait(servers.PATIENCE), shown.decode()
 
 
 # --- Exit codes and what is said -------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_the_work_goes_on_when_nobody_reads_the_messages(api, ollama):
     try:
         argv = [sys.executable, str(ROOT / "immich_analyze.py"), *api.argv, *asking(ollama)]
         argv += ["--max-concurrent", "1"]
-        done = subprocess.run(argv, stderr=writing, stdin=subprocess.DEVNULL, timeout=30)
+        done = subprocess.run(argv, stderr=writing, stdin=subprocess.DEVNULL)
     finally:
         os.close(writing)
     assert done.returncode in (1, 120)  # 120: Python could not flush standard error
@@ -321,7 +321,7 @@ def test_a_second_signal_ends_at_once(api, ollama, first, second):
 def test_after_the_grace_it_ends_by_itself(api, ollama, number):
     fill(api, 2)
     ollama.hold(*CHATS)
-    with Running(*api.argv, *asking(ollama), "--grace", "0.2") as tool:
+    with Running(*api.argv, *asking(ollama), "--grace", "2") as tool:
         ollama.wait_for(2)
         tool.process.send_signal(number)
         assert tool.end() == 128 + number

@@ -46,7 +46,7 @@ def tool(name):
 
 def run(*command):
     done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=60, check=False
+        [str(word) for word in command], capture_output=True, text=True, check=False
     )
     return done.returncode, done.stdout + done.stderr
 

@@ -28,7 +28,6 @@ def run(*command: str | Path, **environ: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout

@@ -226,7 +226,7 @@ def test_whoever_finds_no_free_place_waits_with_a_picture(api, immich, ollama, n
         assert nothing_free.acquire(timeout=servers.PATIENCE)
         assert (ollama.in_flight, immich.count("GET", "/thumbnail")) == (3, 5)
         ollama.gate.set()
-        assert job.result(30)[0] == {ia.Outcome.DESCRIBED: 8}
+        assert job.result(servers.PATIENCE)[0] == {ia.Outcome.DESCRIBED: 8}
     assert ollama.most_in_flight == 3
 
 
@@ -296,7 +296,8 @@ def test_a_poisonous_picture_is_tried_on_each_host_and_rests_none(api, ollama, o
 def test_a_host_that_dies_costs_no_photo(library, ollama, other, trouble):
     wanted = fill(library, 40)
     ollama.hold(*CHATS)
-    argv = [*library.argv, *asking(ollama, other), "--timeout", "0.5", "--max-concurrent", "8"]
+    limit = "3" if trouble == "hangs" else str(servers.PATIENCE)
+    argv = [*library.argv, *asking(ollama, other), "--timeout", limit, "--max-concurrent", "8"]
     with Running(*argv, *NO_PAUSE, "--log-level", "warning") as tool:
         ollama.wait_for(4)
         if trouble == "gone":
@@ -584,7 +585,7 @@ def test_a_short_outage_costs_nothing_but_time(access, trouble, ollama, request)
         stop.wait_for_a_wait()
         library.end(trouble)
         stop.let_go.set()
-        counts, _ = job.result(30)
+        counts, _ = job.result(servers.PATIENCE)
     assert counts == {ia.Outcome.DESCRIBED: 12}
     assert library.texts() == wanted
     assert sorted(library.writes()) == sorted(wanted.items())
@@ -598,7 +599,7 @@ def test_a_write_whose_answer_is_lost_is_not_repeated(api, immich, ollama):
     stop = Pause()
     stop.let_go.set()
     with describing(api, ollama, stop) as job:
-        counts, _ = job.result(30)
+        counts, _ = job.result(servers.PATIENCE)
     assert counts == {ia.Outcome.DESCRIBED: 3}
     assert sorted(api.writes()) == sorted(wanted.items())
 
@@ -638,7 +639,7 @@ def peak(*argv: str) -> float:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=servers.PATIENCE,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")

@@ -134,7 +134,7 @@ def wait_for_the_watch(library: SqlWorld, model: FakeServer) -> None:
     [id] = add_unready(library, 1)
     library.photos.add_preview(id)
     note_arrivals(model, *CHATS)
-    for _ in range(100):  # the watch begins at some moment after the start
+    for _ in range(20 * servers.PATIENCE):  # the watch begins at some moment after the start
         library.photos.write_preview(id, servers.picture())
         if model.arrived.acquire(timeout=0.05):
             return
@@ -299,7 +299,7 @@ class Clock(ia.Stop):
 
     def _until(self, over: Callable[[], bool]) -> None:
         with self._changed:
-            assert self._changed.wait_for(over, 30), "nobody let time pass"
+            assert self._changed.wait_for(over, servers.PATIENCE), "nobody let time pass"
 
     def _change(self, seconds: float = 0.0) -> None:
         with self._changed:
@@ -340,7 +340,7 @@ def serving(library: World, model: FakeServer, clock: Clock, *more: str) -> Iter
         finally:
             clock.set()
             model.gate.set()
-        job.result(30)
+        job.result(servers.PATIENCE)
 
 
 def test_photos_that_fail_in_passing_hold_no_worker_and_are_described_later(
@@ -424,7 +424,7 @@ def test_a_second_signal_ends_a_service_at_once(api, ollama):
 def test_a_service_that_does_not_finish_within_the_grace_says_so_by_its_exit_code(api, ollama):
     fill(api, 3)
     ollama.hold(*CHATS)
-    with Service(api, ollama, "--grace", "0.2") as tool:
+    with Service(api, ollama, "--grace", "2") as tool:
         ollama.wait_for(3)
         assert tool.stop() == 128 + signal.SIGTERM
     assert tool.spoken[-1] == STOPPING
@@ -625,7 +625,8 @@ def test_it_waits_for_the_folder_of_the_previews(database, ollama):
 
 def ask(port: int, path: str) -> tuple[int, str, str]:
     """Status, content type and body of an answer."""
-    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+    there = http.client.HTTPConnection("127.0.0.1", port, timeout=servers.PATIENCE)
+    with closing(there) as connection:
         connection.request("GET", path)
         reply = connection.getresponse()
         return reply.status, reply.headers["Content-Type"], reply.read().decode()
@@ -869,7 +870,7 @@ def test_lines_carry_a_priority_where_the_journal_reads_them(api, ollama, tmp_pa
                 ollama.wait_for(1)
                 process.terminate()
                 ollama.gate.set()
-                assert process.wait(30) == 0
+                assert process.wait(servers.PATIENCE) == 0
             finally:
                 process.kill()
         file.seek(0)

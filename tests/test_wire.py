@@ -32,7 +32,7 @@ def ask():
     """Sends one request through `http`."""
     with ia.Session() as session:
 
-        def request(url, method="GET", *, blame=MODEL, timeout=5.0, **options):
+        def request(url, method="GET", *, blame=MODEL, timeout=servers.PATIENCE, **options):
             return ia.http(session, method, url, blame=blame, timeout=timeout, **options)
 
         yield request
@@ -444,7 +444,11 @@ def test_a_server_is_told_who_asks(ask, server):
 
 @pytest.mark.parametrize(
     ("reply", "timeout", "key"),
-    [(RESET, 5, "connection_cut"), (CUT, 5, "connection_cut"), (HANG, 0.05, "timed_out")],
+    [
+        (RESET, servers.PATIENCE, "connection_cut"),
+        (CUT, servers.PATIENCE, "connection_cut"),
+        (HANG, 0.05, "timed_out"),
+    ],
 )
 def test_a_server_that_gives_up_on_a_request_costs_a_try(ask, reply, timeout, key):
     with servers.FakeServer() as server:
@@ -535,7 +539,7 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
     ],
 )
 def test_half_an_answer_or_none_costs_a_try(ask, data, how, key):
-    timeout = 0.3 if how.get("hold") else 5
+    timeout = 2 if how.get("hold") else servers.PATIENCE
     with saying(data, **how) as place:
         assert blamed(ask, f"http://{place}/x", timeout=timeout)[0] == (ia.Retryable, key)
 

@@ -233,7 +233,7 @@ class Running:
 
     def end(self) -> int:
         """Its exit code; then `said` is all that it said."""
-        code = self.process.wait(30)
+        code = self.process.wait(servers.PATIENCE)
         self._reader.join(servers.PATIENCE)
         while not self._lines.empty():
             self.said.append(self._lines.get())
