@@ -3,28 +3,37 @@
 #
 #   make demo    describe a throwaway library with a tiny model; see tests/sandbox.py
 #   make demo HOSTS=http://127.0.0.1:11434 ARGS="--interface ollama --model-name NAME"
-#   make test    what CI runs
-#   make faults  break everything around the service for some minutes; see tests/faults.py
+#   make check   judge and test what can be tested in half a minute: all but the files of tests
+#                that are marked `slow`
+#   make test    what CI runs: all but the tests marked `long`; ARGS=... goes to pytest
+#   make faults  the tests marked `long`, then break everything around the service for some
+#                minutes; see tests/faults.py
 #   make bench   measure; see tests/bench.py
 #   make clean   remove .venv and what the tools leave behind
 
 PYTHON ?= python3
 IN_VENV = .venv/bin/python
 
-.PHONY: demo test faults bench clean
+.PHONY: demo check lint test faults bench clean
 
 demo: .venv/sandbox
 	@$(IN_VENV) tests/sandbox.py $(ARGS)
 
-test: .venv/dev
+lint: .venv/dev
 	$(IN_VENV) -m ruff check
 	$(IN_VENV) -m ruff format --check
 	$(IN_VENV) -m mypy
-	$(IN_VENV) -m coverage run --parallel-mode -m pytest $(ARGS)
+
+check: lint
+	$(IN_VENV) -m pytest -n auto -m "not long and not slow" $(ARGS)
+
+test: lint
+	$(IN_VENV) -m coverage run --parallel-mode -m pytest -n auto $(ARGS)
 	$(IN_VENV) -m coverage combine --quiet
 	$(IN_VENV) -m coverage report
 
 faults: .venv/dev
+	$(IN_VENV) -m pytest -n auto -m long
 	@$(IN_VENV) tests/faults.py $(ARGS)
 
 bench: .venv/dev

@@ -27,6 +27,11 @@ FOREIGN = ("IMMICH_", "DB_", "RUST_LOG", "LC_", "LANG", "JOURNAL_STREAM", "NOTIF
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: some more workers than cores, as most tests wait for another process."""
+    return len(os.sched_getaffinity(0)) * 3 // 2
+
+
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Settings of the person or service that runs the tests stay out of them."""

@@ -6,7 +6,7 @@ First each fault alone, then so many rounds of one or two at random. Meanwhile p
 descriptions of their own, also while the model looks at that very photo. At the end every photo
 has exactly one description, its own; the tool wrote each once at most and none over a person's;
 it said little, and ends with exit code 0. The seed, which is told, repeats what is chosen but not
-to the millisecond when it happens. `make test` runs the short form (test_faults.py).
+to the millisecond when it happens. The short form is test_faults.py.
 """
 
 from __future__ import annotations
@@ -990,7 +990,7 @@ def main() -> int:
     add("--photos", type=int, default=Plan.photos, metavar="N")
     add("--rounds", type=int, default=Plan.rounds, metavar="N", help="of faults at random")
     add("--seed", type=int, default=secrets.randbelow(10**6), metavar="N")
-    add("--short", action="store_true", help="outages as short as in make test")
+    add("--short", action="store_true", help="outages as short as in test_faults.py")
     add("--tool", type=Path, default=TOOL, metavar="FILE", help="another copy of the tool")
     add("--log", action="store_true", help="show what the tool said")
     options = parser.parse_args()

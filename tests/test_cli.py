@@ -30,6 +30,8 @@ from worlds import (
 
 import immich_analyze as ia
 
+pytestmark = pytest.mark.slow
+
 SECRET = "Zx9-s3cret"
 NOWHERE = "http://127.0.0.1:9"  # nothing listens at the port for what is to be thrown away
 API = ["--immich-api-url", NOWHERE, "--immich-api-keys", SECRET]

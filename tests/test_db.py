@@ -17,6 +17,8 @@ import sandbox
 
 import immich_analyze as ia
 
+pytestmark = pytest.mark.slow
+
 OLDEST, NEWEST = sandbox.VERSIONS[0], sandbox.NEWEST
 LOCKING = [v for v in sandbox.VERSIONS if tuple(map(int, v.split("."))) >= (2, 4)]
 NOTING = [v for v in sandbox.VERSIONS if tuple(map(int, v.split("."))) >= (2, 5)]
@@ -206,9 +208,10 @@ def test_what_a_person_locked_stays_locked(photos, opened):
 # the listing
 
 
-def test_2300_photos_are_three_statements(photos, opened, statements):
+def test_three_pages_are_three_statements(photos, opened, statements, monkeypatch):
+    monkeypatch.setattr(ia, "PAGE", 20)
     library = photos()
-    ids = [library.add(), *library.add_many(2299, files=False)]  # the start looks for a file
+    ids = [library.add(), *library.add_many(45, files=False)]  # the start looks for a file
     tool = opened(library)
     statements.clear()
     listed = [asset.id for asset in listing(tool)]
@@ -597,6 +600,7 @@ def test_tls_that_the_server_does_not_have_is_said_at_once(over_tcp, settings, s
         "host=/nowhere user=immich dbname=immich",
         "host=127.0.0.1 port=1 user=immich dbname=immich",
     ],
+    ids=["closed port", "no socket", "port 1"],
 )
 def test_a_server_that_does_not_answer_is_one_to_wait_for(settings, uri):
     error_of(partial(ia.open_library, settings(uri=uri)), ia.HostDown)

@@ -5,11 +5,14 @@ import pytest
 import servers
 from faults import Photo, Plan, Write
 
+pytestmark = pytest.mark.slow
+
 PICTURE = servers.own_picture(1)
 TOLD, OTHER = servers.told(PICTURE), servers.told(servers.own_picture(2))
 MINE = "A person wrote this."
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("access", ["api", "database"])
 def test_whatever_fails_each_photo_ends_with_one_description(access, postgres):
     plan = Plan(photos=60, rounds=1, seed=1, **faults.SHORT)

@@ -11,6 +11,8 @@ import pytest
 
 import immich_analyze as ia
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

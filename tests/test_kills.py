@@ -15,6 +15,8 @@ from test_notes import note_of, text_id
 from test_service import note_arrivals
 from worlds import ApiWorld, Running, SqlWorld, World, asking
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def library(request: pytest.FixtureRequest) -> Iterator[World]:
@@ -53,10 +55,12 @@ def kill_within(tool: Running, there: FakeServer, requests: int) -> None:
 @pytest.mark.parametrize(
     ("access", "policy", "photos_there", "kills"),
     [
-        ("api", "none", 1000, 50),
-        ("api", "missing-ai", 200, 10),
-        ("database", "none", 200, 10),
-        ("database", "missing-ai", 1000, 50),
+        ("api", "none", 60, 4),
+        ("database", "missing-ai", 60, 4),
+        pytest.param("api", "none", 1000, 50, marks=pytest.mark.long),
+        pytest.param("api", "missing-ai", 200, 10, marks=pytest.mark.long),
+        pytest.param("database", "none", 200, 10, marks=pytest.mark.long),
+        pytest.param("database", "missing-ai", 1000, 50, marks=pytest.mark.long),
     ],
 )
 def test_no_word_is_lost_and_no_photo_is_described_twice(

@@ -13,6 +13,8 @@ import servers
 
 import immich_analyze as ia
 
+pytestmark = pytest.mark.slow
+
 TEXTS = {
     "one line": "A red boat on a lake.",
     "several lines": "First line.\n\nThird line,\tafter a tab.",

@@ -19,6 +19,8 @@ from worlds import CHATS, NO_PAUSE, ApiWorld, SqlWorld, World, asking
 
 import immich_analyze as ia
 
+pytestmark = pytest.mark.slow
+
 KEY = "immich-analyze"
 PROMPT_ID = hashlib.sha256(ia.PROMPT.encode()).hexdigest()[:12]
 NOWHERE = ["--hosts", "http://127.0.0.1:9"]

@@ -36,6 +36,8 @@ from worlds import (
 
 import immich_analyze as ia
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=["ollama", "llamacpp"])
 def model(request: pytest.FixtureRequest) -> FakeServer:

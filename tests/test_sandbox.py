@@ -9,6 +9,8 @@ import requests
 import sandbox
 import tiny_vlm
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server():

@@ -30,6 +30,8 @@ from worlds import CHATS, NO_PAUSE, ROOT, ApiWorld, Running, SqlWorld, World, as
 
 import immich_analyze as ia
 
+pytestmark = pytest.mark.slow
+
 ALWAYS, NEVER = ["--api-poll-interval", "0.1"], ["--api-poll-interval", "1000"]
 DEBUG, MONITOR = ["--log-level", "debug"], ["--mode", "monitor"]
 READY = ia.t("ready")
