@@ -699,7 +699,7 @@ def test_a_write_that_timed_out_but_was_done_is_not_repeated(fake, opened, monke
     patient = ia.http
 
     def hurried(session, method, url, *, timeout, **options):
-        timeout = 0.1 if method == "PUT" else timeout
+        timeout = 1.0 if method == "PUT" else timeout
         return patient(session, method, url, timeout=timeout, **options)
 
     monkeypatch.setattr(ia, "http", hurried)

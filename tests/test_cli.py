@@ -16,6 +16,7 @@ import sandbox
 import servers
 from servers import FakeKey, FakeLlamaCpp, FakeOllama, FakeServer, Reply
 from worlds import (
+    BUSY,
     CHATS,
     ROOT,
     ApiWorld,
@@ -353,7 +354,7 @@ def test_a_signal_during_the_first_check_begins_nothing(api, ollama):
 
 def test_who_waits_for_a_resting_host_hears_a_signal(api, ollama):
     fill(api, 6)
-    ollama.script(*CHATS, servers.recorded("ollama", "chat_overloaded"), forever=True)
+    ollama.script(*CHATS, BUSY, forever=True)
     with Running(*api.argv, *asking(ollama), *NO_HURRY) as tool:
         tool.wait_for(ollama.url)
         tool.process.send_signal(signal.SIGTERM)

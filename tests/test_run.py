@@ -20,6 +20,7 @@ import servers
 import tiny_vlm
 from servers import CUT, Answer, FakeImmich, FakeKey, FakeOllama, FakeServer, Reply
 from worlds import (
+    BUSY,
     CHATS,
     NO_PAUSE,
     ROOT,
@@ -261,7 +262,7 @@ def test_a_host_without_the_model_is_never_asked(api, ollama, other, command):
 
 def test_a_busy_host_rests_and_its_photo_goes_to_the_other(api, ollama, other, command):
     wanted = fill(api, 6)
-    other.script(*CHATS, servers.recorded("ollama", "chat_overloaded"), forever=True)
+    other.script(*CHATS, BUSY, forever=True)
     done = command(*api.argv, *asking(other, ollama), "--max-concurrent", "1")
     assert done.returncode == 0
     assert [other.url in line for line in done.stderr.splitlines()] == [True]

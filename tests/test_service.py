@@ -26,7 +26,19 @@ import pytest
 import sandbox
 import servers
 from servers import RESET, FakeKey, FakeOllama, FakeServer, Reply
-from worlds import CHATS, NO_PAUSE, ROOT, ApiWorld, Running, SqlWorld, World, asking, fill, tally
+from worlds import (
+    BUSY,
+    CHATS,
+    NO_PAUSE,
+    ROOT,
+    ApiWorld,
+    Running,
+    SqlWorld,
+    World,
+    asking,
+    fill,
+    tally,
+)
 
 import immich_analyze as ia
 
@@ -679,11 +691,10 @@ def test_health_tells_when_it_starts_when_it_is_well_and_what_is_in_flight(api, 
 @pytest.mark.parametrize("all_rest", [True, False])
 def test_health_is_bad_only_while_every_model_host_rests(api, ollama, all_rest):
     port = sandbox.free_port()
-    overloaded = servers.recorded("ollama", "chat_overloaded")
     with FakeOllama() as other:
         busy = [ollama, other] if all_rest else [ollama]
         for host in busy:
-            host.script(*CHATS, overloaded, forever=True)
+            host.script(*CHATS, BUSY, forever=True)
         argv = [*asking(ollama, other), *open_at(port), "--max-concurrent", "1"]
         with Service(api, ollama, *argv) as tool:
             id = api.add(picture=servers.picture())

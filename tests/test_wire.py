@@ -616,7 +616,7 @@ def test_an_address_that_cannot_be_one_is_a_wrong_setting(ask, place):
 def connected(**address):
     """A cursor on a connection made within `sql()`, as the tool's is."""
     with ia.sql():
-        connection = psycopg2.connect(**address, connect_timeout=2)
+        connection = psycopg2.connect(**address, connect_timeout=servers.PATIENCE)
         connection.autocommit = True
         try:
             yield connection.cursor()

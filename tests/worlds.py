@@ -5,6 +5,7 @@ import queue
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +21,9 @@ import immich_analyze as ia
 ROOT = Path(__file__).parent.parent
 CHATS = ("POST", "/api/chat|/v1/chat/completions")
 NO_PAUSE = ["--retry-delay-seconds", "0"]
+BUSY = replace(  # for longer than any test takes
+    servers.recorded("ollama", "chat_overloaded"), headers={"Retry-After": "1000"}
+)
 
 
 # --- A library, behind either way of access --------------------------------------------------
