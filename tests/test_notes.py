@@ -815,10 +815,10 @@ def test_a_text_that_would_be_too_long_for_immich_is_one_clear_failure(api, olla
 # --- How often Immich is asked ---------------------------------------------------------------
 
 
-def test_sixty_photos_are_less_than_five_requests_each(api, immich, ollama, command):
+def test_sixty_photos_are_less_than_five_requests_each(api, immich, ollama, process):
     immich.keys[immich.key] = FakeKey("alice", [*servers.MINIMAL, "user.read"])
     ids = [add(api) for _ in range(60)]
-    done = command(*api.argv, *asking(ollama))
+    done = process(*api.argv, *asking(ollama))
     assert (done.returncode, done.stderr) == (0, "")
     assert [stored(api)[id][0] for id in ids] == [SAID] * 60
     assert {note_of(api, id)["text"] for id in ids} == {text_id(SAID)}

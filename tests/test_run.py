@@ -128,12 +128,12 @@ def listings(server: FakeImmich) -> Counter[str]:
     return Counter(search.json["visibility"] for search in server.find("POST", "/search/metadata"))
 
 
-def test_the_api_is_asked_four_times_for_each_described_photo(api, immich, ollama, command):
+def test_the_api_is_asked_four_times_for_each_described_photo(api, immich, ollama, process):
     immich.keys[immich.key] = FakeKey("alice", [*servers.MINIMAL, "user.read"])
     wanted = fill(api, 50)
     for picture in (servers.picture("red"), servers.picture("blue")):
         api.add(picture=picture, description="By a person.")
-    assert command(*api.argv, *asking(ollama)).returncode == 0
+    assert process(*api.argv, *asking(ollama)).returncode == 0
     asked = Counter(exchange.operation.name for exchange in immich.exchanges)
     each = ("viewAsset", "getAssetMetadataByKey", "getAssetInfo", "updateAsset")
     searches = [search.json for search in immich.find("POST", "/search/metadata")]
