@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import sandbox
 import servers
+from hours import Hours
 from worlds import ApiWorld, SqlWorld, World
 
 import immich_analyze as ia
@@ -94,6 +95,14 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> FakeStop:
     fake = FakeStop()
     monkeypatch.setattr(ia.time, "monotonic", fake.clock)
     return fake
+
+
+@pytest.fixture
+def hours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hours]:
+    """Invented time for the whole test, and for the tool and the fake servers in it."""
+    clock = Hours(monkeypatch)
+    yield clock
+    clock.close()
 
 
 @pytest.fixture

@@ -215,6 +215,7 @@ class Special(Enum):
 
 
 HANG, CUT, RESET = Special.HANG, Special.CUT, Special.RESET
+Scripted = Reply | Special | Callable[["Exchange"], Reply | Special | None]
 
 
 class Gate(threading.Event):
@@ -251,6 +252,7 @@ class Exchange:
         self.params: dict[str, str] = {}
         self.failures: list[Any] = []  # what the contract refuses, unknown names aside
         self.freed = threading.Event()  # ends a HANG
+        self.at: datetime | None = None  # when it came, by the server's clock
         self.answered: Reply | None = None
 
     @functools.cached_property
@@ -335,6 +337,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if reply.cut:
             self.close_connection = True
 
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        """The Date header, by the server's clock."""
+        moment = self.server.fake.now().timestamp() if timestamp is None else timestamp
+        return super().date_time_string(moment)
+
     def log_message(self, *_: object) -> None:
         """Say nothing: the exchanges are the log."""
 
@@ -384,12 +391,12 @@ class _Listener(http.server.ThreadingHTTPServer):
 class _Script:
     method: str
     path: str
-    replies: deque[Reply | Special]
+    replies: deque[Scripted]
     forever: bool
     checked: bool
     unless: bytes = b""
 
-    def next(self, exchange: Exchange) -> Reply | Special | None:
+    def next(self, exchange: Exchange) -> Scripted | None:
         if not self.replies or not _matches(exchange, self.method, self.path):
             return None
         if self.unless and self.unless in exchange.data:
@@ -410,6 +417,11 @@ class FakeServer:
     """
 
     base = ""  # what the contract's paths are below
+
+    @staticmethod
+    def now() -> datetime:
+        """Its clock."""
+        return datetime.now(UTC)
 
     def __init__(
         self, contract: Contract | None = None, *, prefix: str = "", tolerated: Iterable[str] = ()
@@ -475,7 +487,7 @@ class FakeServer:
         self,
         method: str,
         path: str,
-        *replies: Reply | Special,
+        *replies: Scripted,
         forever: bool = False,
         checked: bool = False,
         unless: bytes = b"",
@@ -484,7 +496,7 @@ class FakeServer:
 
         Method and path are regular expressions: the whole method, any part of the path.
         Scripted replies are taken on trust unless `checked`. Requests that hold `unless` are
-        answered as usual.
+        answered as usual. A function is called with the request; None from it means "as usual".
         """
         with self._lock:
             script = _Script(method, path, deque(replies), forever, checked, unless)
@@ -543,6 +555,7 @@ class FakeServer:
 
     def _take(self, exchange: Exchange) -> None:
         held = _matches(exchange, *self._held)
+        exchange.at = self.now()
         exchange.freed = self.gate.freed  # before a test can know and set the gate
         with self._lock:
             self.exchanges.append(exchange)
@@ -555,7 +568,8 @@ class FakeServer:
             self.gate.wait()
 
     def _decide(self, exchange: Exchange) -> Reply | None:
-        script, reply = self._scripted(exchange)
+        script, scripted = self._scripted(exchange)
+        reply = scripted(exchange) if callable(scripted) else scripted
         if reply is HANG:
             exchange.freed.wait()
         if reply is RESET or self._listener is None:
@@ -568,7 +582,7 @@ class FakeServer:
         self._check_reply(exchange, real)
         return replace(real, cut=True) if reply is CUT else real
 
-    def _scripted(self, exchange: Exchange) -> tuple[_Script, Reply | Special | None]:
+    def _scripted(self, exchange: Exchange) -> tuple[_Script, Scripted | None]:
         with self._lock:
             for script in self._scripts:
                 reply = script.next(exchange)
@@ -780,11 +794,16 @@ class Writing:
     due: datetime
 
 
+# What stands in an asset's own row, which a trigger stamps with each change.
+_STAMPED = {"preview", "visibility", "is_favorite", "is_trashed", "is_offline"}
+
+
 @dataclass(eq=False)
 class FakeAsset:
     """A photo or video. Assign to change it, also `extra` and `notes`: replies are cached.
 
-    A description that is assigned is there for good, as if written long ago.
+    `updated` moves with its own row in the database, as when its preview is made. A description
+    that is assigned is there for good, as if written long ago.
     """
 
     moves = 0  # counts changes of date, so that a library knows when to sort again
@@ -815,10 +834,13 @@ class FakeAsset:
     extra: Mapping[str, Any] = field(default_factory=dict)  # more exif fields
     notes: Mapping[str, Any] = field(default_factory=dict)  # per-asset metadata by key
     noted: Mapping[str, datetime] = field(default_factory=dict)
+    clock: Callable[[], datetime] | None = field(default=None, repr=False)  # set after all else
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         vars(self)["rendered"] = {}
+        if name in _STAMPED and vars(self).get("clock"):
+            self.updated = self.clock()
         if name == "created":
             FakeAsset.moves += 1
         if name == "description":
@@ -899,7 +921,7 @@ class FakeImmich(FakeServer):
         seed: int = 0,
         prefix: str = "",
         tolerated: Iterable[str] = (),
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        now: Callable[[], datetime] | None = None,
         sidecar_delay: float = SIDECAR_DELAY,
     ) -> None:
         self.version = tuple(int(number) for number in version.split("."))
@@ -908,7 +930,8 @@ class FakeImmich(FakeServer):
             immich_contract(version), prefix=prefix, tolerated={*tolerated, *unknown_before}
         )
         self.lock = threading.RLock()  # around the assets; a test that adds meanwhile needs none
-        self.now = now
+        if now:
+            self.now = now
         self.sidecar_delay = sidecar_delay
         self.hasty: list[str] = []
         self.keys = {
@@ -980,7 +1003,7 @@ class FakeImmich(FakeServer):
             fields.setdefault("updated", fields["created_at"])
             filed = fields.get("xmp", fields.get("camera", ""))
             fields.setdefault("description", _through_a_file(filed))
-            asset = FakeAsset(**fields, settle=self._settle)
+            asset = FakeAsset(**fields, settle=self._settle, clock=lambda: self.now())
             self.user(asset.owner)
             self.assets[asset.id] = asset
             return asset

@@ -7,6 +7,7 @@ import contextlib
 import json
 import threading
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 
 import pytest
 import requests
@@ -342,6 +343,37 @@ def test_uploads_are_found_from_their_moment_on(run, call):
     assert names(call, immich, createdBefore="2025-12-31T23:59:59Z") == ["old"]
     assert names(call, immich, updatedAfter=moment.isoformat(), type="IMAGE") == ["new"]
     assert names(call, immich, updatedBefore="2025-12-31T23:59:59Z") == ["old"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"preview": RED}, {"is_trashed": True}, {"visibility": "archive"}]
+)
+def test_a_photo_is_updated_when_its_preview_is_made_or_it_is_moved(run, call, clock, change):
+    immich = run(FakeImmich(now=clock))
+    asset = immich.add("new", preview=None)
+    added = clock()
+    clock.wait(10)
+    (name, value), visibility = *change.items(), change.get("visibility", "timeline")
+    setattr(asset, name, value)
+    wanted = {"withDeleted": True, "visibility": visibility}
+    assert names(call, immich, updatedAfter=clock().isoformat(), **wanted) == ["new"]
+    assert names(call, immich, createdAfter=clock().isoformat(), **wanted) == []
+    assert (asset.created_at, asset.updated) == (added, clock())
+
+
+def test_a_reply_may_depend_on_the_request(run, call):
+    immich = run(FakeImmich())
+    refused = Reply(500, {"message": "sick"})
+    immich.script("GET", "", lambda exchange: refused if exchange.query else None, forever=True)
+    assert call(immich, "GET", "/server/version?x=1").status_code == 500
+    assert call(immich, "GET", "/server/version").status_code == 200
+
+
+def test_the_date_is_that_of_its_clock(run, call, clock):
+    immich = run(FakeImmich(now=clock))
+    reply = call(immich, "GET", "/server/version")
+    assert parsedate_to_datetime(reply.headers["Date"]) == clock().replace(microsecond=0)
+    assert immich.exchanges[0].at == clock()
 
 
 def test_a_moved_and_a_deleted_photo_are_sorted_anew(run, call):
