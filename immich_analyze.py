@@ -4,13 +4,14 @@
 A vision model on the user's own machine looks at the preview that Immich made,
 and what it says is written back, so that search finds the photo by what is on it:
 
-    arrivals, backlog ──► preview ──► model host ──► description ──► Immich
-       └─ one stream, pulled by a few identical workers; each takes a photo
-          through all four steps alone, with connections of its own
+    arrivals, listings ──► preview ──► model host ──► description ──► Immich
+       └─ one stream, pulled by identical workers; each takes a photo through
+          its whole story alone, with connections of its own
 
-What still lacks a description is the work; there is no state besides Immich. The
-modes differ only in what the stream brings, and stopping means that it ends. The
-sections below follow the way of a photo, and each uses only the ones above it.
+What still lacks a description is the work list; there is no state besides Immich. `stream`
+says which photo is next, and alone knows the modes; `story` decides what happens to it.
+Stopping means that the stream ends. The sections below follow the way of a photo, and each
+uses only the ones above it.
 
 Exit codes: 0 all well, nothing to do, or a service that was asked to stop · 1 some
 photos failed · 2 the settings or the surroundings are wrong and nothing will work ·
@@ -23,9 +24,7 @@ import argparse
 import base64
 import errno
 import functools
-import heapq
 import io
-import itertools
 import json
 import logging
 import math
@@ -43,9 +42,9 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -54,24 +53,17 @@ from hashlib import blake2b, sha256
 from http.cookiejar import DefaultCookiePolicy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import IO, Any, NoReturn, Protocol, Self, TypeVar
+from typing import IO, Any, NoReturn, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import configargparse
-import psycopg2
 import psycopg2.errors
 import psycopg2.extensions
+import psycopg2.extras
 import requests
 from PIL import Image
 from tqdm import tqdm
-from watchdog.events import (
-    FileClosedEvent,
-    FileCreatedEvent,
-    FileModifiedEvent,
-    FileMovedEvent,
-    FileSystemEvent,
-    FileSystemEventHandler,
-)
+from watchdog import events as fs
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
@@ -93,11 +85,9 @@ _language = "en"
 @functools.cache
 def catalogue(language: str) -> dict[str, str]:
     """Texts by key, from the file that lies beside this one."""
-    here = Path(__file__)
-    files = (here.with_name(folder) / f"{language}.json" for folder in CATALOGUE_FOLDERS)
+    files = (Path(__file__).with_name(name) / f"{language}.json" for name in CATALOGUE_FOLDERS)
     file = next(file for file in files if file.is_file())
-    texts: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-    return texts
+    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def use_language(code: str) -> None:
@@ -120,33 +110,38 @@ def t(key: str, **fields: object) -> str:
 class AnalyzeError(Exception):
     """Anything that went wrong, as a message key with its fields."""
 
-    def __init__(self, key: str, **fields: object) -> None:
+    def __init__(self, key: str, *, pause: float | None = None, **fields: Any) -> None:
         super().__init__(key)
         self.key = key
+        self.pause = pause  # seconds for which the server asks to be left alone
         self.fields = fields
 
     def __str__(self) -> str:
         return t(self.key, **self.fields)
 
+    def as_kind(self, kind: type[AnalyzeError]) -> AnalyzeError:
+        """The same trouble, as somebody else's fault."""
+        return kind(self.key, pause=self.pause, **self.fields)
+
 
 class Retryable(AnalyzeError):
-    """This photo, another try may work: after `pause` seconds, if that is known."""
-
-    def __init__(self, key: str, *, pause: float | None = None, **fields: object) -> None:
-        super().__init__(key, **fields)
-        self.pause = pause
+    """This call failed; another try may work."""
 
 
-class HostDown(Retryable):
-    """Not the photo's fault: whoever should have answered is away or overloaded."""
+class Unavailable(Retryable):
+    """Whoever should have answered is away or overloaded: no photo is to blame."""
 
 
 class Permanent(AnalyzeError):
     """This photo will never work; the others may."""
 
 
-class Gone(AnalyzeError):
-    """The photo was deleted, locked or taken away meanwhile: nothing left to do."""
+class Missing(AnalyzeError):
+    """Immich says that it has no such preview or note."""
+
+
+class Skip(AnalyzeError):
+    """The photo is left alone: it has a description, or was deleted, locked or taken meanwhile."""
 
 
 class Fatal(AnalyzeError):
@@ -213,11 +208,6 @@ PROMPT = (
 )
 INTERFACES = ("ollama", "llamacpp")
 CONFIG_FILES = ("/etc/immich-analyze.conf", "~/.config/immich-analyze.conf")
-OTHER_NAMES = {
-    "IMMICH_ANALYZE_IMMICH_API_URL": "IMMICH_API_URL",
-    "IMMICH_ANALYZE_IMMICH_API_KEYS": "IMMICH_API_KEY",
-    "IMMICH_ANALYZE_IMMICH_API_KEYS_FILE": "IMMICH_API_KEY_FILE",
-}
 DB_KEYWORDS = {  # Immich's own variables: keyword of libpq and default
     "DB_HOSTNAME": ("host", "database"),
     "DB_PORT": ("port", "5432"),
@@ -282,29 +272,24 @@ class Config:
 
 
 def language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
-    """Language of the texts, needed before the options can be parsed."""
+    """The language of all texts, which complaints about options need too."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--lang", nargs="?", default=environ.get("IMMICH_ANALYZE_LANG"))
     chosen = (finder.parse_known_args(argv)[0].lang or "").lower()
-    if chosen in LANGUAGES:
-        return chosen
     locale = next((v for n in ("LC_ALL", "LC_MESSAGES", "LANG") if (v := environ.get(n))), "")
-    return locale[:2] if locale[:2] in LANGUAGES else "en"
+    return next((code for code in (chosen, locale[:2]) if code in LANGUAGES), "en")
 
 
 def number(least: float, *, whole: bool = False, above: bool = False) -> Callable[[str], float]:
     """Converter for a finite number from `least` on (or strictly above it)."""
+    key = "not_a_whole_number" if whole else "not_above" if above else "not_a_number"
 
     def convert(text: str) -> float:
-        try:
+        with suppress(ValueError, OverflowError):
             value = int(text) if whole else float(text)
-            valid = math.isfinite(value) and (value > least or (value == least and not above))
-        except (ValueError, OverflowError):
-            valid = False
-        if not valid:
-            key = "not_a_whole_number" if whole else "not_above" if above else "not_a_number"
-            raise argparse.ArgumentTypeError(t(key, value=text, least=f"{least:g}"))
-        return value if whole else min(value, threading.TIMEOUT_MAX)
+            if math.isfinite(value) and (value > least if above else value >= least):
+                return value if whole else min(value, threading.TIMEOUT_MAX)
+        raise argparse.ArgumentTypeError(t(key, value=text, least=f"{least:g}"))
 
     return convert
 
@@ -320,14 +305,14 @@ def port(text: str) -> int:
 def shard(text: str) -> tuple[int, int]:
     """Converter for a share of the photos such as 2/5, the second of five."""
     match = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", text)
-    number, count = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= number <= count:
+    which, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= which <= count:
         raise argparse.ArgumentTypeError(t("not_a_shard", value=text))
-    return number, count
+    return which, count
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
-    """Converter for a word out of a list."""
+    """Converter for one of a few words, in any case."""
 
     def convert(text: str) -> str:
         if text.lower() not in names:
@@ -372,24 +357,18 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def web_addresses(text: str) -> tuple[str, ...]:
-    """Converter for a comma-separated list of addresses."""
-    addresses = tuple(dict.fromkeys(web_address(word) for word in words(text)))
-    if not addresses:
-        raise argparse.ArgumentTypeError(t("not_an_address", value=""))
-    return addresses
+    """Converter for a comma-separated list of addresses, one at least."""
+    return tuple(dict.fromkeys(map(web_address, words(text) or ("",))))
 
 
 def opposite(switch: str) -> str:
-    """The other setting of a switch given by word; nonsense stays, to be complained about."""
+    """The opposite of a switch's setting; nonsense as it is, to be refused where it is read."""
     off = {"true": "no", "yes": "no", "on": "no", "1": "no"}
     return (off | dict.fromkeys(("false", "no", "off", "0"), "yes")).get(switch.lower(), switch)
 
 
 class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
-    """`key = value` lines; a list may be written [a, b].
-
-    An error names no line's text, as it may hold a secret.
-    """
+    """`key = value` lines, lists as [a, b]; errors quote no line, as it may hold a secret."""
 
     def parse(self, stream: Any) -> dict[str, str]:
         try:
@@ -496,8 +475,7 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
 
     model = parser.add_argument_group(t("help_group_model"))
     add(model, "--interface", type=one_of(INTERFACES), default=INTERFACES[0], metavar="NAME")
-    hosts = "http://localhost:11434"
-    add(model, "--hosts", type=web_addresses, default=hosts, metavar="URLS")
+    add(model, "--hosts", type=web_addresses, default="http://localhost:11434", metavar="URLS")
     add(model, "--model-name", default="qwen3-vl:4b-thinking-q4_K_M", metavar="NAME")
     key = model.add_mutually_exclusive_group()
     add(key, "--api-key", metavar="KEY")
@@ -540,21 +518,35 @@ def is_blank(name: str, value: str) -> bool:
     return not value.strip()
 
 
-def known_names(environ: Mapping[str, str]) -> dict[str, str]:
+def rust_log_level(text: str) -> str:
+    """The level in RUST_LOG: "level", "target=level" or several of these; "" for none of ours."""
+    parts = (part.strip().rpartition("=") for part in text.lower().split(","))
+    levels = {target: level for target, _, level in parts if level in LOG_LEVELS}
+    return levels.get("immich_analyze", levels.get("", ""))
+
+
+# Variables of earlier tools and releases: the one that each stands for, and how its text reads
+# there. Those for one interface's hosts count with that interface only.
+OLDER_NAMES: dict[str, tuple[str, Callable[[str], str]]] = {
+    "IMMICH_ANALYZE_IMMICH_API_URL": ("IMMICH_API_URL", str),
+    "IMMICH_ANALYZE_IMMICH_API_KEYS": ("IMMICH_API_KEY", str),
+    "IMMICH_ANALYZE_IMMICH_API_KEYS_FILE": ("IMMICH_API_KEY_FILE", str),
+    "IMMICH_ANALYZE_OLLAMA_HOSTS": ("IMMICH_ANALYZE_HOSTS", str),
+    "IMMICH_ANALYZE_LLAMACPP_HOSTS": ("IMMICH_ANALYZE_HOSTS", str),
+    "IMMICH_ANALYZE_NO_FINAL_OUTPUT": ("IMMICH_ANALYZE_FINAL_OUTPUT", opposite),
+    "RUST_LOG": ("IMMICH_ANALYZE_LOG_LEVEL", rust_log_level),
+}
+
+
+def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, str]:
     """The environment without empty variables, and with older names translated."""
     known = {name: value for name, value in environ.items() if not is_blank(name, value)}
-    for other, name in OTHER_NAMES.items():
-        if other in known:
-            known.setdefault(name, known[other])
+    others = {f"IMMICH_ANALYZE_{name}_HOSTS".upper() for name in INTERFACES if name != interface}
+    for older, (name, read) in OLDER_NAMES.items():
+        if older not in others and (text := read(known.get(older, ""))):
+            known.setdefault(name, text)
     if "IMMICH_ANALYZE_OVERWRITE_POLICY" in known:  # beside what was all there was
         known.pop("IMMICH_ANALYZE_OVERWRITE_EXISTING", None)
-    if hidden := known.get("IMMICH_ANALYZE_NO_FINAL_OUTPUT"):
-        known["IMMICH_ANALYZE_FINAL_OUTPUT"] = opposite(hidden)
-    # RUST_LOG is "level", "target=level" or several of these; other targets are not ours
-    parts = (part.strip().rpartition("=") for part in known.get("RUST_LOG", "").lower().split(","))
-    levels = {target: level for target, _, level in parts if level in LOG_LEVELS}
-    if level := levels.get("immich_analyze", levels.get("")):
-        known.setdefault("IMMICH_ANALYZE_LOG_LEVEL", level)
     return known
 
 
@@ -563,37 +555,29 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 
     Raises Fatal with one line that names the wrong setting, and never a secret.
     """
-    known, parser = known_names(environ), build_parser()
-
-    def read() -> argparse.Namespace:
-        options: argparse.Namespace
-        options, unknown = parser.parse_known_args(list(argv), env_vars=known)
-        if unknown:
-            # only an option's name, since the rest may be a secret, as may be a line of the file
-            # that has no value and so became "--line=true"
-            found = (re.match(r"(?!.*=true$)(--[^=]+|-.)", word, re.S) for word in unknown)
-            names = [match[0] for match in found if match]
-            raise Fatal("unknown_option", option=names[0]) if names else Fatal("unknown_word")
-        return options
-
-    options = read()
-    old_hosts = f"IMMICH_ANALYZE_{options.interface}_HOSTS".upper()
-    if old_hosts in known and "IMMICH_ANALYZE_HOSTS" not in known:
-        known["IMMICH_ANALYZE_HOSTS"] = known[old_hosts]
-        options = read()
+    parser = build_parser()
+    known = known_names(environ)
+    interface = parser.parse_known_args(list(argv), env_vars=known)[0].interface
+    known = known_names(environ, interface)
+    options, unknown = parser.parse_known_args(list(argv), env_vars=known)
+    if unknown:
+        # only an option's name, since the rest may be a secret, as may be a line of the file
+        # that has no value and so became "--line=true"
+        found = (re.match(r"(?!.*=true$)(--[^=]+|-.)", word, re.S) for word in unknown)
+        names = [match[0] for match in found if match]
+        raise Fatal("unknown_option", option=names[0]) if names else Fatal("unknown_word")
     return config_from(options, known)
 
 
 def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Config:
-    """Apply the rules that span several options."""
+    """Apply the rules that span several options; Fatal where they contradict each other."""
     given = vars(options)
     url, database_url = secret(given, "postgres_url").strip(), postgres_url_from(environ)
     keys = words(secret(given, "immich_api_keys").replace("\n", ","))
     api_url = options.immich_api_url or ""
     database_given, api_given = bool(url or database_url), bool(api_url or keys)
-    access = options.data_access_mode or (
-        Access.API if api_given and not database_given else Access.DATABASE
-    )
+    usual = Access.API if api_given and not database_given else Access.DATABASE
+    access = options.data_access_mode or usual
     if access == Access.API and not (api_url and keys):
         raise Fatal("api_key_missing" if api_url else "api_url_missing")
     policy = Policy(options.overwrite_policy or ("all" if options.overwrite_existing else "none"))
@@ -603,24 +587,22 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         raise Fatal("wrapper_needed")
     if (options.undo and Mode(options.mode).monitors) or (options.dry_run and not options.undo):
         raise Fatal("undo_alone")
-    return Config(
-        **{name: given[name] for name in given.keys() & Config.__slots__}
-        | {
-            "mode": Mode(options.mode),
-            "policy": policy,
-            "preserve_human": preserve,
-            "retry_failed": options.retry_failed or options.undo,
-            "access": Access(access),
-            "access_ambiguous": database_given and api_given and not options.data_access_mode,
-            "postgres_url": url or database_url or "host=localhost user=postgres dbname=immich",
-            "immich_api_url": api_url and without_end(api_url, "/api") + "/api",
-            "immich_api_keys": tuple(header_safe(key, "--immich-api-keys") for key in keys),
-            "api_key": header_safe(secret(given, "api_key").strip(), "--api-key"),
-            "file_check_interval": options.file_check_interval / 1000,
-            "lang": options.lang or language((), environ),
-            "log_level": LOG_LEVELS.get(options.log_level),
-        }
-    )
+    given |= {
+        "mode": Mode(options.mode),
+        "policy": policy,
+        "preserve_human": preserve,
+        "retry_failed": options.retry_failed or options.undo,
+        "access": Access(access),
+        "access_ambiguous": database_given and api_given and not options.data_access_mode,
+        "postgres_url": url or database_url or "host=localhost user=postgres dbname=immich",
+        "immich_api_url": api_url and without_end(api_url, "/api") + "/api",
+        "immich_api_keys": tuple(header_safe(key, "--immich-api-keys") for key in keys),
+        "api_key": header_safe(secret(given, "api_key").strip(), "--api-key"),
+        "file_check_interval": options.file_check_interval / 1000,
+        "lang": options.lang or language((), environ),
+        "log_level": LOG_LEVELS.get(options.log_level),
+    }
+    return Config(**{name: given[name] for name in Config.__slots__})
 
 
 def secret(given: Mapping[str, str | None], name: str, twin: str = "_file") -> str:
@@ -636,26 +618,20 @@ def secret(given: Mapping[str, str | None], name: str, twin: str = "_file") -> s
 
 
 def header_safe(key: str, option: str) -> str:
-    """A key that can be sent as a header."""
+    """The key, if it can be sent as a header; Fatal if not."""
     if not re.fullmatch(r"[!-~]*", key):
         raise Fatal("bad_key", option=option)
     return key
 
 
 def postgres_url_from(environ: Mapping[str, str]) -> str:
-    """The connection by Immich's own DB_* variables, in libpq's keywords; "" without any.
-
-    Each has a twin, DB_*_FILE, as in Immich itself.
-    """
+    """The connection in Immich's own DB_* variables or DB_*_FILE, for libpq; "" without any."""
     names = ("DB_URL", *DB_KEYWORDS)
     given = {name: text for name in names if (text := secret(environ, name, "_FILE"))}
     if not given or "DB_URL" in given:
         return given.get("DB_URL", "")
-    return " ".join(
-        "{}='{}'".format(keyword, text.replace("\\", "\\\\").replace("'", "\\'"))
-        for name, (keyword, default) in DB_KEYWORDS.items()
-        if (text := given.get(name, default))
-    )
+    parts = {keyword: given.get(name, usual) for name, (keyword, usual) in DB_KEYWORDS.items()}
+    return psycopg2.extensions.make_dsn(**{name: text for name, text in parts.items() if text})
 
 
 # ------------------------------------------------------------------------------
@@ -670,6 +646,7 @@ class Note:
     model: str
     prompt: str  # Config.prompt_id
     text: str = ""  # text_id of the description as Immich stored it
+    was: str = ""  # the same of our own text that it replaces, until it was read back
     failed: str = ""  # or the key of the error for which there is none
     why: str = ""
     tries: int = 0  # runs, or days, in which it failed so
@@ -679,16 +656,17 @@ class Note:
         own = {"v": 1, "model": self.model, "prompt": self.prompt, "at": iso(at)}
         failure = {"failed": self.failed, "why": self.why, "tries": self.tries}
         own |= failure if self.failed else {}
+        own |= {"was": self.was} if self.was else {}
         return own | ({"text": self.text} if self.text or not self.failed else {})
 
 
 KEY = "immich-analyze"
 MOST_TRIES = 3
-
-
+UNREAD = Note("", "")  # stands for a note that the listing does not show
 NOTE = {"v": int, "model": str, "prompt": str, "at": str}
 FAILURE = {"failed": str, "why": str, "tries": int}
-NOTES = (NOTE | {"text": str}, NOTE | FAILURE, NOTE | FAILURE | {"text": str})
+TEXT = {"text": str}
+NOTES = (NOTE | TEXT, NOTE | TEXT | {"was": str}, NOTE | FAILURE, NOTE | FAILURE | TEXT)
 
 
 def note_in(value: object) -> Note | None:
@@ -706,23 +684,19 @@ def text_id(text: str) -> str:
 
 def iso(moment: datetime) -> str:
     """A moment as all releases of Immich take it."""
-    text = moment.astimezone(UTC).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True, slots=True)
-class Asset:
-    """A photo as the listing showed it."""
+class Photo:
+    """A photo as Immich showed it last."""
 
     id: str
     name: str
     description: str
     source: str  # how its library gets at it: number of the key (API), path of the preview (SQL)
-    ready: bool = (
-        True  # False: it is to be looked up before use, Immich may not have made a preview
-    )
+    ready: bool = True  # whether Immich has made its preview
     note: Note | None = None
-    noted: bool = True  # False: the note is still to be read
     library: str = ""  # id of its external library
 
 
@@ -736,57 +710,71 @@ class Picture:
 
 # Our text among a person's: from a line [AI] to the next line [/AI] with no other [AI] between.
 BLOCK = re.compile(r"^\[AI\][^\S\n]*\n(?:(?!\[AI\][^\S\n]*$).*\n)*?\[/AI\][^\S\n]*$", re.MULTILINE)
+PLAIN_SIZE = (448, 448)
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # raised by Pillow
 GAP = "\n\n"  # between a person's text and a block that is added
 
 
-def is_ours(asset: Asset) -> bool:
+def is_ours(photo: Photo) -> bool:
     """Whether the description is, to the letter, as the tool left it."""
-    return bool(asset.note and asset.note.text == text_id(asset.description))
+    return bool(photo.note and text_id(photo.description) in (photo.note.text, photo.note.was))
 
 
-def left_alone(asset: Asset, config: Config) -> str:
+def has_ours(photo: Photo) -> bool:
+    """Whether a text of ours is in the description."""
+    return is_ours(photo) or bool(BLOCK.search(photo.description))
+
+
+def left_alone(photo: Photo, config: Config) -> str:
     """Why a photo is not to be described, as a key; "" if it is, or if its note must tell."""
-    note = asset.note
+    note, policy = photo.note, config.policy
     same = note is not None and (note.model, note.prompt) == (config.model_name, config.prompt_id)
-    if note and note.failed and same and note.tries >= MOST_TRIES and not config.retry_failed:
+    if note and same and gave_up(note, config):
         return "failed_before"
-    if not asset.description.strip():
+    if not photo.description.strip():
         return "has_description" if config.undo else ""
-    if config.policy is Policy.NONE:
-        return "has_description"
-    ours = is_ours(asset) or bool(BLOCK.search(asset.description))
-    match config.policy:
+    match policy:
+        case Policy.NONE:
+            wanted = False
         case Policy.MISSING_AI:
-            wanted = not ours
-        case Policy.OUTDATED:
-            wanted = not asset.noted or (ours and not (same and note and not note.failed))
+            wanted = not has_ours(photo)
+        case Policy.OUTDATED if note is not UNREAD:
+            replaced = note and note.was == text_id(photo.description)
+            wanted = has_ours(photo) and not (same and note and not note.failed and not replaced)
         case _:
             wanted = True
     return "" if wanted else "has_description"
 
 
-def merge(asset: Asset, text: str, config: Config) -> str:
+def gave_up(note: Note, config: Config) -> bool:
+    """Whether a photo failed too often to be tried again with the same model and prompt."""
+    # what Immich did not keep through its API, the database may keep
+    other_way = note.failed == "not_kept" and config.access is Access.DATABASE
+    often = bool(note.failed) and note.tries >= MOST_TRIES
+    return often and not config.retry_failed and not other_way
+
+
+def merge(photo: Photo, text: str, config: Config) -> str:
     """The whole description that a photo gets with our text.
 
     Where there is a block, or a person's text is to be kept, all outside ours stays to the
     byte; only `all` without `--preserve-human` replaces what a person wrote.
     """
-    current = asset.description
-    block = f"[AI]\n{text}\n[/AI]"
-    if not config.preserve_human and (config.policy is Policy.ALL or not BLOCK.search(current)):
-        return text
+    current, block = photo.description, f"[AI]\n{text}\n[/AI]"
     first = BLOCK.search(current)
+    if not config.preserve_human and (config.policy is Policy.ALL or not first):
+        return text
     if not first:
-        return block if is_ours(asset) or not current else current + GAP + block
+        return block if is_ours(photo) or not current else current + GAP + block
     before, after = current[: first.start()] + block, current[first.end() :]
     alone = before + BLOCK.sub("", after)
     # a person's own tags may look like a block once another one between them is gone
     return alone if len(BLOCK.findall(alone)) == 1 else before + after
 
 
-def unmerge(asset: Asset) -> str | None:
+def unmerge(photo: Photo) -> str | None:
     """The description without our text; None if there is nothing of ours in it."""
-    current, kept, at = asset.description, "", 0
+    current, kept, at = photo.description, "", 0
     for block in BLOCK.finditer(current):
         kept += current[at : block.start()]
         at = block.end()
@@ -796,7 +784,7 @@ def unmerge(asset: Asset) -> str | None:
             at += len(current[at : at + 2]) - len(current[at : at + 2].lstrip("\n"))
     if at:
         return kept + current[at:]
-    return "" if current and is_ours(asset) else None
+    return "" if current and is_ours(photo) else None
 
 
 def picture_type(data: bytes) -> tuple[str | None, bool]:
@@ -827,28 +815,35 @@ def prepared(data: bytes, max_size: int) -> Picture:
     mime, whole = picture_type(data)
     if not mime and whole:
         raise Permanent("preview_unknown")
-    try:
-        if mime == "image/webp" or max_size or not whole:
-            mime, data = "image/jpeg", as_jpeg(data, max_size)
-    except Permanent as error:
-        if whole:
-            raise
-        raise Retryable("preview_cut") from error
-    return Picture(mime or "", base64.b64encode(data))
+    if not (mime and whole) or mime == "image/webp" or max_size:
+        target = io.BytesIO()
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                picture = image.convert("RGB")
+                if max_size:
+                    picture.thumbnail((max_size, max_size))
+                picture.save(target, "JPEG", quality=90)
+        except UNREADABLE as error:
+            raise Permanent("preview_broken") if whole else Retryable("preview_cut") from error
+        mime, data = "image/jpeg", target.getvalue()
+    return Picture(mime, base64.b64encode(data))
 
 
-def as_jpeg(data: bytes, max_size: int) -> bytes:
-    """Decode a picture and write it as JPEG, shrunk to `max_size` unless that is 0."""
+@functools.lru_cache(8)
+def plain_picture(size: tuple[int, int], colour: str = "gray") -> Picture:
+    """A picture of one colour, which every model can take."""
     target = io.BytesIO()
+    Image.new("RGB", size, colour).save(target, "JPEG")
+    return prepared(target.getvalue(), 0)
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """Width and height in pixels; PLAIN_SIZE where they cannot be read."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            picture = image.convert("RGB")
-            if max_size:
-                picture.thumbnail((max_size, max_size))
-            picture.save(target, "JPEG", quality=90)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Permanent("preview_broken") from error
-    return target.getvalue()
+        with Image.open(io.BytesIO(base64.b64decode(picture.base64))) as image:
+            return image.size
+    except UNREADABLE:
+        return PLAIN_SIZE
 
 
 THOUGHTS = re.compile(r"<(think(?:ing)?)>.*?</\1>", re.S | re.I)
@@ -877,13 +872,10 @@ def is_storable(character: str) -> bool:
 
 
 def clean(answer: str) -> str:
-    """What a model said, as a description: no thoughts, lead-ins or control characters.
-
-    Trimmed, as Immich trims what it stores.
-    """
+    """What a model said, as a description: no thoughts, lead-ins or control characters."""
     text = answer.replace("\r\n", "\n").replace("\r", "\n")
     text = CUT_THOUGHTS.sub("", THOUGHTS.sub("", text))
-    text = LEAD_IN.sub("", "".join(filter(is_storable, text))).strip()
+    text = LEAD_IN.sub("", "".join(filter(is_storable, text))).strip()  # as Immich does
     if text[:1] + text[-1:] in ('""', "“”", "«»") and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
     text = re.sub(r"^\[(/?AI)\]", r"(\1)", text, flags=re.MULTILINE)  # they would end a block
@@ -976,10 +968,8 @@ class Session(requests.Session):
         self.headers["User-Agent"] = f"immich-analyze/{__version__}"
 
     def merge_environment_settings(self, url: Any, *given: Any) -> Any:
-        """The proxy and certificates that the environment names, read once for each server.
-
-        They are looked for among all variables, which takes longer than the rest of a request.
-        """
+        """The proxy and certificates that the environment names, looked up once a server."""
+        # requests searches all variables, which takes longer than the rest of a request
         server = "/".join(str(url).split("/", 3)[:3])
         if server not in self._settings:
             self._settings[server] = super().merge_environment_settings(url, *given)
@@ -1004,14 +994,9 @@ def http(
     A status other than 2xx is raised as the error that `blame` makes of it.
     """
     shown = public(url)
+    limits = (min(timeout, CONNECT_TIMEOUT), min(timeout, LONGEST_TIMEOUT))
     try:
-        with session.request(
-            method,
-            url,
-            timeout=(min(timeout, CONNECT_TIMEOUT), min(timeout, LONGEST_TIMEOUT)),
-            stream=True,
-            **options,
-        ) as response:
+        with session.request(method, url, timeout=limits, stream=True, **options) as response:
             body = bytearray()
             for chunk in response.iter_content(2**16):
                 body += chunk
@@ -1021,7 +1006,7 @@ def http(
     except requests.exceptions.ReadTimeout as error:
         raise Retryable("timed_out", url=shown, seconds=f"{timeout:g}") from error
     except requests.exceptions.SSLError as error:
-        kind = HostDown if "EOF" in str(error) else Unexpected  # hung up on, or no such thing
+        kind = Unavailable if "EOF" in str(error) else Unexpected  # hung up on, or no such thing
         raise kind("tls_failed", url=shown, why=innermost(error)) from error
     except requests.exceptions.InvalidHeader as error:  # in a broken answer
         raise Retryable("connection_cut", url=shown) from error
@@ -1037,15 +1022,12 @@ def http(
 
 
 def connection_error(error: OSError, shown: str) -> AnalyzeError:
-    """Tell a server that cannot be reached from one that hung up on a request.
-
-    The second may be the picture's doing, so it counts as a try of the picture.
-    """
+    """Unavailable if no connection was made; a cut one, Retryable, may be the picture's doing."""
     if not isinstance(error, requests.exceptions.RequestException):
         return Fatal("tls_failed", url=shown, why=error)  # REQUESTS_CA_BUNDLE names no file
     cause = error.args[0] if error.args else None
     if isinstance(error, requests.exceptions.ConnectTimeout) or hasattr(cause, "reason"):
-        return HostDown("unreachable", url=shown, why=innermost(error))
+        return Unavailable("unreachable", url=shown, why=innermost(error))
     if "timed out" in str(error):  # while the body was read
         return Retryable("timed_out_reading", url=shown)
     return Retryable("connection_cut", url=shown)
@@ -1076,30 +1058,27 @@ def date_in(header: str) -> datetime:
 
 BUSY = {408, 429, 502, 503, 504}
 NO_MODEL = re.compile(r"model\b.*\b(not found|not exist)|no such model", re.I)
-BLIND = re.compile(r"image input is not supported|missing data required for image input", re.I)
+CANNOT_SEE = re.compile(r"image input is not supported|missing data required for image input", re.I)
 
 
 def model_host_error(reply: Reply) -> AnalyzeError:
-    """Who is to blame for a model host's status (Ollama, llama.cpp, OpenAI-compatible)."""
-    url, why = reply.url, reply.complaint()
-    match reply.status:
-        case _ if BLIND.search(why):
+    """What a model host's status says; mostly not whether the host or the picture is to blame."""
+    url, status, why = reply.url, reply.status, reply.complaint()
+    match status:
+        case _ if CANNOT_SEE.search(why):
             return Fatal("model_blind", url=url)
-        case 401 | 403:
-            return Fatal("host_key_refused", url=url, status=reply.status)
+        case 401 | 402 | 403:
+            return Fatal("host_key_refused", url=url, status=status)
         case 400 | 404 if NO_MODEL.search(why):
             return Fatal("model_missing", url=url, why=why)
         case 404 | 405:
-            return Unexpected("host_wrong", url=url, status=reply.status)
-        case status if status in BUSY:
-            return HostDown("host_busy", pause=retry_after(reply), url=url, status=status, why=why)
-        case status if status >= 500:
-            return Retryable("host_failed", url=url, status=status, why=why)
-        case status:
-            return Permanent("picture_refused", url=url, status=status, why=why)
-
-
-KEY_REFUSED = re.compile("Invalid (API key|user token)|Authentication required")
+            return Unexpected("host_wrong", url=url, status=status)
+        case _ if status in BUSY:
+            pause = retry_after(reply)
+            return Unavailable("host_busy", pause=pause, url=url, status=status, why=why)
+        case _:
+            key = "host_failed" if status >= 500 else "picture_refused"
+            return Retryable(key, url=url, status=status, why=why)
 
 
 def immich_error(reply: Reply) -> AnalyzeError:
@@ -1110,20 +1089,20 @@ def immich_error(reply: Reply) -> AnalyzeError:
     """
     url, why = reply.url, reply.complaint()
     match reply.status:
-        case 400 if why.startswith("Not found or no "):
-            return Gone("photo_gone")
-        case 401 if "Elevated permission" in why:
-            return Gone("photo_gone")
-        case 401 if KEY_REFUSED.search(why):
+        case 400 | 401 if why.startswith("Not found or no ") or "Elevated permission" in why:
+            return Skip("photo_gone")
+        case 401 if re.search("Invalid (API key|user token)|Authentication required", why):
             return Fatal("immich_key_refused", why=why)
         case 403 if "permission" in why:
             return Fatal("immich_permission_missing", permission=why.rpartition(": ")[2])
         case 404 if why == "Asset media not found":
-            return Permanent("preview_missing")
+            return Missing("preview_missing")
+        case 400 if why.startswith("Metadata with key "):
+            return Missing("note_missing")
         case 404 if why.startswith("Cannot "):
-            return HostDown("immich_maintenance", url=url, status=404)
+            return Unavailable("immich_maintenance", url=url, status=404)
         case status if status in BUSY:
-            return HostDown("immich_failed", pause=retry_after(reply), url=url, status=status)
+            return Unavailable("immich_failed", pause=retry_after(reply), url=url, status=status)
         case status if status >= 500:  # its database, a proxy, one photo
             return Retryable("immich_failed", url=url, status=status)
         case status if status in (401, 403, 404, 405):
@@ -1139,7 +1118,6 @@ REFUSED = re.compile(
     r"|support SSL|invalid .*(?:value|port|option)",
     re.I,
 )
-ONE_ROW = (psycopg2.errors.LockNotAvailable, psycopg2.errors.QueryCanceled)
 # SQLSTATE classes: no such database, role, table, column or right; a server on standby. A
 # restore or an upgrade of Immich goes through them.
 UNEXPECTED = ("0A", "25", "28", "3D", "42")
@@ -1151,25 +1129,23 @@ def sql() -> Iterator[None]:
     try:
         yield
     except psycopg2.Error as error:
-        why = re.sub(r"\s*Is the server running[^?]*\?", "", " ".join(str(error).split()))
-        raise database_error(error, why) from error
+        raise database_error(error) from error
 
 
-def database_error(error: psycopg2.Error, why: str) -> AnalyzeError:
+def database_error(error: psycopg2.Error) -> AnalyzeError:
     """Who is to blame for an error of PostgreSQL or its driver."""
+    why = re.sub(r"\s*Is the server running[^?]*\?", "", " ".join(str(error).split()))
     words, code = re.sub(r'"[^"]*"', "", why), error.pgcode or ""  # names may hold any word
     at_fault = isinstance(error, psycopg2.ProgrammingError) or REFUSED.search(words)
     match error:
-        case _ if isinstance(error, ONE_ROW):
+        case psycopg2.errors.LockNotAvailable() | psycopg2.errors.QueryCanceled():  # one row's
             return Retryable("database_refused", why=why)
         case _ if not code and at_fault:
             return Fatal("database_refused", why=why)
         case _ if code.startswith(UNEXPECTED) or "does not exist" in words:
             return Unexpected("database_refused", why=why)
-        case psycopg2.OperationalError() | psycopg2.InterfaceError():
-            return HostDown("database_down", why=why)
-        case _ if not code:  # a crash
-            return HostDown("database_down", why=why)
+        case _ if not code or isinstance(error, psycopg2.OperationalError):  # no code: a crash
+            return Unavailable("database_down", why=why)
         case psycopg2.DataError():
             return Permanent("database_refused", why=why)
         case _:  # a trigger that objects, a page that cannot be read
@@ -1194,12 +1170,15 @@ def postgres_url(url: str) -> str:
 
 ANSWER_LIMIT = 4 * 2**20  # bytes
 CHECK_TIMEOUT = 15.0
-SICK_AFTER = 3  # pictures that a host failed on, without an answer in between, make it doubtful
-STRUCK_REST = 3600.0  # somebody may have given it the model
-PROBE_PAUSE = 0.5  # seconds between two probes of a host that is gone, while all rest
+PICTURE_TRIES = 3  # of one photo, at hosts that are well
+STRUCK_OFF = 3600.0  # seconds until a host that needs a person is asked again
+PROBE_INTERVAL = 0.5  # seconds between two probes of a host, while no host is available
 PROBE_TIMEOUT = 1.0
-QUIET = 600.0  # seconds between two lines about a host that rests for a moment only
+QUIET = 600.0  # seconds between two lines about a host that is unavailable for moments
+TEXTS = 1000  # answers of a host that are remembered
 THINK_REFUSED = re.compile(r"think|chat_template_kwargs", re.I)
+TIMED_OUT = ("timed_out", "timed_out_reading")
+SEES, BLIND = 0, -1  # in Host.texts: no hash of a picture, but what a plain one showed
 
 
 @dataclass(frozen=True, slots=True)
@@ -1216,7 +1195,7 @@ class Dialect:
     alive: str  # a path that is answered whenever the server is up
 
 
-# What stands for the picture in a question: JSON's encoder would take a millisecond for it.
+# What stands for the picture in a question.
 PICTURE = "immich-analyze puts the picture here"
 
 
@@ -1288,133 +1267,206 @@ DIALECTS = {
 }
 
 
-class Question:
-    """What is asked about one picture: the bodies of requests, each made once for all tries.
-
-    `plain` is without the switch for thinking, which some hosts refuse.
-    """
-
-    def __init__(self, picture: Picture, question: dict[str, Any], switch: dict[str, Any]) -> None:
-        self.picture = picture
-        self._kinds = {True: question, False: question | switch}
-        self._bodies: dict[bool, bytes] = {}
-
-    def body(self, *, plain: bool) -> bytes:
-        """JSON, with the picture in its place."""
-        if plain not in self._bodies:
-            text = json.dumps(self._kinds[plain]).encode()
-            self._bodies[plain] = text.replace(PICTURE.encode(), self.picture.base64)
-        return self._bodies[plain]
-
-
-@functools.cache
-def good_picture() -> Picture:
-    """A picture that every model can take, though not say much about."""
-    target = io.BytesIO()
-    Image.new("RGB", (448, 448), "gray").save(target, "JPEG")
-    return prepared(target.getvalue(), 0)
-
-
 @dataclass(slots=True)
 class Host:
-    """What is known of one model host."""
+    """What is known of one model host. Its requests have numbers, to tell which came first."""
 
     url: str = field(repr=False)
+    unavailable_until: float = 0.0
+    why: AnalyzeError | None = None  # the trouble; None since it described a picture
+    pause: float = 0.0  # seconds that it was unavailable for the last time
+    failed: int = 0  # the latest request to any host when the trouble began
+    answered: int = 0  # the latest request that it answered with a description
+    told: bool = False  # whether people were told of the trouble
+    told_at: float = -math.inf
+    probed_at: float = -math.inf
+    gone: bool = False  # whether the latest probe found nothing
+    texts: dict[str, int] = field(default_factory=dict)  # what it said of pictures, by hash
     in_flight: int = 0
-    used: int = 0  # when it was picked last, counted in picks
-    rests_until: float = 0.0
-    away: bool = False  # since its last answer, and said so
-    said: float = -math.inf  # when that was said last
-    struck: bool = False  # it has a wrong key or lacks the model
-    gone: bool = False  # nothing answers at its address: a request that costs nothing tells more
-    probed: float = -math.inf  # when such a request was made
-    doubted: bool = False  # it rests while somebody finds out whether it is sick
-    failed: frozenset[int] = frozenset()  # pictures since its last answer
+    latest: int = 0  # its latest request
     requests: int = 0  # that ended, and the seconds they took, all together
     seconds: float = 0.0
 
+    @property
+    def struck_off(self) -> bool:
+        """Whether a person must act: it refuses the key, lacks the model, or cannot see."""
+        return isinstance(self.why, Fatal) and not isinstance(self.why, Unexpected)
+
+    @property
+    def absent(self) -> bool:
+        """Whether nothing answers there: a request that costs nothing tells when it is back."""
+        status = self.why and self.why.fields.get("status")
+        return bool(self.why and (self.why.key == "unreachable" or status in (502, 504)))
+
+    def wait(self, now: float) -> float:
+        """Seconds until it can be asked; one that hung or was left out gets one request first."""
+        tried = self.in_flight and self.why and (self.struck_off or self.why.key in TIMED_OUT)
+        return max(self.unavailable_until - now, PROBE_INTERVAL if tried else 0.0)
+
 
 class Hosts:
-    """Which model host is asked next, shared by all workers.
+    """The host rotation, shared by all workers.
 
-    It is the one with the fewest of our requests in flight, the longest unused among
-    equals, so equal hosts get equal work and a fast one gets more. A host in trouble
-    rests; one with a wrong key or without the model is struck off, for an hour.
+    The next host is the one with the fewest of our requests in flight, the longest unused
+    among equals: equal hosts get equal work, and a fast one gets more. A host in trouble is
+    unavailable for 1, 2, 4 ... seconds, up to `longest_pause`; one that needs a person, for an
+    hour. No wait for a usable host is longer than `wait_timeout`; with `lasts`, hosts that
+    need a person are waited for too.
     """
 
     def __init__(
         self,
         urls: Sequence[str],
         places: int,
-        rest: float,
-        clock: Callable[[], float] = time.monotonic,
+        longest_pause: float,
+        wait_timeout: float = math.inf,
+        *,
+        lasts: bool = False,
     ) -> None:
         self._lock = threading.Lock()
         self._places = threading.BoundedSemaphore(places)
+        self._testing = threading.Lock()
         self._hosts = {url: Host(url) for url in urls}
-        self._rest = rest
-        self._clock = clock
-        self._picks = 0
-        self.moved = clock()  # when a request last began or ended
+        self._longest_pause = longest_pause
+        self._wait_timeout = wait_timeout
+        self._lasts = lasts
+        self._latest = 0
+        self._unusable_since = math.inf
+        self.retrying = threading.Lock()  # held by the worker that asks about a photo again
+        self.moved = time.monotonic()  # when a request last began or ended
         self.no_switch: set[str] = set()  # hosts that refuse the switch for thinking
 
     @contextmanager
     def place(
-        self, stop: threading.Event, avoid: Container[str], answers: Callable[[str], bool]
-    ) -> Iterator[str]:
-        """Hold one of the places for a request, at the host to ask: none of `avoid` if possible.
+        self, stop: threading.Event, avoid: Container[str], probe: Callable[[str], bool]
+    ) -> Iterator[tuple[str, int]]:
+        """Hold a place for a request: which host to ask, one of `avoid` last, and its number.
 
-        While all hosts rest, those that are gone are probed by `answers`.
+        Waits for an available host, and meanwhile calls `probe` for those that are absent.
+        Raises Stopped; Fatal if no host was usable for too long, or all need a person.
         """
         with self._places:
             if stop.is_set():
                 raise Stopped("stopped")
-            url, seconds = self.pick(avoid)
-            while seconds:
-                sooner = any(host.gone or host.doubted for host in self.seen())  # perhaps
-                if stop.wait(min(seconds, PROBE_PAUSE) if sooner else seconds):
+            while not (host := self._pick(avoid)):
+                if stop.wait(self._wait()):
                     raise Stopped("stopped")
-                if (lost := self._to_probe()) and answers(lost):
-                    self.wake(lost)
-                url, seconds = self.pick(avoid)
-            self.moved = began = self._clock()
+                if absent := self._to_probe():
+                    gone, absent.gone = absent.gone, not probe(absent.url)
+                    if gone and not absent.gone:  # it has just come back
+                        absent.unavailable_until = 0.0
+            began = self.moved = time.monotonic()
             try:
-                yield url
+                yield host.url, host.latest
             finally:
                 with self._lock:
-                    self.moved = self._clock()
-                    host = self._hosts[url]
+                    self.moved = time.monotonic()
                     host.in_flight -= 1
                     host.requests += 1
                     host.seconds += self.moved - began
 
-    def pick(self, avoid: Container[str] = ()) -> tuple[str, float]:
-        """The host to ask; with seconds to wait first while all of them rest."""
+    def _pick(self, avoid: Container[str]) -> Host | None:
+        """The host to ask next, with the request counted; None while none is available."""
         with self._lock:
-            now = self._clock()
-            awake = [host for host in self._hosts.values() if host.rests_until <= now]
-            if not awake:
-                soonest = min(self._hosts.values(), key=lambda host: host.rests_until)
-                return soonest.url, soonest.rests_until - now
-            wanted = [host for host in awake if host.url not in avoid] or awake
-            host = min(wanted, key=lambda host: (host.in_flight, host.used))
-            self._picks += 1
-            host.in_flight, host.used = host.in_flight + 1, self._picks
-            return host.url, 0.0
+            now = time.monotonic()
+            available = [host for host in self._hosts.values() if host.wait(now) <= 0]
+            if not available:
+                return None
+            preferred = [host for host in available if host.url not in avoid] or available
+            host = min(preferred, key=lambda host: (host.in_flight, host.latest))
+            self._latest += 1
+            host.in_flight, host.latest = host.in_flight + 1, self._latest
+            return host
 
-    def _to_probe(self) -> str:
-        """The host that is gone and unprobed for longest, for the caller alone; "" for none."""
+    def _wait(self) -> float:
+        """Seconds until a host may be available; Fatal where none is worth waiting for."""
         with self._lock:
-            now = self._clock()
-            due = [h for h in self._hosts.values() if h.gone and h.probed <= now - PROBE_PAUSE]
-            if not due:
-                return ""
-            host = min(due, key=lambda host: host.probed)
-            host.probed = now
-            return host.url
+            now, hosts = time.monotonic(), self._hosts.values()
+            self._check_last()
+            left = self._unusable_since + self._wait_timeout - now
+            if left <= 0:
+                raise Fatal("no_host", why="; ".join(str(host.why) for host in hosts))
+            pause = PROBE_INTERVAL if any(host.absent for host in hosts) else left
+            return min(left, pause, *(host.wait(now) for host in hosts))
 
-    def __len__(self) -> int:
-        return len(self._hosts)
+    def _check_last(self) -> None:
+        """Fatal if all hosts need a person, unless that is outlasted."""
+        whys = [host.why for host in self._hosts.values() if host.why and host.struck_off]
+        if len(whys) == len(self._hosts) and not self._lasts:
+            raise whys[-1].as_kind(Fatal)
+
+    def _to_probe(self) -> Host | None:
+        """The absent host that was not probed for longest, for the caller alone."""
+        with self._lock:
+            now = time.monotonic()
+            due = (host for host in self._hosts.values() if host.absent)
+            host = min(due, key=lambda host: host.probed_at, default=None)
+            if not host or host.probed_at > now - PROBE_INTERVAL:
+                return None
+            host.probed_at = now
+            return host
+
+    def number(self, url: str) -> int:
+        """The next number: of a request outside the rotation, or of a failure."""
+        with self._lock:
+            self._latest += 1
+            self._hosts[url].latest = self._latest
+            return self._latest
+
+    def unavailable(self, url: str, error: AnalyzeError) -> None:
+        """Leave a host out for a time, and tell people once. Fatal if it was the last."""
+        with self._lock:
+            host, now = self._hosts[url], time.monotonic()
+            if host.why is None:
+                host.failed, host.gone = self._latest, True
+            if now >= host.unavailable_until:  # else it is one more request of the same moment
+                host.why = error
+                host.pause = min(max(1.0, 2 * host.pause), self._longest_pause)
+            seconds = STRUCK_OFF if host.struck_off else error.pause or host.pause
+            host.unavailable_until = max(host.unavailable_until, now + seconds)
+            if all(host.why for host in self._hosts.values()):
+                self._unusable_since = min(self._unusable_since, now)
+            self._check_last()
+            # one that asks for a moment may do so again and again
+            tell = not host.told and (host.struck_off or now >= host.told_at + QUIET)
+            if tell:
+                host.told, host.told_at = True, now
+        if tell and host.struck_off:
+            log.error("%s", t("host_struck_off", why=error, url=public(url)))
+        elif tell:
+            more = {"url": public(url), "seconds": f"{seconds:g}"}
+            log.warning("%s", t("host_unavailable", why=error, **more))
+
+    def answered(self, url: str, number: int) -> None:
+        """Note that a host answered a request with a description, and so is well."""
+        with self._lock:
+            host = self._hosts[url]
+            host.answered = max(host.answered, number)
+            self._unusable_since = math.inf
+            if host.why is None or number <= host.failed:
+                return  # an answer to a question of before is no recovery
+            host.why, host.pause, host.unavailable_until = None, 0.0, 0.0
+            told, host.told = host.told, False
+        if told:
+            log.info("%s", t("host_back", url=public(url)))
+
+    def answered_since(self, url: str, number: int) -> bool:
+        """Whether a host described a picture that it was asked about after this request."""
+        with self._lock:
+            return self._hosts[url].answered > number
+
+    def sees(self, url: str, text: str, picture: Picture, test: Callable[[], bool]) -> bool:
+        """Whether a host looks at pictures; once it says the same of two of them, `test` tells."""
+        texts, key, one = self._hosts[url].texts, text_id(text), hash(picture.base64)
+        with self._lock:
+            known = texts.setdefault(key, one)
+            if len(texts) > TEXTS:
+                del texts[next(iter(texts))]
+        if known not in (one, SEES, BLIND):
+            with self._testing:  # one test for each text
+                if texts.get(key) == known:
+                    texts[key] = SEES if test() else BLIND
+        return texts.get(key) != BLIND
 
     def seen(self) -> list[Host]:
         """The hosts as they are now: copies to look at."""
@@ -1422,71 +1474,85 @@ class Hosts:
             return [replace(host) for host in self._hosts.values()]
 
     def usable(self) -> bool:
-        """Whether any host may be asked now."""
-        now = self._clock()
-        return any(host.rests_until <= now for host in self.seen())
+        """Whether any host is well, as far as is known."""
+        return any(host.why is None for host in self.seen())
 
-    def down(self, url: str, error: AnalyzeError) -> None:
-        """Let a host rest, for as long as it asks or the setting says; one line an outage."""
-        asked = getattr(error, "pause", None)
-        seconds = self._rest if asked is None else asked
-        with self._lock:
-            host, now = self._hosts[url], self._clock()
-            host.rests_until, host.doubted = max(host.rests_until, now + seconds), False
-            host.gone = error.key == "unreachable" or error.fields.get("status") in (502, 504)
-            # a busy one may ask to be left alone for a second, again and again
-            first = not host.away and (seconds >= self._rest or now > host.said + QUIET)
-            if first:
-                host.away, host.said = True, now
-        if first:
-            log.warning("%s", t("host_rests", why=error, seconds=f"{seconds:g}"))
 
-    def doubtful(self, url: str, picture: Picture, after: int) -> bool:
-        """Note that a host failed on a picture; whether it did on so many, with no answer since.
+class Tries:
+    """What one photo met at the hosts, and who is to blame for it; only its worker knows.
 
-        Then it rests until somebody found out what is wrong.
+    Before a failure counts against the photo, its host must have shown that it is well: it
+    described another picture since.
+    """
+
+    def __init__(self, hosts: Hosts, max_retries: int) -> None:
+        self.error: AnalyzeError = Stopped("stopped")  # of the latest failure
+        self._hosts = hosts
+        self._most = min(PICTURE_TRIES, (max_retries or math.inf) + 1)
+        self._waits = max_retries or math.inf  # that are left
+        # host, the request after which it must answer another one, weight
+        self._failures: list[tuple[str, int, float]] = []
+
+    def blame(self, url: str, number: int, error: AnalyzeError) -> None:
+        """Note that request `number`, about the photo, failed.
+
+        A host is unavailable if it says that it is away or has too much to do, or is silent to
+        all. Of all else, its next answer tells whose fault it is.
         """
-        with self._lock:
-            host = self._hosts[url]
-            host.failed |= {hash(picture)}
-            if len(host.failed) < after:
-                return False
-            host.rests_until = max(host.rests_until, self._clock() + self._rest)
-            host.doubted = True
-            return True
+        silent = error.key in TIMED_OUT and not self._hosts.answered_since(url, number)
+        of_host = error.key == "model_says_the_same"
+        if isinstance(error, Unavailable) or silent or of_host:
+            self.wait_for(url, error)
+        if error.key != "unreachable" and not of_host:
+            # one that refuses the photo again lives; else it may have died meanwhile
+            again = [after for host, after, _ in self._failures if host == url]
+            refused = again and error.key == "picture_refused"
+            after = again[0] if refused else self._hosts.number(url)
+            weight = 0.25 if error.fields.get("status") == 429 else 1.0  # mostly it is the others'
+            self._failures.append((url, after, weight))
+            self.error = error
 
-    def resting(self, url: str) -> bool:
-        """Whether a host rests."""
-        with self._lock:
-            return self._hosts[url].rests_until > self._clock()
+    def excuse(self, url: str, error: AnalyzeError) -> None:
+        """Note that a host fails on a plain picture too; an outage counts once at all hosts."""
+        waiting = {one[0] for one in self._failures if one[-1] and not self._counts(one)}
+        if waiting > {url}:
+            kept = [one for one in self._failures if one[0] != url or self._counts(one)]
+            self._failures = [*kept, (url, self._hosts.number(url), 0.0)]
+        self.wait_for(url, error)
 
-    def wake(self, url: str) -> None:
-        """End a host's rest."""
-        with self._lock:
-            host = self._hosts[url]
-            host.rests_until = self._clock()
-            host.gone = host.doubted = False
+    def wait_for(self, url: str, error: AnalyzeError) -> None:
+        """Leave a host out for a time; Unavailable once that was often enough."""
+        self._hosts.unavailable(url, error)
+        self._waits -= 1
+        if self._waits < 0:
+            raise error.as_kind(Unavailable)
 
-    def up(self, url: str) -> None:
-        """Note that a host answered."""
-        with self._lock:
-            host = self._hosts[url]
-            host.failed, host.gone = frozenset(), False
-            if not host.away or host.rests_until > self._clock():
-                return  # an answer to a question of earlier is no recovery
-            host.away = host.struck = False
-        log.info("%s", t("host_back", url=public(url)))
+    @property
+    def hosts(self) -> set[str]:
+        """The hosts that failed on the photo."""
+        return {url for url, *_ in self._failures}
 
-    def strike(self, url: str, error: Fatal) -> None:
-        """Leave a host out; raise the error if it was the last one."""
-        with self._lock:
-            host, others = self._hosts[url], [h for u, h in self._hosts.items() if u != url]
-            if all(other.struck for other in others):
-                raise error
-            first, host.struck, host.away = not host.struck, True, True
-            host.rests_until = self._clock() + STRUCK_REST
-        if first:
-            log.error("%s", t("host_struck", why=error))
+    def enough(self) -> bool:
+        """Whether there are enough failures, if all of them count."""
+        return sum(weight for *_, weight in self._failures) >= self._most
+
+    def over(self) -> bool:
+        """Whether enough failures count."""
+        return sum(one[-1] for one in self._failures if self._counts(one)) >= self._most
+
+    def _counts(self, failure: tuple[str, int, float]) -> bool:
+        return self._hosts.answered_since(*failure[:2])
+
+    def doubtful(self, url: str) -> set[str]:
+        """The hosts that must show that they are well before `url` is asked about the photo.
+
+        It is those that failed on the photo, and `url` if it is in trouble of that kind.
+        """
+        now = time.monotonic()
+        available = {h.url: h.why for h in self._hosts.seen() if h.unavailable_until <= now}
+        silent = {one[0] for one in self._failures if not self._counts(one)}
+        sick = available.get(url) and not isinstance(available[url], Unavailable)
+        return (silent | ({url} if sick else set())) & available.keys()
 
 
 class Ai:
@@ -1506,95 +1572,100 @@ class Ai:
         request.headers["Authorization"] = f"Bearer {self._config.api_key}"
         return request
 
-    def question(self, picture: Picture) -> Question:
-        """Make ready what is asked, before a place at a host is taken for it."""
-        config, dialect = self._config, self._dialect
-        model, prompt, tokens = config.model_name, config.prompt, config.max_tokens
-        asked = dialect.question(model, prompt, picture.mime, tokens)
-        question = Question(picture, asked, dialect.thinking(config.think))
-        question.body(plain=bool(self._hosts.no_switch))
-        return question
+    def describe(self, picture: Picture, check: Callable[[], None]) -> str:
+        """Have a picture described by a host that is well; waits for one.
 
-    def describe(self, question: Question, failed_at: set[str], *, last: bool) -> str:
-        """Have a picture described, by a host that did not fail on it if there is one.
+        `check` is called just before each request, and may raise. Raises Permanent once the
+        picture failed three times, Unavailable after `--max-retries` waits, Fatal when no host
+        is worth waiting for, Stopped.
 
-        `last`: it is given up if it fails once more.
-
-        A host that is away or sick is waited for (`--max-retries` bounds that), HostDown
-        after that. Raises Retryable or Permanent for the picture, and adds the host to
-        `failed_at`; Fatal when no host is left; Stopped.
+        A host that failed is shown a plain picture before the photo is asked about again, so a
+        sick one costs no photo. Photos are asked about again one at a time, so a photo that
+        kills its host takes no other down with it twice.
         """
-        most = self._config.max_retries or math.inf
-        waits = 0
-        while True:
-            with self._hosts.place(self._stop, failed_at, self._answers) as url:
-                try:
-                    answer = self._ask(url, question)
-                    self._hosts.up(url)
-                    return self._description(answer)
-                except (Retryable, Unexpected) as error:
-                    if not self._is_sick(url, question.picture, error, last=last):
-                        failed_at.add(url)
-                        raise
-                    waits += 1
-                    if waits > most:
-                        raise
-                except Permanent:
-                    failed_at.add(url)
-                    raise
-                except Fatal as error:
-                    self._hosts.strike(url, error)
+        body, tries = self._body(picture), Tries(self._hosts, self._config.max_retries)
+        while not tries.over():
+            alone = tries.hosts and tries.error.key not in TIMED_OUT
+            with (
+                self._hosts.retrying if alone else nullcontext(),
+                self._hosts.place(self._stop, tries.hosts, self._probe) as (url, number),
+            ):
+                check()
+                doubtful = tries.doubtful(url)
+                if not doubtful:
+                    try:
+                        return self._described(url, picture, number, body)
+                    except AnalyzeError as error:
+                        tries.blame(url, number, error)
+                        doubtful = tries.doubtful(url)
+                sick = [self._is_sick(host, picture, tries) for host in doubtful]
+            # others go first where no other host is left; a host may soon be back
+            away = any(isinstance(error, Unavailable) for error in sick)
+            again = doubtful and not away and tries.hosts >= set(self._config.hosts)
+            pause = self._config.retry_delay_seconds if again or tries.enough() else 0.0
+            if pause and self._stop.wait(pause):
+                raise Stopped("stopped")
+        raise tries.error.as_kind(Permanent)
 
-    def _is_sick(self, url: str, picture: Picture, error: AnalyzeError, *, last: bool) -> bool:
-        """Whether the host is to blame for an error, not the picture; then it rests.
-
-        One that failed on several pictures, or on one that would be given up, is shown one
-        that is known to be good.
-        """
-        if isinstance(error, HostDown | Unexpected):
-            self._hosts.down(url, error)
-            return True
-        if self._hosts.resting(url):
-            return True
-        if not self._hosts.doubtful(url, picture, after=1 if last else SICK_AFTER):
-            return False
+    def _is_sick(self, url: str, picture: Picture, tries: Tries) -> AnalyzeError | None:
+        """Why a host does not describe a plain picture of the same size: then it is unavailable."""
         try:
-            self._ask(url, self.question(good_picture()))
-        except AnalyzeError as trouble:  # which may tell more: that nobody is there any more
-            self._hosts.down(url, trouble)
-            return True
-        self._hosts.wake(url)
-        self._hosts.up(url)
-        return False
+            self._described(url, plain_picture(size_of(picture)))
+        except AnalyzeError as error:
+            tries.excuse(url, error)
+            return error
+        return None
 
-    def _answers(self, url: str) -> bool:
-        """Whether a host that was gone is back, by a request that costs it nothing."""
-        try:
-            self._call(url, "GET", self._dialect.alive, timeout=PROBE_TIMEOUT)
-        except Retryable as error:
-            return error.key in ("not_json", "host_failed")  # it is there, if it says no more
-        except AnalyzeError:
-            return True
-        return True
+    def _described(self, url: str, picture: Picture, number: int = 0, body: bytes = b"") -> str:
+        """What a host says of a picture; Fatal if it says the same of all."""
+        number = number or self._hosts.number(url)
+        text = self._said(url, picture, body)
 
-    def _ask(self, url: str, question: Question) -> Any:
-        """One question to one host; asked again without the switch it refuses."""
-        plain = url in self._hosts.no_switch
-        ask = functools.partial(self._call, url, "POST", self._dialect.chat, headers=JSON_BODY)
-        log.debug("asking %s", public(url))
-        try:
-            return ask(data=question.body(plain=plain))
-        except Permanent as error:
-            if plain or not THINK_REFUSED.search(str(error.fields["why"])):
-                raise
-            self._hosts.no_switch.add(url)
-            return ask(data=question.body(plain=True))
+        def says_else() -> bool:
+            plain = (plain_picture(PLAIN_SIZE, colour) for colour in ("gray", "red"))
+            return any(self._said(url, one) != text for one in plain)
 
-    def _description(self, answer: Any) -> str:
-        """What the answer says of the picture; Retryable if that is no description."""
+        if not self._hosts.sees(url, text, picture, says_else):
+            raise Fatal("model_says_the_same", url=public(url))
+        self._hosts.answered(url, number)
+        return text
+
+    def _said(self, url: str, picture: Picture, body: bytes = b"") -> str:
+        """The description in a host's answer; Retryable if it is none."""
+        answer = self._ask(url, picture, body)
         if dig(answer, *self._dialect.finish) == "length":
             raise Retryable("answer_cut", tokens=self._config.max_tokens)
         return description_in(dig(answer, *self._dialect.text))
+
+    def _body(self, picture: Picture, *, switch: bool = True) -> bytes:
+        """What is asked, as JSON; without the switch for thinking, which some hosts refuse."""
+        config, dialect = self._config, self._dialect
+        model, prompt, tokens = config.model_name, config.prompt, config.max_tokens
+        question = dialect.question(model, prompt, picture.mime, tokens)
+        question |= dialect.thinking(config.think) if switch else {}
+        # JSON's encoder would take a millisecond for the picture
+        return json.dumps(question).encode().replace(PICTURE.encode(), picture.base64)
+
+    def _ask(self, url: str, picture: Picture, body: bytes = b"") -> Any:
+        """One question to one host; asked again without the switch it refuses."""
+        ask = functools.partial(self._call, url, "POST", self._dialect.chat, headers=JSON_BODY)
+        log.debug("asking %s", public(url))
+        if url not in self._hosts.no_switch:
+            try:
+                return ask(data=body or self._body(picture))
+            except Retryable as error:
+                if error.key != "picture_refused" or not THINK_REFUSED.search(str(error)):
+                    raise
+                self._hosts.no_switch.add(url)
+        return ask(data=self._body(picture, switch=False))
+
+    def _probe(self, url: str) -> bool:
+        """Whether a host that was absent is back, by a request that costs it nothing."""
+        try:
+            self._call(url, "GET", self._dialect.alive, timeout=PROBE_TIMEOUT)
+        except AnalyzeError as error:  # it may be there, though it says no more
+            return not isinstance(error, Retryable) or error.key in ("not_json", "host_failed")
+        return True
 
     def _call(self, url: str, method: str, path: str, **options: Any) -> Any:
         own: dict[str, Any] = {"timeout": self._config.timeout, "limit": ANSWER_LIMIT}
@@ -1602,31 +1673,26 @@ class Ai:
         return http(self._session, method, address, blame=model_host_error, **own | options).json()
 
     def check(self) -> None:
-        """Ask each host for the model once, before the first photo.
+        """Ask each host for the model; Unavailable if none is there, Fatal if all need a person."""
+        troubles = {url: error for url in self._config.hosts if (error := self._trouble(url))}
+        fatal = [isinstance(e, Fatal) and not isinstance(e, Unexpected) for e in troubles.values()]
+        if len(troubles) == len(self._config.hosts) and not all(fatal):
+            raise Unavailable("no_host", why="; ".join(map(str, troubles.values())))
+        for url, error in troubles.items():
+            self._hosts.unavailable(url, error)
 
-        A host that is busy, or still loads its model, is there. Raises HostDown when no
-        host is, Fatal when the last one cannot do the work.
-        """
-        away: dict[str, AnalyzeError] = {}
-        for url in self._config.hosts:
+    def _trouble(self, url: str) -> AnalyzeError | None:
+        """Why a host cannot describe photos, as far as it tells; None for one that is loading."""
+        try:
             ask = functools.partial(self._call, url, timeout=CHECK_TIMEOUT)
-            try:
-                if self._dialect.sees(ask, self._config.model_name) is False:
-                    raise Fatal("model_blind", url=public(url))
-            except Unexpected as error:
-                away[url] = error
-            except Fatal as error:
-                self._hosts.strike(url, error)
-            except Permanent as error:
+            if self._dialect.sees(ask, self._config.model_name) is False:
+                return Fatal("model_blind", url=public(url))
+        except AnalyzeError as error:
+            if error.key == "picture_refused":  # there is no picture yet: it is about the model
                 why = error.fields["why"]
-                self._hosts.strike(url, Fatal("model_missing", url=public(url), why=why))
-            except Retryable as error:
-                if error.key != "host_busy":
-                    away[url] = error
-        if len(away) == sum(not host.struck for host in self._hosts.seen()):
-            raise HostDown("no_host", why="; ".join(map(str, away.values())))
-        for url, trouble in away.items():
-            self._hosts.down(url, trouble)
+                return Fatal("model_missing", url=public(url), why=why)
+            return None if error.key == "host_busy" else error
+        return None
 
     def close(self) -> None:
         """Close the connections."""
@@ -1640,6 +1706,7 @@ class Ai:
 
 PAGE = 1000  # photos a listing asks for at once; the most that Immich gives
 IMMICH_TIMEOUT = 60.0  # with Redis hung, Immich answers a write late but has done it
+UPLOAD_TIME = timedelta(minutes=1)  # how late a photo may show in a listing after its date
 PREVIEW_LIMIT = 64 * 2**20  # bytes
 BODY_LIMIT = 10 * 2**20  # bytes that Immich takes of a request
 
@@ -1649,18 +1716,22 @@ NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")
 
 Version = tuple[int, int, int]
 Cursor = Any  # where a listing stands; only the library that made it looks inside
+Page = tuple[list[Photo], Cursor | None]  # and where it goes on; None at its end
 
 
 class Library(Protocol):
-    """What the pipeline asks of a library; every method raises only our errors."""
+    """What the pipeline asks of a library; every method raises only our errors.
+
+    Unavailable means that nothing works, Retryable and Permanent that this call failed.
+    """
+
+    must_confirm: bool  # whether a text may be lost after it was written
 
     def clock(self) -> datetime:
         """The time by the server's clock; ours may be wrong, or jump."""
 
-    def page(
-        self, cursor: Cursor | None, since: datetime | None = None
-    ) -> tuple[list[Asset], Cursor | None]:
-        """The next photos of a listing, and where it goes on; None at its end.
+    def page(self, cursor: Cursor | None, since: datetime | None = None) -> Page:
+        """The next photos of a listing.
 
         Only live photos (no videos, nothing hidden, locked, trashed or offline), and with
         `since` only those uploaded from then on.
@@ -1669,63 +1740,59 @@ class Library(Protocol):
     def total(self) -> int:
         """About how many photos the whole listing brings; an extra, so not all may ask."""
 
-    def news(self, since: datetime, now: datetime) -> list[Asset]:
-        """The photos that arrived between these times, ready or not, maybe some before."""
+    def news(self, since: datetime, started: datetime | None) -> list[Photo]:
+        """Photos whose preview was made since then; with `started`, none uploaded long before."""
 
-    def watch(self, seen: Callable[[str], None], cooldown: float) -> Arrivals | None:
-        """Calls `seen` with the id of each photo whose preview is written, if it can tell."""
+    def watch(self, event: Callable[[], None], cooldown: float) -> PreviewWatch | None:
+        """Calls `event` when a preview is written, if it can tell."""
 
-    def find(self, asset: Asset) -> Asset:
-        """A photo as it is now, ready or not; Gone if it is not to be described."""
+    def claim(self, photo: Photo) -> Photo:
+        """The photo with its note, kept from other instances; Skip if one of them has it."""
 
-    def claim(self, asset: Asset) -> Asset:
-        """The photo as it is now, kept from other instances; Gone if one of them has it."""
-
-    def release(self, asset: Asset) -> None:
+    def release(self, photo: Photo) -> None:
         """Leave a claimed photo to others; raises nothing."""
 
-    def preview(self, asset: Asset) -> bytes:
-        """The preview's file as it is."""
+    def look(self, photo: Photo) -> Photo:
+        """The photo as it is now, with its note; Skip if it is not to be described."""
 
-    def recall(self, asset: Asset) -> Asset:
-        """A photo with its note."""
+    def preview(self, photo: Photo) -> bytes | None:
+        """The preview's file as it is; None if there is none."""
 
-    def write(self, asset: Asset, text: str, note: Note | None) -> bool:
-        """Store a description in place of the listed one, and a note, or take the note away.
+    def write(self, photo: Photo, text: str, note: Note | None) -> bool:
+        """Store a description in place of the one that the photo had, with its note.
 
         False, and nothing written, if there is another one by now. May be called
         again after an error: a text that is there already counts as written.
         """
 
-    must_confirm: bool  # a text may be lost after it was written, and its note comes later
+    def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
+        """By id, descriptions written in the last `age` seconds, but of photos that are gone."""
 
-    def read_back(self, assets: Sequence[Asset], age: float) -> dict[str, str]:
-        """By id, the descriptions of photos that were written in the last `age` seconds.
-
-        Those that are gone are left out.
-        """
-
-    def remember(self, notes: Sequence[tuple[Asset, Note | None]]) -> None:
+    def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
         """Store the notes, or take them away, where this Immich keeps notes."""
 
     def close(self) -> None:
         """Close the connections; twice is fine."""
 
 
-def whole_library(call: Callable[[], T]) -> Callable[[], T]:
-    """The call, with all its trouble the library's, not one photo's: to be waited for, or final."""
+@contextmanager
+def blame(check: Callable[[], object]) -> Iterator[None]:
+    """Tell a library that is away from one that fails on this call: then `check` works.
 
-    def strict() -> T:
-        try:
-            return call()
-        except HostDown:
+    Statuses do not tell: Immich says 500 about one photo, and about everything while its
+    database is away; a proxy may say anything.
+    """
+    try:
+        yield
+    except (Retryable, Permanent, Unexpected) as error:
+        if isinstance(error, Unavailable):
             raise
-        except Retryable as error:
-            raise HostDown(error.key, pause=error.pause, **error.fields) from error
-        except (Permanent, Gone) as error:
-            raise Fatal(error.key, **error.fields) from error
-
-    return strict
+        kind = Permanent if isinstance(error, Permanent) else Retryable
+        try:
+            check()
+        except AnalyzeError:
+            kind = Unavailable
+        raise error.as_kind(kind) from error
 
 
 @dataclass(slots=True)
@@ -1737,7 +1804,6 @@ class Account:
     user_id: str | None  # None until known, as some keys may not ask for it
     strangers: set[str] = field(default_factory=set)  # partners, who share their photos
     refused: Fatal | None = None  # why the key is not used any more
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(slots=True)
@@ -1824,14 +1890,12 @@ class ApiLibrary:
         self._accounts = server.accounts
         users = range(len(server.accounts))
         self._parts = [(number, v) for number in users for v in ("timeline", "archive")]
-        self._ahead: timedelta | None = None  # of the server's clock before ours
 
     def clock(self) -> datetime:
-        """The Date header of GET /server/version; a proxy may have taken it away.
-
-        What the version is counts from then on: Immich may have been upgraded.
-        """
-        reply, self._server.version = immich_version(self._immich)
+        """The Date header of GET /server/version; a proxy may have taken it away."""
+        key = next(account.key for account in self._accounts if not account.refused)
+        with blame(functools.partial(granted, self._immich, key, self._server.version)):
+            reply, self._server.version = immich_version(self._immich)  # it may be another by now
         with suppress(ValueError):
             return date_in(reply.headers.get("Date", ""))
         return datetime.now(UTC)
@@ -1840,27 +1904,21 @@ class ApiLibrary:
         """Whether this release has metadata of photos that keys may write."""
         return self._server.version >= (2, 5, 0)
 
-    def _now(self) -> datetime:
-        """The server's time, which is asked for once."""
-        if self._ahead is None:
-            self._ahead = whole_library(self.clock)() - datetime.now(UTC)
-        return datetime.now(UTC) + self._ahead
+    def page(self, cursor: Walk | None, since: datetime | None = None) -> Page:
+        """A page by date of uploads, newest first."""
+        return self._page(cursor, {"createdAfter": iso(since)} if since else {})
 
-    def page(
-        self, cursor: Walk | None, since: datetime | None = None
-    ) -> tuple[list[Asset], Walk | None]:
+    def _page(self, cursor: Walk | None, bounds: dict[str, str]) -> Page:
         """POST /search/metadata, in the flat shape that all releases understand."""
         walk = cursor or Walk()
         number, visibility = self._parts[walk.part]
-        query = {"size": PAGE, "page": walk.page, "order": "desc", "withExif": True}
+        query = {"size": PAGE, "page": walk.page, "order": "desc", "withExif": True} | bounds
         if walk.before:
             query["takenBefore"] = iso(walk.before)
-        if since:
-            query["createdAfter"] = iso(since)
         body = query | self._filter(visibility)
         try:
             told = self._call(number, "POST", "/search/metadata", assets_found, json=body)
-        except Gone:  # with its key: on to the next one
+        except Skip:  # with its key: on to the next one
             told = {}
         items = [i for i in dig_list(told, "items") if isinstance(dig(i, "id"), str)]
         listed: dict[str, datetime] = {}
@@ -1869,14 +1927,14 @@ class ApiLibrary:
             date = moment(item.get("fileCreatedAt")) or date
             listed[item["id"]] = date
         fresh = (item for item in items if item["id"] not in walk.seen)
-        noted = not self._keeps_notes()
-        photos = ((item, photo_listed(item, str(number), noted=noted)) for item in fresh)
-        assets = [photo for item, photo in photos if photo and self._owns(number, item)]
+        note = UNREAD if self._keeps_notes() else None
+        found = ((item, photo_listed(item, str(number), note)) for item in fresh)
+        photos = [photo for item, photo in found if photo and self._owns(number, item)]
         more, stable = dig(told, "nextPage") is not None, self._server.version >= (3, 1, 0)
         step = onward(walk, listed, more, stable)
         if step is None and walk.part + 1 < len(self._parts):
             step = Walk(walk.part + 1)
-        return assets, step
+        return photos, step
 
     def _filter(self, visibility: str) -> dict[str, Any]:
         """Always an explicit visibility: what goes without saying differs by release."""
@@ -1900,174 +1958,139 @@ class ApiLibrary:
                     account.strangers.add(owner)  # another key of the same user
                 else:
                     account.user_id = owner
-            except Gone:
-                with suppress(Gone):
+            except Skip:
+                with suppress(Skip):
                     ask("GET")  # it is there still, so it is somebody else's
                     account.strangers.add(owner)
         return bool(owner) and owner == account.user_id
 
     def total(self) -> int:
         """POST /search/statistics, which needs asset.statistics."""
-        count = 0
-        for number, visibility in self._parts:
-            # not by _call: a key without this right is as good as any for the work
-            key, body = self._accounts[number].key, self._filter(visibility)
-            told = self._immich.call(key, "POST", "/search/statistics", json=body).json()
-            counted = dig(told, "total")
-            count += counted if isinstance(counted, int) else 0
-        return count
+        # not by _call: a key without this right is as good as any for the work
+        ask = functools.partial(self._immich.call, method="POST", path="/search/statistics")
+        parts = [(self._accounts[number].key, self._filter(v)) for number, v in self._parts]
+        totals = [dig(ask(key, json=body).json(), "total") for key, body in parts]
+        return sum(total for total in totals if isinstance(total, int))
 
-    def news(self, since: datetime, now: datetime) -> list[Asset]:
-        """What was uploaded since then: all pages of it, mostly one."""
-        assets, cursor = self.page(None, since)
-        while cursor:
-            more, cursor = self.page(cursor, since)
-            assets += more
-        return assets
+    def news(self, since: datetime, started: datetime | None) -> list[Photo]:
+        """What was updated since then, as a photo is when its preview is made."""
+        uploaded = {"createdAfter": iso(started - UPLOAD_TIME)} if started else {}
+        return [photo for photo in self._updated(since, uploaded) if photo.ready]
 
-    def watch(self, seen: Callable[[str], None], cooldown: float) -> None:
+    def _updated(self, since: datetime, bounds: dict[str, str]) -> Iterator[Photo]:
+        cursor = None
+        while True:
+            photos, cursor = self._page(cursor, {"updatedAfter": iso(since)} | bounds)
+            yield from photos
+            if not cursor:
+                return
+
+    def watch(self, event: Callable[[], None], cooldown: float) -> None:
         """Nothing to watch: Immich tells of uploads only to keys that may do everything."""
 
-    def find(self, asset: Asset) -> Asset:
-        """GET /assets/{id}."""
-        found = photo_listed(self._read(asset), asset.source, noted=asset.noted)
-        if not found:
-            raise Gone("photo_excluded")
-        return replace(found, note=asset.note)
+    def claim(self, photo: Photo) -> Photo:
+        """GET /assets/{id}/metadata/{key}; nothing arbitrates between instances but `--shard`."""
+        if not self._keeps_notes():
+            return replace(photo, note=None)
+        try:
+            path = f"/assets/{photo.id}/metadata/{KEY}"
+            value = dig(self._call(int(photo.source), "GET", path, Reply.json), "value")
+        except Missing:
+            value = None
+        return replace(photo, note=note_in(value))
 
-    def claim(self, asset: Asset) -> Asset:
-        """As it was listed: nothing arbitrates between instances but `--shard`."""
-        return asset
-
-    def release(self, asset: Asset) -> None:
+    def release(self, photo: Photo) -> None:
         """Nothing was claimed."""
 
-    def preview(self, asset: Asset) -> bytes:
+    def look(self, photo: Photo) -> Photo:
+        """GET /assets/{id}, and its note."""
+        found = photo_listed(self._read(photo), photo.source, None)
+        if not found:
+            raise Skip("photo_excluded")
+        return self.claim(found)
+
+    def preview(self, photo: Photo) -> bytes | None:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
-        ask = functools.partial(self._call, int(asset.source), limit=PREVIEW_LIMIT)
+        ask = functools.partial(self._call, int(photo.source), limit=PREVIEW_LIMIT)
         query = {"size": "preview", "edited": "true"}
-        return ask("GET", f"/assets/{asset.id}/thumbnail", no_web_page, params=query)
-
-    def recall(self, asset: Asset) -> Asset:
-        """GET /assets/{id}/metadata/{key}, which is 400 where there is none."""
-        if asset.noted:
-            return asset
         try:
-            path = f"/assets/{asset.id}/metadata/{KEY}"
-            value = dig(self._call(int(asset.source), "GET", path, Reply.json), "value")
-        except Permanent:
-            value = None
-        return replace(asset, note=note_in(value), noted=True)
+            return ask("GET", f"/assets/{photo.id}/thumbnail", no_web_page, params=query)
+        except Missing:
+            return None
 
-    def write(self, asset: Asset, text: str, note: Note | None) -> bool:
+    def write(self, photo: Photo, text: str, note: Note | None) -> bool:
         """GET and PUT /assets/{id}: there is no write on condition, so read just before.
 
-        The GET also tells whether a write that timed out was done after all. A second
-        PUT close to the first could be lost.
+        The GET also tells whether a write that timed out was done after all: a second PUT
+        close to the first could be lost. The note goes first, so that a text of ours never
+        stands without one, wherever the process is killed.
         """
-        current = self._read(asset)
+        current = self._read(photo)
         stored = dig(current, "exifInfo", "description") or ""
-        if stored == text:
-            return True
         if dig(current, "isTrashed") is True:
-            raise Gone("photo_gone")
-        if stored != asset.description:
+            raise Skip("photo_gone")
+        if stored not in (text, photo.description):
             return False
         body = json.dumps({"description": text}).encode()
         if len(body) > BODY_LIMIT:
             raise Permanent("description_too_long")
-        path = f"/assets/{asset.id}"
-        self._call(int(asset.source), "PUT", path, Reply.json, data=body, headers=JSON_BODY)
+        if note:
+            self.remember([(photo, note)])
+        if stored != text:
+            path = f"/assets/{photo.id}"
+            self._call(int(photo.source), "PUT", path, Reply.json, data=body, headers=JSON_BODY)
         return True
 
-    def read_back(self, assets: Sequence[Asset], age: float) -> dict[str, str]:
+    def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
         """POST /search/metadata for many that were updated, GET /assets/{id} for each other."""
         stored: dict[str, str] = {}
-        if len(assets) > 1:
-            query = {"size": PAGE, "withExif": True, "order": "desc"}
-            query["updatedAfter"] = iso(self._now() - timedelta(seconds=age + 10))
-            for number, visibility in self._parts:
-                own = {asset.id for asset in assets if asset.source == str(number)}
-                if own <= stored.keys():
-                    continue
-                body = query | self._filter(visibility)
-                with suppress(Gone):  # with its key
-                    told = self._call(number, "POST", "/search/metadata", assets_found, json=body)
-                    for item in dig_list(told, "items"):
-                        if (asset_id := dig(item, "id")) in own:
-                            text = dig(item, "exifInfo", "description")
-                            stored[asset_id] = text if isinstance(text, str) else ""
-        for asset in assets:
-            if asset.id not in stored:
-                with suppress(Gone):
-                    stored[asset.id] = dig(self._read(asset), "exifInfo", "description") or ""
+        if len(photos) > len(self._parts):  # else these are fewer requests
+            since = self.clock() - timedelta(seconds=age + 10)
+            stored = {photo.id: photo.description for photo in self._updated(since, {})}
+        for photo in photos:
+            if photo.id not in stored:
+                with suppress(Skip):
+                    stored[photo.id] = dig(self._read(photo), "exifInfo", "description") or ""
         return stored
 
-    def remember(self, notes: Sequence[tuple[Asset, Note | None]]) -> None:
-        """PUT /assets/metadata for many, /assets/{id}/metadata for each where that is refused."""
-        if not self._keeps_notes():
-            return
-        now = datetime.now(UTC)
-        for number in range(len(self._accounts)):
-            own = [(asset, note) for asset, note in notes if asset.source == str(number)]
-            kept = [(asset, {"key": KEY, "value": note.value(now)}) for asset, note in own if note]
-            items = [{"assetId": asset.id, **item} for asset, item in kept]
-            try:
-                if items:
-                    self._call(number, "PUT", "/assets/metadata", Reply.json, json={"items": items})
-            except (Permanent, Gone):  # one that is gone stands for all
-                for asset, item in kept:
-                    with suppress(Permanent, Gone):
-                        path = f"/assets/{asset.id}/metadata"
-                        self._call(number, "PUT", path, Reply.json, json={"items": [item]})
-            for asset in (asset for asset, note in own if not note):
-                with suppress(Permanent, Gone):
-                    path = f"/assets/{asset.id}/metadata/{KEY}"
-                    self._call(number, "DELETE", path, no_web_page)
+    def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
+        """PUT or DELETE /assets/{id}/metadata for each; one that is refused costs nothing else."""
+        for photo, note in notes if self._keeps_notes() else ():
+            ask = functools.partial(self._call, int(photo.source))
+            path = f"/assets/{photo.id}/metadata"
+            with suppress(Permanent, Skip, Missing):
+                if note:
+                    item = {"key": KEY, "value": note.value(datetime.now(UTC))}
+                    ask("PUT", path, Reply.json, json={"items": [item]})
+                else:
+                    ask("DELETE", f"{path}/{KEY}", no_web_page)
 
-    def _read(self, asset: Asset) -> dict[str, Any]:
+    def _read(self, photo: Photo) -> dict[str, Any]:
         """GET /assets/{id}; Retryable if something else answers."""
-        told = self._call(int(asset.source), "GET", f"/assets/{asset.id}", Reply.json)
-        if dig(told, "id") != asset.id:
+        told = self._call(int(photo.source), "GET", f"/assets/{photo.id}", Reply.json)
+        if dig(told, "id") != photo.id:
             raise Retryable("not_json", url=public(self._immich.url))
         return dict(told)
 
     def _call(
         self, number: int, method: str, path: str, read: Callable[[Reply], T], **options: Any
     ) -> T:
-        """A request by one of the keys, and its answer read.
-
-        Gone once the key is refused, Fatal if it was the last.
-        """
+        """A request by one of the keys, and its answer read; Skip once the key is refused."""
         account = self._accounts[number]
+        check = functools.partial(granted, self._immich, account.key, self._server.version)
         try:
             if not account.refused:
-                return read(self._immich.call(account.key, method, path, **options))
-        except (Retryable, Unexpected) as error:
-            raise self._blamed(error, account.key) from error
+                with blame(check):
+                    return read(self._immich.call(account.key, method, path, **options))
         except Fatal as error:
             if error.key not in ("immich_key_refused", "immich_permission_missing"):
                 raise
-            with account.lock:
-                first, account.refused = not account.refused, error
+            first, account.refused = not account.refused, error
             if all(other.refused for other in self._accounts):
                 raise
             if first:
                 log.error("%s", t("key_refused", number=account.number, why=error))
-        raise Gone("key_refused", number=account.number, why=account.refused)
-
-    def _blamed(self, error: AnalyzeError, key: str) -> Retryable:
-        """Trouble with this request alone, or HostDown if Immich answers nothing else either.
-
-        Its statuses do not tell: it says 500 about one photo, and about everything while
-        its database is away; and a proxy may say anything.
-        """
-        kind, pause = Retryable, getattr(error, "pause", None)
-        try:
-            granted(self._immich, key, self._server.version)
-        except AnalyzeError:
-            kind = HostDown
-        return kind(error.key, pause=pause, **error.fields)
+        raise Skip("key_refused", number=account.number, why=account.refused)
 
     def close(self) -> None:
         """Close the connections."""
@@ -2089,23 +2112,20 @@ def no_web_page(reply: Reply) -> bytes:
     return reply.body
 
 
-def photo_listed(item: Mapping[str, Any], source: str, *, noted: bool) -> Asset | None:
-    """A photo as POST /search/metadata lists it; None for what the search let through besides.
-
-    No preview was made if thumbhash is null.
-    """
+def photo_listed(item: Mapping[str, Any], source: str, note: Note | None) -> Photo | None:
+    """A photo as POST /search/metadata lists it; None for what the search let through besides."""
     if item.get("type") != "IMAGE" or item.get("visibility") in ("hidden", "locked"):
         return None
     if item.get("isTrashed") is True or item.get("isOffline") is True:
         return None
     description = dig(item, "exifInfo", "description")
-    return Asset(
+    return Photo(
         id=item["id"],
         name=str(item.get("originalFileName") or item["id"]),
         description=description if isinstance(description, str) else "",
         source=source,
-        ready=bool(item.get("thumbhash")),
-        noted=noted,
+        ready=bool(item.get("thumbhash")),  # null until the preview is made
+        note=note,
         library=str(item.get("libraryId") or ""),
     )
 
@@ -2176,30 +2196,36 @@ def user_of(immich: Immich, key: str, version: Version) -> str | None:
     return user_id if isinstance(user_id, str) else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Statements:
     """The SQL for one generation of Immich's tables."""
 
-    listing: str  # since, after, limit → the columns of an Asset
-    news: str  # since, now, after, limit → the same and a mark to go on after, in its order
-    find: str  # id → the same, and whether it is live and whether it is ready
+    listing: str  # since, after, limit → the columns of a Photo
+    news: str  # since, uploaded, after, limit → the same and a mark to go on after, in its order
+    look: str  # id → the same, and whether it is live and whether it is ready
     count: str
     write: str  # id, text, listed, note
     forget: str  # the same, and takes the note away
     remember: str  # id, note
     samples: str  # → paths of some previews
+    grants: str  # reads, writes, rights → the statements that grant what is missing
+    # two numbers, as Immich's own locks have one; the first says whose they are
+    claim: str = "SELECT pg_try_advisory_lock(1229802817, hashtext(%(id)s))"
+    release: str = "SELECT pg_advisory_unlock(1229802817, hashtext(%(id)s))"
+    clock: str = "SELECT clock_timestamp()"
+    read_only: str = "SHOW transaction_read_only"
+    reads: list[str]  # tables
+    writes: list[str]  # columns of the table that is written to
+    rights: list[str]  # others, such as "INSERT asset_metadata"
     locks: bool  # a description can be kept from being extracted anew (2.4 on)
     notes: bool  # Immich keeps them (2.5 on)
-    reads: list[str]  # tables
-    exif: str  # the table to write to, and its columns
-    writes: list[str]
+    audit: bool  # who deletes a note also writes there, by a trigger
 
 
-# A text is kept from being extracted anew; where ours is taken back, the camera's may return.
-LOCK = """, "lockedProperties" = CASE WHEN %(text)s = ''
-    THEN nullif(array_remove(e."lockedProperties", 'description'), '{}')
-    ELSE (SELECT array_agg(DISTINCT p) FROM unnest(
-        coalesce(e."lockedProperties", '{}') || ARRAY['description']::varchar[]) p) END"""
+# A text is kept from being extracted anew; so is that ours was taken back, as Immich may have
+# written ours to the XMP file.
+LOCK = """, "lockedProperties" = (SELECT array_agg(DISTINCT p) FROM unnest(
+    coalesce(e."lockedProperties", '{}') || ARRAY['description']::varchar[]) p)"""
 SOURCE = """FROM {asset} a {memory}
     LEFT JOIN {exif} e ON e."assetId" = a.id
     LEFT JOIN asset_job_status j ON j."assetId" = a.id
@@ -2217,12 +2243,21 @@ KEEP_NOTE = """INSERT INTO asset_metadata ("assetId", key, value)
 DROP_NOTE = (
     """DELETE FROM asset_metadata WHERE key = %(key)s AND "assetId" IN (SELECT id FROM {})"""
 )
-FEED_LAG = timedelta(seconds=2)  # a row shows only when its transaction ends
 # The UUID version 7 that an `updateId` of this moment begins with.
 UUID_AT = """(lpad(to_hex((extract(epoch FROM {}) * 1000)::bigint), 12, '0')
     || repeat('0', 20))::uuid"""
 
-
+MISSING_GRANTS = """
+    SELECT format('GRANT SELECT ON %%I TO %%I', name, current_user) FROM unnest(%(reads)s) name
+    WHERE NOT has_any_column_privilege(quote_ident(name)::regclass, 'SELECT')
+    UNION ALL
+    SELECT format('GRANT UPDATE (%%I) ON {exif} TO %%I', name, current_user)
+    FROM unnest(%(writes)s) name WHERE NOT has_column_privilege('{exif}', name, 'UPDATE')
+    UNION ALL
+    SELECT format('GRANT %%s ON %%I TO %%I', split_part(need, ' ', 1), name, current_user)
+    FROM unnest(%(rights)s::text[]) need, split_part(need, ' ', 2) name
+    WHERE NOT has_table_privilege(to_regclass(name), split_part(need, ' ', 1))"""
+NOTE_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 # Not by coalesce(), which hides from the planner how few those are.
 EMPTY = "(e.description IS NULL OR e.description !~ '[^[:space:]]')"
 
@@ -2236,16 +2271,14 @@ def table_names(tables: Mapping[str, set[str]]) -> tuple[str, str, str]:
     return names
 
 
-def statements(
-    tables: Mapping[str, set[str]], policy: Policy, oldest: str = "-infinity"
-) -> Statements:
-    """Choose SQL by tables and columns, not by version, for photos uploaded since `oldest`."""
+def statements(tables: Mapping[str, set[str]], policy: Policy) -> Statements:
+    """Choose SQL by tables and columns, not by version."""
     asset, exif, file = names = table_names(tables)
     edited = 'ORDER BY "isEdited" DESC' if "isEdited" in tables[file] else ""
     old = "visibility" not in tables[asset]  # before 1.133
     live = f"""a."deletedAt" IS NULL AND a.status = 'active' AND NOT a."isOffline"
         AND {'a."isVisible"' if old else "a.visibility IN ('timeline', 'archive')"}
-        AND a.type = 'IMAGE' AND a."createdAt" >= '{oldest}'"""
+        AND a.type = 'IMAGE'"""
     extracted = 'j."metadataExtractedAt" IS NOT NULL'
     ready = f'{extracted} AND e."assetId" IS NOT NULL AND f.path IS NOT NULL'
     locks, notes = "lockedProperties" in tables[exif], "isEdited" in tables[asset]
@@ -2263,20 +2296,22 @@ def statements(
             AND j."assetId" > %(after)s::uuid ORDER BY a.id LIMIT %(limit)s""",
         news=f"""SELECT {columns}, n."updateId" {source}
             JOIN {file} n ON n."assetId" = a.id AND n.type = 'preview'
-            WHERE {wanted} AND n."updateId" < {UUID_AT.format("%(now)s")}
+            WHERE {wanted} AND (%(uploaded)s IS NULL OR a."createdAt" >= %(uploaded)s)
             AND n."updateId" > greatest(%(after)s::uuid, {UUID_AT.format("%(since)s")})
             ORDER BY n."updateId" LIMIT %(limit)s""",
-        find=f"SELECT {columns}, {live}, {ready} {source} WHERE a.id = %(id)s::uuid",
+        look=f"SELECT {columns}, {live}, {ready} {source} WHERE a.id = %(id)s::uuid",
         count=f"SELECT count(*) {source} WHERE {wanted}",
         write=CHANGE.format(**row, kept=kept.format(KEEP_NOTE.format("written"))),
         forget=CHANGE.format(**row, kept=kept.format(DROP_NOTE.format("written"))),
-        remember=KEEP_NOTE.format("(SELECT %(id)s AS id) one") if notes else "",
+        remember=KEEP_NOTE.format("(SELECT %(id)s AS id) one") if notes else "SELECT",
         samples=f"SELECT path FROM {file} WHERE type = 'preview' LIMIT 50",  # noqa: S608
+        grants=MISSING_GRANTS.format(exif=exif),
+        reads=[*names, "asset_job_status"],
+        writes=["description", "lockedProperties"][: 1 + locks],
+        rights=[f"{right} asset_metadata" for right in NOTE_RIGHTS if notes],
         locks=locks,
         notes=notes,
-        reads=[*names, "asset_job_status"],
-        exif=exif,
-        writes=["description", "lockedProperties"][: 1 + locks],
+        audit=notes and "asset_metadata_audit" in tables,
     )
 
 
@@ -2286,66 +2321,57 @@ TABLES = """
     JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
     WHERE pg_table_is_visible(c.oid) AND c.relkind IN ('r', 'p')
     GROUP BY c.relname"""
-MISSING_GRANTS = """
-    SELECT format('GRANT SELECT ON %%I TO %%I', name, current_user) FROM unnest(%(reads)s) name
-    WHERE NOT has_any_column_privilege(quote_ident(name)::regclass, 'SELECT')
-    UNION ALL
-    SELECT format('GRANT UPDATE (%%I) ON %%I TO %%I', name, %(exif)s, current_user)
-    FROM unnest(%(writes)s) name
-    WHERE NOT has_column_privilege(quote_ident(%(exif)s)::regclass, name, 'UPDATE')
-    UNION ALL
-    SELECT format('GRANT %%s ON asset_metadata TO %%I', name, current_user)
-    FROM unnest(%(notes)s::text[]) name
-    WHERE NOT has_table_privilege(to_regclass('asset_metadata'), name)"""
-# Two numbers, as Immich's own locks have one; the first says whose they are.
-CLAIM = "SELECT pg_try_advisory_lock(1229802817, hashtext(%(id)s))"
-RELEASE = "SELECT pg_advisory_unlock(1229802817, hashtext(%(id)s))"
 BEFORE_ALL_IDS = "00000000-0000-0000-0000-000000000000"
 REOPEN_AFTER = 3600.0  # seconds; Immich may have been upgraded, which changes its tables
 
 
-CONNECTION: dict[
-    str, Any
-] = {  # unless the setting says otherwise; a lost connection is noticed in a minute
+CONNECTION = {  # unless the setting says otherwise; a lost connection is noticed in a minute
     "application_name": "immich-analyze",
-    "connect_timeout": 10,
-    "keepalives_idle": 30,
-    "keepalives_interval": 10,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 60000,  # ms
+    "connect_timeout": "10",
+    "keepalives_idle": "30",
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "60000",  # ms
 }
 
 
 class Database:
     """One connection, opened when it is first needed, again after it was lost, and each hour."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, choose: Callable[[Mapping[str, set[str]]], Statements]) -> None:
         self._url = url
+        self._choose = choose  # makes the statements for the tables that a connection finds
         self._connection: psycopg2.extensions.connection | None = None
         self._opened = 0.0
-        self._tables: dict[str, set[str]] = {}
+        self._statements: Statements | None = None
 
-    def rows(self, statement: str, **parameters: object) -> list[tuple[Any, ...]]:
-        """Run one statement as a transaction of its own; the rows, if it gives any."""
+    def rows(self, name: str, **parameters: object) -> list[tuple[Any, ...]]:
+        """Run a statement as a transaction of its own; the rows, if it gives any."""
         kept = self._connection is not None  # since an earlier call, and maybe dead since then
         try:
+            statement = getattr(self.statements(), name)
             with sql(), self._open().cursor() as cursor:
                 cursor.execute(statement, parameters | {"key": KEY})
                 return cursor.fetchall() if cursor.description else [()] * cursor.rowcount
-        except HostDown:
+        except Unavailable:
             self.close()
             if not kept:
                 raise
         except Unexpected:  # the tables may be others by now
             self.close()
             raise
-        return self.rows(statement, **parameters)
+        return self.rows(name, **parameters)
 
-    def tables(self) -> dict[str, set[str]]:
-        """The columns of each table, as they were when the connection was made."""
+    def statements(self) -> Statements:
+        """The statements for the tables as they were when the connection was made."""
         with sql():
             self._open()
-        return self._tables
+        assert self._statements  # noqa: S101 - as there is a connection
+        return self._statements
+
+    def another(self) -> Database:
+        """A connection of its own to the same database."""
+        return Database(self._url, self._choose)
 
     def _open(self) -> psycopg2.extensions.connection:
         now, old = time.monotonic(), self._connection
@@ -2359,7 +2385,7 @@ class Database:
         with new.cursor() as cursor:
             cursor.execute("SET lock_timeout = '10s'; SET statement_timeout = '5min'")
             cursor.execute(TABLES)
-            self._tables = {name: set(columns) for name, columns in cursor}
+            self._statements = self._choose({name: set(columns) for name, columns in cursor})
         self._connection, self._opened = new, now
         return new
 
@@ -2379,133 +2405,122 @@ class DbLibrary:
 
     must_confirm = False
 
-    def __init__(
-        self, database: Database, choose: Callable[[Mapping[str, set[str]]], Statements], root: Path
-    ) -> None:
+    def __init__(self, database: Database, root: Path) -> None:
         self._database = database
-        self._choose = choose
         self._root = root
-        self._known: tuple[Mapping[str, set[str]], Statements] | None = None
 
-    @property
-    def _statements(self) -> Statements:
-        tables = self._database.tables()
-        if not self._known or self._known[0] is not tables:
-            try:
-                self._known = (tables, self._choose(tables))
-            except Unexpected:  # in the middle of a restore: look again the next time
-                self._database.close()
-                raise
-        return self._known[1]
+    def _rows(self, name: str, note: Note | None = None, **values: object) -> list[tuple[Any, ...]]:
+        stored = psycopg2.extras.Json(note.value(datetime.now(UTC))) if note else None
+        with blame(self._check):
+            return self._database.rows(name, note=stored, **values)
+
+    def _check(self) -> None:
+        """Raises where nothing works: without a connection, Immich's tables, or the previews."""
+        with closing(self._database.another()) as another:
+            check_database(another, self._root)
 
     def clock(self) -> datetime:
         """PostgreSQL's clock."""
-        now: datetime = self._database.rows("SELECT clock_timestamp()")[0][0]
+        now: datetime = self._rows("clock")[0][0]
         return now
 
-    def page(
-        self, cursor: str | None, since: datetime | None = None
-    ) -> tuple[list[Asset], str | None]:
+    def page(self, cursor: str | None, since: datetime | None = None) -> Page:
         """One page by id: only photos with work to do, each with its preview's path."""
-        listing, after = self._statements.listing, cursor or BEFORE_ALL_IDS
-        rows = self._database.rows(listing, since=since, after=after, limit=PAGE)
-        assets = [row_listed(row) for row in rows]
-        return assets, assets[-1].id if len(assets) == PAGE else None
+        rows = self._rows("listing", since=since, after=cursor or BEFORE_ALL_IDS, limit=PAGE)
+        photos = [row_listed(row) for row in rows]
+        return photos, photos[-1].id if len(photos) == PAGE else None
 
     def total(self) -> int:
         """The exact number of photos that the listing brings."""
-        return int(self._database.rows(self._statements.count)[0][0])
+        return int(self._rows("count")[0][0])
 
-    def news(self, since: datetime, now: datetime) -> list[Asset]:
+    def news(self, since: datetime, started: datetime | None) -> list[Photo]:
         """The feed of preview rows by `asset_file."updateId"`: only photos with work to do."""
-        assets: list[Asset] = []
-        rows: list[tuple[Any, ...]] = []
-        after = BEFORE_ALL_IDS
-        while not assets or len(rows) == PAGE:
-            bounds = {"since": since, "now": now - FEED_LAG, "after": after, "limit": PAGE}
-            rows = self._database.rows(self._statements.news, **bounds)
-            assets += map(row_listed, rows)
-            if not rows:
-                break
-            after = rows[-1][-1]
-        return assets
+        uploaded = started and started - SWEEP_SPAN  # as previews made anew are in the feed
+        bounds: dict[str, Any] = {"since": since, "uploaded": uploaded, "limit": PAGE}
+        rows = self._rows("news", after=BEFORE_ALL_IDS, **bounds)
+        photos = [row_listed(row) for row in rows]
+        while len(rows) == PAGE:
+            rows = self._rows("news", after=rows[-1][-1], **bounds)
+            photos += map(row_listed, rows)
+        return photos
 
-    def watch(self, seen: Callable[[str], None], cooldown: float) -> Arrivals:
+    def watch(self, event: Callable[[], None], cooldown: float) -> PreviewWatch:
         """Watch `thumbs/`."""
-        return Arrivals(self._root / "thumbs", seen, cooldown)
+        return PreviewWatch(self._root / "thumbs", event, cooldown)
 
-    def find(self, asset: Asset) -> Asset:
-        """Look a photo up by its id."""
-        rows = self._database.rows(self._statements.find, id=asset.id)
-        if not rows or not rows[0][-2]:
-            raise Gone("photo_excluded")
-        return replace(row_listed(rows[0]), ready=rows[0][-1])
-
-    def recall(self, asset: Asset) -> Asset:
-        """The note came with the listing."""
-        return asset
-
-    def claim(self, asset: Asset) -> Asset:
-        """Take an advisory lock on this connection, with which it ends; then look the photo up."""
-        if self._database.rows(CLAIM, id=asset.id) != [(True,)]:
-            raise Gone("claimed_elsewhere")
+    def claim(self, photo: Photo) -> Photo:
+        """Take an advisory lock on this connection, with which it ends; then look."""
+        if self._rows("claim", id=photo.id) != [(True,)]:
+            raise Skip("claimed_elsewhere")
         try:
-            return self.find(asset)
+            return self.look(photo)
         except AnalyzeError:
-            self.release(asset)
+            self.release(photo)
             raise
 
-    def release(self, asset: Asset) -> None:
+    def release(self, photo: Photo) -> None:
         """Give the lock back, if need be with the connection."""
         try:
-            self._database.rows(RELEASE, id=asset.id)
+            self._rows("release", id=photo.id)
         except AnalyzeError:
             self._database.close()
 
-    def preview(self, asset: Asset) -> bytes:
+    def look(self, photo: Photo) -> Photo:
+        """Look the photo up by its id."""
+        rows = self._rows("look", id=photo.id)
+        if not rows or not rows[0][-2]:
+            raise Skip("photo_excluded")
+        return replace(row_listed(rows[0]), ready=rows[0][-1])
+
+    def preview(self, photo: Photo) -> bytes | None:
         """Read the file that `asset_file.path` names, or names by now.
 
-        Unexpected if the folder has none of the previews: the disk or share is away.
+        Unavailable if the folder has none of the previews: the disk or share is away.
         """
         try:
-            return read_file(inside(self._root, asset.source))
-        except Permanent as error:
-            now = self.find(asset)
-            if trouble := root_trouble(self._root, self._database, self._statements):
-                raise trouble from error
-            # it may lie elsewhere by now, or the disk may just have come back
-            return read_file(inside(self._root, now.source or asset.source))
+            return read_file(inside(self._root, photo.source))
+        except (Missing, Permanent):
+            with blame(self._check):
+                self._check()
+        # it may lie elsewhere by now, or the disk may just have come back
+        with suppress(Missing):
+            return read_file(inside(self._root, self.look(photo).source or photo.source))
+        return None
 
-    def write(self, asset: Asset, text: str, note: Note | None) -> bool:
+    def write(self, photo: Photo, text: str, note: Note | None) -> bool:
         """UPDATE the row if it still holds what was listed, lock the property, keep the note."""
-        statement = self._statements.write if note else self._statements.forget
-        values = {"id": asset.id, "text": text, "listed": asset.description}
-        if self._database.rows(statement, note=as_json(note), **values):
+        values = {"id": photo.id, "text": text, "listed": photo.description}
+        if self._rows(
+            "write" if note else "forget",
+            note=note,
+            **values,
+        ):
             return True
-        stored = self.find(asset)
+        stored = self.look(photo)
         if not stored.ready:
-            raise Gone("photo_gone")
+            raise Skip("photo_gone")
         return stored.description == text
 
-    def read_back(self, assets: Sequence[Asset], age: float) -> dict[str, str]:
+    def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
         """Nothing to read back: PostgreSQL keeps what it took."""
         return {}
 
-    def remember(self, notes: Sequence[tuple[Asset, Note | None]]) -> None:
+    def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
         """INSERT or UPDATE the rows of `asset_metadata`."""
-        for asset, note in notes:
-            if note and self._statements.notes:
-                self._database.rows(self._statements.remember, id=asset.id, note=as_json(note))
+        for photo, note in notes:
+            if note:
+                self._rows("remember", id=photo.id, note=note)
 
     def close(self) -> None:
         """Close the connection."""
         self._database.close()
 
 
-def row_listed(row: Sequence[Any]) -> Asset:
+def row_listed(row: Sequence[Any]) -> Photo:
     """A photo as the statements list it."""
     asset_id, name, description, path, note, library = row[:6]
-    return Asset(
+    return Photo(
         id=str(asset_id),
         name=name,
         description=description,
@@ -2515,29 +2530,24 @@ def row_listed(row: Sequence[Any]) -> Asset:
     )
 
 
-def as_json(note: Note | None) -> str | None:
-    """A note as PostgreSQL takes it."""
-    return json.dumps(note.value(datetime.now(UTC))) if note else None
-
-
 PREVIEW_NAME = re.compile(
     r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})[-_]preview(?:_edited)?\.(?:jpeg|jpg|webp)"
 )
 RENEW_AFTER = 3600.0  # seconds between two beginnings of the watch, as each is hard work
-WRITTEN = [FileCreatedEvent, FileModifiedEvent, FileClosedEvent, FileMovedEvent]
+WRITTEN = [fs.FileCreatedEvent, fs.FileModifiedEvent, fs.FileClosedEvent, fs.FileMovedEvent]
 
 
-class Arrivals(FileSystemEventHandler):
+class PreviewWatch(fs.FileSystemEventHandler):
     """Tells by inotify of previews that are written, each once in `cooldown` seconds.
 
     It only makes things prompt: what it misses, the database has. So trouble with it is
     one line, and no error.
     """
 
-    def __init__(self, folder: Path, seen: Callable[[str], None], cooldown: float) -> None:
+    def __init__(self, folder: Path, event: Callable[[], None], cooldown: float) -> None:
         self.since = math.inf  # when it began to see everything
         self._folder = folder
-        self._seen = seen
+        self._event = event
         self._cooldown = cooldown
         self._quiet: dict[str, float] = {}  # id: until when; only the observer's thread asks
         self._missed = False
@@ -2561,7 +2571,7 @@ class Arrivals(FileSystemEventHandler):
             return
         try:
             # folders that go beyond the limit are left out in silence, but then one more does too
-            nothing, parent = FileSystemEventHandler(), str(self._folder.parent)
+            nothing, parent = fs.FileSystemEventHandler(), str(self._folder.parent)
             observer.unschedule(observer.schedule(nothing, parent, event_filter=[]))
         except OSError as error:
             if error.errno == errno.ENOSPC:
@@ -2569,11 +2579,11 @@ class Arrivals(FileSystemEventHandler):
         self.since = time.monotonic()
 
     def _complain(self, error: OSError) -> None:
-        full, many = error.errno == errno.ENOSPC, error.errno == errno.EMFILE
-        key = "watch_limit" if full else "watch_instances" if many else "watch_failed"
+        keys = {errno.ENOSPC: "watch_limit", errno.EMFILE: "watch_instances"}
+        key = keys.get(error.errno or 0, "watch_failed")
         log.warning("%s", t(key, folder=self._folder, why=error.strerror))
 
-    def on_any_event(self, event: FileSystemEvent) -> None:
+    def on_any_event(self, event: fs.FileSystemEvent) -> None:
         """Called by the observer, in its thread."""
         name = os.path.basename(os.fsdecode(event.dest_path or event.src_path))
         if not (match := PREVIEW_NAME.fullmatch(name)):
@@ -2583,7 +2593,7 @@ class Arrivals(FileSystemEventHandler):
             del self._quiet[first]
         if asset_id not in self._quiet:
             self._quiet[asset_id] = now + self._cooldown
-            self._seen(asset_id)
+            self._event()
 
     def missed(self) -> None:
         """Say, once, that photos arrived without being seen; the folder may be another by now."""
@@ -2603,23 +2613,24 @@ def inside(root: Path, path: str) -> Path:
     """Where a preview lies on this machine.
 
     Immich's paths begin with the folder as its container sees it (/data, /usr/src/app/
-    upload, or none), but all previews lie under `thumbs/`. Permanent for one outside.
+    upload, or none), but all previews lie under `thumbs/`. Permanent for one outside,
+    Missing for one that leads nowhere.
     """
     _, thumbs, rest = path.rpartition("thumbs/")
     try:
         real = (root / thumbs / rest).resolve()
     except (OSError, RuntimeError) as error:  # links that lead in a circle
-        raise Permanent("preview_missing") from error
+        raise Missing("preview_missing") from error
     if not thumbs or not real.is_relative_to(root.resolve()):
         raise Permanent("preview_outside", path=path)
     return real
 
 
 def read_file(path: Path) -> bytes:
-    """A regular file's content; Permanent if there is none to read, Retryable for a sick disk."""
+    """A regular file's content; Missing, Permanent without rights, Retryable for a sick disk."""
     try:
         if not path.is_file():  # opening a named pipe would wait for ever
-            raise Permanent("preview_missing")
+            raise Missing("preview_missing")
         with path.open("rb") as file:
             return file.read(PREVIEW_LIMIT)
     except OSError as error:
@@ -2631,51 +2642,48 @@ def read_file(path: Path) -> bytes:
 def open_database(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
     """Check the connection, tables, rights and the folder of the previews."""
     url, root = postgres_url(config.postgres_url), config.immich_root
-    with closing(Database(url)) as database:
-        oldest = "-infinity"
-        if not config.mode.backlog:
-            [(now,)] = database.rows("SELECT clock_timestamp()")
-            oldest = (now - SWEEP_SPAN).isoformat()
-        choose = functools.partial(statements, policy=config.policy, oldest=oldest)
-        chosen = choose(database.tables())
-        if database.rows("SHOW transaction_read_only") != [("off",)]:
-            raise Unexpected("database_read_only")
-        needs = {"reads": chosen.reads, "exif": chosen.exif, "writes": chosen.writes}
-        needs["notes"] = ["SELECT", "INSERT", "UPDATE", "DELETE"] if chosen.notes else []
-        if missing := database.rows(MISSING_GRANTS, **needs):
+    choose = functools.partial(statements, policy=config.policy)
+    with closing(Database(url, choose)) as database:
+        chosen = database.statements()
+        audit = ["INSERT asset_metadata_audit"] if chosen.audit and config.undo else []
+        needs = {"reads": chosen.reads, "writes": chosen.writes, "rights": chosen.rights + audit}
+        if missing := database.rows("grants", **needs):
             raise Fatal("grants_missing", grants="; ".join(grant for (grant,) in missing))
-        if trouble := root_trouble(root, database, chosen):
-            raise trouble
+        check_database(database, root)
     if config.policy is Policy.OUTDATED and not chosen.notes:
         raise Fatal("notes_needed")
     if not chosen.locks:
         log.warning("%s", t("no_lock"))
-    return lambda: DbLibrary(Database(url), choose, root), lambda: True
+    return lambda: DbLibrary(Database(url, choose), root), lambda: True
 
 
-def root_trouble(root: Path, database: Database, chosen: Statements) -> Unexpected | None:
-    """What is wrong with the folder of the previews, judged by some that it should hold."""
+def check_database(database: Database, root: Path) -> None:
+    """Unexpected if it takes no writes, or the folder does not hold some of its previews."""
+    if database.rows("read_only") != [("off",)]:
+        raise Unexpected("database_read_only")
     if not os.path.isdir(root / "thumbs"):  # also where it may not be looked at
-        return Unexpected("root_wrong", root=root)
-    samples = [path for (path,) in database.rows(chosen.samples)]
-    if not samples or any(is_preview(root, path) for path in samples):
-        return None
-    looked_for = root / "thumbs" / samples[0].rpartition("thumbs/")[2]
-    return Unexpected("root_empty", root=root, path=looked_for)
+        raise Unexpected("root_wrong", root=root)
+    samples = [path for (path,) in database.rows("samples")]
+    if samples and not any(is_preview(root, path) for path in samples):
+        path = root / "thumbs" / samples[0].rpartition("thumbs/")[2]
+        raise Unexpected("root_empty", root=root, path=path)
 
 
 def is_preview(root: Path, path: str) -> bool:
     """Whether the file that a path of the database names can be read here."""
     try:
         return os.access(inside(root, path), os.R_OK)
-    except Permanent:
+    except (Missing, Permanent):
         return False
 
 
 def open_library(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
-    """Check the library once; what makes one for each worker, and what tells if all was reached."""
+    """What makes a library for each worker, once it was checked, and tells if all was reached."""
     opener = open_api if config.access is Access.API else open_database
-    return whole_library(lambda: opener(config))()
+    try:
+        return opener(config)
+    except (Retryable, Permanent, Missing, Skip) as error:
+        raise error.as_kind(Unavailable if isinstance(error, Retryable) else Fatal) from error
 
 
 # ------------------------------------------------------------------------------
@@ -2683,37 +2691,27 @@ def open_library(config: Config) -> tuple[Callable[[], Library], Callable[[], bo
 # ------------------------------------------------------------------------------
 
 LIBRARY_TRIES = 3  # of a call that fails by itself; a library that is away costs none
-PICTURE_TRIES = 3  # of one picture; a host that is away or sick costs none of them
 VALUABLE_TRIES = 12  # of a write, whose text took minutes, and of a page
 LONGEST_PAUSE = 60.0  # however long the library asks to be left alone
 
 OVERLAP = timedelta(minutes=1)  # a photo may show in a listing so long after its time
-HINT_PAUSE = 0.05  # Immich writes a preview's row 20 to 110 ms after its file
-PENDING_PAUSE = 1.0  # until a photo without a preview is looked up
-FAILED_PAUSE = 60.0
-GROWTH = 1.5  # of each of these pauses
-LASTING = 3600.0  # how long they go on; what is left then is left to the sweep
-MOST_HINTS = 1000
+PROMPT_SPAN = timedelta(seconds=5)  # how far back a look goes that an event asked for
+PROMPT_PAUSE = 0.15  # Immich writes a preview's row 20 to 110 ms after its file
+SILENCE = 5.0  # seconds beyond the interval without an event, while photos arrive
+RETAKE_PAUSE = 5.0  # until a photo that failed may be taken again, doubling
+PAGE_PAUSE = 60.0  # after a page that could not be had, doubling
+SWEEP_INTERVAL = 3600.0
+WHOLE_SWEEP = 24  # every so many sweeps go over the whole library
 CHECK_PAUSE = 2.0  # seconds in which Immich loses a text that it cannot keep
-CHECK_WAIT = 120.0  # for others to be read back with
-CHECK_MOST = 50
 MOST_LOSSES = 3
 MAY_COME_BACK = ("photo_gone", "photo_excluded", "claimed_elsewhere")
-FOR_GOOD = {  # what a picture fails with that it will fail with again
-    *("picture_refused", "preview_unknown", "preview_broken", "not_kept"),
-    "description_too_long",
-    *("answer_empty", "answer_repeats", "answer_cut"),
-}
-PAGE_PAUSE = 60.0  # after a page that could not be had, growing too
-SWEEP_INTERVAL = 3600.0
-DAY = 86400.0
 
 
 class Outcome(StrEnum):
     """What became of a photo."""
 
     DESCRIBED = "described"
-    UNDONE = "undone"  # its description was taken back
+    UNDONE = "undone"  # its description was taken back, or would be in a dry run
     SKIPPED = "skipped"  # has a description, got one meanwhile, or is gone
     NOT_READY = "not_ready"  # Immich has not made its preview yet
     FAILED = "failed"
@@ -2741,226 +2739,94 @@ class Stop(threading.Event):
         self._news.clear()
 
 
-@dataclass(slots=True)
-class Job:
-    """A photo on its way, and what is known of it from earlier tries."""
-
-    asset: Asset
-    text: str = ""  # what the model said, also while it cannot be stored
-    stored: str = ""  # the whole description that was stored
-    written: float = 0.0  # when, by the monotonic clock
-    pause: float = 0.0  # until it is looked at again, growing
-    until: float = 0.0  # when it is left to the sweep, by the monotonic clock
-    failed: bool = False  # which was said and counted once
-    question: Question | None = None  # what hosts are asked, until one answered
-    failed_at: set[str] = field(default_factory=set)  # hosts, in the tries of this time
-    tries: int = 0  # of this time
+def id_hash(photo_id: str) -> int:
+    """Eight bytes that stand for an id."""
+    return int.from_bytes(blake2b(photo_id.encode(), digest_size=8).digest())
 
 
-class Agenda:
-    """Photos to be looked at again, each at its time; shared by all.
+class Taken:
+    """Which photos were taken in this run; one that failed can be taken again after a pause."""
 
-    They hold no worker meanwhile. `lasting` is how long a photo that fails is tried again,
-    in seconds: 0 in a batch, where the next run does that.
-    """
-
-    def __init__(self, wake: Callable[[], None], lasting: float) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._due: list[tuple[float, int, Job]] = []  # a heap; the number keeps their order
-        self._numbers = itertools.count()
-        self._wake = wake
-        self._lasting = lasting
+        self._hashes = array("Q")  # of ids, in order; few bytes, as a service may run for months
+        # when it can be taken, never while somebody has it; the pause; what became of it
+        self._failed: dict[str, tuple[float, float, Outcome]] = {}
 
-    def put(self, job: Job, pause: float = 0.0) -> None:
-        """Have a photo looked at after so many seconds."""
+    def take(self, photo: Photo) -> bool:
+        """Take a photo; False if somebody has or had it."""
+        value = id_hash(photo.id)
         with self._lock:
-            heapq.heappush(self._due, (time.monotonic() + pause, next(self._numbers), job))
-        self._wake()
-
-    def plan(self, job: Job, pause: float, lasting: float | None = None) -> None:
-        """Let a photo be put off from now on, first for `pause` seconds."""
-        job.pause = pause
-        job.until = time.monotonic() + (self._lasting if lasting is None else lasting)
-
-    def again(self, job: Job) -> bool:
-        """Put a photo off, longer each time; False once that went on for long enough."""
-        if time.monotonic() >= job.until:
-            return False
-        job.asset = replace(job.asset, ready=False)  # a person may have written meanwhile
-        self.put(job, job.pause)
-        job.pause *= GROWTH
+            at = bisect_left(self._hashes, value)
+            if self._hashes[at : at + 1] != array("Q", [value]):
+                self._hashes.insert(at, value)
+                return True
+            free, pause, before = self._failed.get(photo.id, (math.inf, 0.0, Outcome.FAILED))
+            if free > time.monotonic():
+                return False
+            self._failed[photo.id] = math.inf, pause, before
         return True
 
-    def due(self) -> Job | None:
-        """A photo whose time has come."""
+    def give_back(self, photo: Photo, outcome: Outcome, *, soon: bool) -> bool:
+        """Let whoever lists a photo take it again: after a growing pause, or the daily sweep.
+
+        True for the first time with this outcome.
+        """
         with self._lock:
-            come = self._due and self._due[0][0] <= time.monotonic()
-            return heapq.heappop(self._due)[-1] if come else None
+            _, last, before = self._failed.get(photo.id, (0.0, 0.0, ""))
+            pause = max(RETAKE_PAUSE, 2 * last) if soon else math.inf
+            self._failed[photo.id] = time.monotonic() + pause, pause, outcome
+            return before != outcome
 
-    def next_time(self) -> float:
-        """When the next one is due, by the monotonic clock."""
+    def forget_failures(self) -> None:
+        """Let all that failed be taken again, as if for the first time."""
         with self._lock:
-            return self._due[0][0] if self._due else math.inf
-
-    def __len__(self) -> int:
-        return len(self._due)
-
-
-class Checks:
-    """Descriptions that Immich took, to be read back once it could have lost them.
-
-    They are read back together where that saves requests, and hold no worker meanwhile.
-    Three losses in a row from one library are enough.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._jobs: list[Job] = []  # in the order of their writes
-        self._losses: Counter[tuple[str, str]] = Counter()  # in a row, by key and library
-
-    def add(self, job: Job) -> None:
-        """Have a description read back that was written just now."""
-        job.written = time.monotonic()
-        with self._lock:
-            self._jobs.append(job)
-
-    def due(self, *, idle: bool) -> list[Job]:
-        """What is to be read back now: many, or old ones, or, with nothing else to do, all."""
-        with self._lock:
-            now = time.monotonic()
-            old = sum(job.written + CHECK_PAUSE <= now for job in self._jobs)
-            waited = bool(old) and self._jobs[0].written + CHECK_WAIT <= now
-            ripe = old >= CHECK_MOST or waited or (idle and old == len(self._jobs))
-            count = min(old, CHECK_MOST) if ripe else 0
-            due, self._jobs = self._jobs[:count], self._jobs[count:]
-            return due
-
-    def next_time(self) -> float:
-        """When all can be read back, by the monotonic clock."""
-        with self._lock:
-            return self._jobs[-1].written + CHECK_PAUSE if self._jobs else math.inf
-
-    def rest(self) -> list[Job]:
-        """All that were not read back yet, at the end of a run."""
-        with self._lock:
-            rest, self._jobs = self._jobs, []
-            return rest
-
-    def count(self, asset: Asset, *, lost: bool) -> bool:
-        """Note whether a library kept a text; True when that was one loss too many."""
-        library = (asset.source, asset.library)
-        with self._lock:
-            self._losses[library] = self._losses[library] + 1 if lost else 0
-            return self._losses[library] == MOST_LOSSES
-
-    def hopeless(self, asset: Asset) -> bool:
-        """Whether a photo's library keeps nothing."""
-        with self._lock:
-            return self._losses[asset.source, asset.library] >= MOST_LOSSES
-
-
-class Ids:
-    """A set of ids at eight bytes each, as a service may run for months."""
-
-    def __init__(self) -> None:
-        self._hashes = array("Q")
-
-    def _find(self, asset_id: str) -> tuple[int, int, bool]:
-        value = int.from_bytes(blake2b(asset_id.encode(), digest_size=8).digest())
-        at = bisect_left(self._hashes, value)
-        return value, at, self._hashes[at : at + 1] == array("Q", [value])
-
-    def add(self, asset_id: str) -> bool:
-        """Put an id in; False if it was there."""
-        value, at, there = self._find(asset_id)
-        if not there:
-            self._hashes.insert(at, value)
-        return not there
-
-    def remove(self, asset_id: str) -> None:
-        """Take an id out."""
-        _, at, there = self._find(asset_id)
-        if there:
-            self._hashes.pop(at)
+            in_hand = {i: f for i, f in self._failed.items() if f[0] == math.inf > f[1]}
+            failed = set(map(id_hash, self._failed.keys() - in_hand.keys()))
+            self._hashes = array("Q", (value for value in self._hashes if value not in failed))
+            self._failed = in_hand
 
 
 class Tally:
-    """Which photos were taken and what became of them, shared by all workers."""
+    """What became of the photos, told by all workers. `form` is the key of its text."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: str = "tally") -> None:
         self._lock = threading.Lock()
-        self._taken = Ids()
-        self._failed: list[str] = []
+        self._form = form
+        self._failures: list[tuple[Photo, Note]] = []
         self.counts: Counter[Outcome] = Counter()
         self.reasons: Counter[tuple[Outcome, str]] = Counter()  # the same by message key
         self.total: int | None = None  # photos of the backlog, where that is known
         self.listed = 0  # of these, by now
-        self.in_hand = 0  # turns that workers have
         self.moved = time.monotonic()  # when the stream or a photo last went on
         self.show: Callable[[Counter[Outcome]], None] | None = None  # told of each photo
 
-    def take(self, asset: Asset) -> bool:
-        """Claim a photo; False if somebody has or had it in this run."""
+    def add(self, outcome: Outcome, reason: str = "", number: int = 1) -> None:
+        """Count one photo, or take it off with -1."""
         with self._lock:
-            return self._taken.add(asset.id)
-
-    def release(self, asset: Asset) -> None:
-        """Let a photo be taken again."""
-        with self._lock:
-            self._taken.remove(asset.id)
-
-    def give_up(self, asset: Asset) -> None:
-        """Leave a photo that failed alone, until `forgive`."""
-        with self._lock:
-            self._failed.append(asset.id)
-
-    def forgive(self) -> None:
-        """Let the photos that failed be taken again."""
-        with self._lock:
-            for asset_id in self._failed:
-                self._taken.remove(asset_id)
-            self._failed.clear()
-
-    def hand(self, number: int) -> int:
-        """Count a turn that a worker takes (1) or is done with (-1); those in hand now."""
-        with self._lock:
-            self.in_hand += number
-            return self.in_hand
-
-    def add(self, outcome: Outcome, reason: str = "") -> None:
-        """Count one photo."""
-        with self._lock:
-            self.counts[outcome] += 1
-            self.reasons[outcome, reason] += 1
+            self.counts[outcome] += number
+            self.reasons[outcome, reason] += number
             self.moved = time.monotonic()
         if self.show:
             self.show(self.counts)
 
+    def add_failure(self, photo: Photo, note: Note) -> None:
+        """Have a failure noted, once it is known that it is not everybody's."""
+        with self._lock:
+            self._failures.append((photo, note))
+
+    def proven_failures(self) -> list[tuple[Photo, Note]]:
+        """The failures to note now: none before the first photo was described."""
+        with self._lock:
+            proven = self._failures if self.counts[Outcome.DESCRIBED] else []
+            self._failures = self._failures[len(proven) :]
+            return proven
+
     def __str__(self) -> str:
-        counts = {outcome.value: self.counts[outcome] for outcome in Outcome}
-        said = t("tally_undo" if self.counts[Outcome.UNDONE] else "tally", **counts)
+        said = t(self._form, **{outcome.value: self.counts[outcome] for outcome in Outcome})
         if number := self.reasons[Outcome.SKIPPED, "failed_before"]:
             said += " " + t("tally_failed_before", number=number)
         return said
-
-
-class Shared:
-    """Lets threads take turns pulling from one iterator.
-
-    The lock is held while the iterator looks or waits for work, on purpose: whoever
-    waits behind it has nothing else to do.
-    """
-
-    def __init__(self, turns: Iterator[list[Job]]) -> None:
-        self._turns = turns
-        self._turn = threading.Lock()
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> list[Job]:
-        with self._turn:
-            return next(self._turns)
 
 
 class Patience:
@@ -2968,7 +2834,7 @@ class Patience:
 
     A library that is away is waited for, and Fatal after `longest` seconds; a call that
     fails by itself is given up after some tries, with its last error. An outage is two
-    lines, however many wait. `what_passes` tells which errors are an outage.
+    lines, however many wait. `passing` are the errors that an outage shows in.
     """
 
     def __init__(
@@ -2976,504 +2842,426 @@ class Patience:
         stop: threading.Event,
         pause: float,
         longest: float,
-        what_passes: tuple[type[AnalyzeError], ...] = (HostDown, Unexpected),
+        passing: tuple[type[AnalyzeError], ...] = (Unavailable,),
     ) -> None:
         self._lock = threading.Lock()
         self._stop = stop
         self._pause = pause
         self._longest = longest
-        self._what_passes = what_passes
-        self._waiting = 0
-        self._since = 0.0  # when the first of those who wait began to
+        self._passing = passing
+        self._since: float | None = None  # when the first call of an outage failed
 
     def __call__(self, call: Callable[[], T], tries: int = LIBRARY_TRIES) -> T:
         """What the call gives; Stopped when asked to stop meanwhile."""
         began = None
-        try:
-            while True:
-                try:
-                    return call()
-                except self._what_passes as error:
-                    now = time.monotonic()
-                    left = self._longest - (now - (began or now))
-                    if left <= 0:
-                        raise Fatal("library_away", why=error) from error
-                    if began is None:
-                        began = now
-                        self._begin(error)
-                    self._wait(error, left)
-                except Retryable as error:
-                    tries -= 1
-                    if tries <= 0:
-                        raise
-                    self._wait(error, math.inf)
-        finally:
-            if began is not None:
-                self._end(answered=not isinstance(sys.exception(), Fatal | Stopped))
+        while True:
+            try:
+                answer = call()
+            except self._passing as error:
+                now = time.monotonic()
+                began = now if began is None else began
+                left = began + self._longest - now
+                if left <= 0:
+                    raise Fatal("library_away", why=error) from error
+                self._away(error, now)
+                self._wait(error, left)
+            except AnalyzeError as error:
+                self._back(began)
+                tries -= 1
+                if tries <= 0 or not isinstance(error, Retryable):
+                    raise
+                self._wait(error, math.inf)
+            else:
+                self._back(began)
+                return answer
 
     def _wait(self, error: AnalyzeError, most: float) -> None:
-        asked = getattr(error, "pause", None) or self._pause
-        if self._stop.wait(min(most, asked, max(self._pause, LONGEST_PAUSE))):
+        pause = min(most, error.pause or self._pause, max(self._pause, LONGEST_PAUSE))
+        if self._stop.wait(pause):
             raise Stopped("stopped") from error
 
-    def _begin(self, error: AnalyzeError) -> None:
+    def _away(self, error: AnalyzeError, now: float) -> None:
         with self._lock:
-            self._waiting += 1
-            first = self._waiting == 1
-            if first:
-                self._since = time.monotonic()
+            first, self._since = self._since is None, self._since or now
         if first:
             log.info("%s", t("waiting", why=error))
 
-    def _end(self, *, answered: bool) -> None:
+    def _back(self, began: float | None) -> None:
+        if began is None:  # who did not wait cannot tell
+            return
         with self._lock:
-            self._waiting -= 1
-            last = self._waiting == 0
-            away = time.monotonic() - self._since
-        if last and answered:
+            away, self._since = self.away(), None
+        if away:
             log.info("%s", t("back", time=timedelta(seconds=round(away))))
 
     def away(self) -> float:
         """For how many seconds the library has been waited for; 0 while it is there."""
-        with self._lock:
-            return time.monotonic() - self._since if self._waiting else 0.0
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class Written:
+    """A description that Immich said it took."""
+
+    photo: Photo  # as it was before
+    added: str  # what the model said; "" where a description was taken back
+    stored: str  # the whole description
+    note: Note | None
+    at: float  # when, by the monotonic clock
+
+    @property
+    def library(self) -> tuple[str, str]:
+        """The key and external library that it was written by and to."""
+        return self.photo.source, self.photo.library
+
+
+class Checks:
+    """What Immich took, to be read back once it could have lost it.
+
+    The first three of each library are read back alone and at once, the others together.
+    Three losses in a row are enough.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._changed = threading.Event()
+        self._written: list[Written] = []  # in the order of their writes
+        self._checked: Counter[tuple[str, str]] = Counter()
+        self._losses: Counter[tuple[str, str]] = Counter()  # in a row
+        self._closed = False
+
+    def add(self, written: Written) -> None:
+        """Have a description read back."""
+        with self._lock:
+            self._written.append(written)
+            self._changed.set()
+
+    def close(self) -> None:
+        """Nothing is added any more."""
+        with self._lock:
+            self._closed = True
+            self._changed.set()
+
+    def next(self, stop: threading.Event) -> list[Written]:
+        """Wait for what is to be read back; nothing at the end, or when stopped."""
+        self._changed.wait()
+        with self._lock:
+            alone = [w for w in self._written if self._checked[w.library] < MOST_LOSSES][:1]
+            first = (alone or self._written)[:1]
+        pause = first[0].at + CHECK_PAUSE - time.monotonic() if alone else CHECK_PAUSE
+        if not first or stop.wait(max(0.0, pause)):
+            return []
+        with self._lock:
+            now = time.monotonic()
+            due = alone or [w for w in self._written if w.at + CHECK_PAUSE <= now] or first
+            taken = {id(written) for written in due}
+            self._written = [written for written in self._written if id(written) not in taken]
+            if not self._written and not self._closed:
+                self._changed.clear()
+            return due
+
+    def count(self, written: Written, *, lost: bool) -> bool:
+        """Note whether a library kept a text; True when that was one loss too many."""
+        with self._lock:
+            self._checked[written.library] += 1
+            self._losses[written.library] = self._losses[written.library] + 1 if lost else 0
+            return self._losses[written.library] == MOST_LOSSES
+
+    def check_library(self, photo: Photo) -> None:
+        """Skip where the photo's library keeps nothing."""
+        with self._lock:
+            if self._losses[photo.source, photo.library] >= MOST_LOSSES:
+                raise Skip("library_loses", library=photo.library or "-")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
     """All that the threads of a run share; each part guards itself."""
 
     config: Config
     stop: Stop
     hosts: Hosts
     patience: Patience
-    agenda: Agenda
-    checks: Checks
     tally: Tally
+    new_library: Callable[[], Library]
+    checks: Checks = field(default_factory=Checks)
+    taken: Taken = field(default_factory=Taken)
 
 
-def in_shard(asset: Asset, shard: tuple[int, int]) -> bool:
-    """Whether a photo is in this instance's share, whoever lists it and in whatever order."""
-    number, count = shard
-    return zlib.crc32(asset.id.encode()) % count == number - 1
+# --- Which photo is next ---
 
 
-def hint(asset_id: str, state: State) -> None:
-    """Have a photo looked up whose preview is being written, until it is there.
-
-    In a flood of hints the rest is left to the next look for news.
-    """
-    asset = Asset(asset_id, asset_id, description="", source="", ready=False)
-    wanted = len(state.agenda) < MOST_HINTS and in_shard(asset, state.config.shard)
-    if wanted and state.tally.take(asset):
-        job = Job(asset)
-        state.agenda.plan(job, HINT_PAUSE, state.config.file_write_timeout)
-        state.agenda.put(job)
-
-
-def job_for(asset: Asset, state: State) -> Job | None:
-    """Work on a photo, unless it is to be left alone or somebody took it before."""
-    wanted = in_shard(asset, state.config.shard) and not left_alone(asset, state.config)
-    return Job(asset) if wanted and state.tally.take(asset) else None
+def wanted(photo: Photo, run: Run, *, counts: bool = False) -> bool:
+    """Whether a photo is for this run, as far as its listing tells; if so, it is taken."""
+    number, shards = run.config.shard
+    if zlib.crc32(photo.id.encode()) % shards != number - 1:
+        return False
+    reason = left_alone(photo, run.config)
+    if counts:
+        run.tally.listed += 1
+        if reason or not photo.ready:
+            run.tally.add(Outcome.SKIPPED if reason else Outcome.NOT_READY, reason)
+    return photo.ready and not reason and run.taken.take(photo)
 
 
-class Listing:
-    """A listing of the library, a page at a time: the photos that need a description.
+def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterator[Photo | None]:
+    """The photos of a listing that need a description; None while a page is waited for."""
+    with closing(run.new_library()) as library, ThreadPoolExecutor(1, "listing") as pool:
 
-    Where it stands is kept, so trouble with a page repeats that page only. A service
-    does so later, as other work goes on meanwhile; for a batch it is the end.
-    """
+        def fetch(cursor: Cursor | None) -> Future[Page]:
+            page = pool.submit(fetched, library, cursor, since, run)
+            page.add_done_callback(lambda _: run.stop.rouse())
+            return page
 
-    def __init__(
-        self, library: Library, state: State, since: datetime | None = None, *, counts: bool
-    ) -> None:
-        self.next_time = 0.0  # when it has more, by the monotonic clock; never again at its end
-        self._library = library
-        self._state = state
-        self._since = since
-        self._counts = counts  # whether what is left out is counted
-        self._page: Iterator[Asset] = iter(())
-        self._cursor: Cursor | None = None
-        self._pause = PAGE_PAUSE
-        self._last = False
+        page: Future[Page] | None = fetch(None)  # the next, while this one is worked through
+        while page:
+            while not page.done():
+                run.stop.nap(1.0)
+                yield None
+            photos, cursor = page.result()
+            page = fetch(cursor) if cursor else None
+            yield from (photo for photo in photos if wanted(photo, run, counts=counts))
 
-    def next(self) -> Job | None:
-        """The next photo to describe; None after each page, for other work to have its turn."""
-        for asset in self._page:
-            if job := self._job(asset):
-                return job
-        if self._last:
-            self.next_time = math.inf
-        elif time.monotonic() >= self.next_time:
-            self._turn_page()
-        return None
 
-    def _job(self, asset: Asset) -> Job | None:
-        tally, shard = self._state.tally, self._state.config.shard
-        if self._counts and in_shard(asset, shard):
-            tally.listed += 1
-            if reason := left_alone(asset, self._state.config):
-                tally.add(Outcome.SKIPPED, reason)
-            elif not asset.ready:
-                tally.add(Outcome.NOT_READY)
-        return job_for(asset, self._state) if asset.ready else None
-
-    def _turn_page(self) -> None:
-        service = self._state.config.mode.monitors
-        page = functools.partial(self._library.page, self._cursor, self._since)
+def fetched(library: Library, cursor: Cursor | None, since: datetime | None, run: Run) -> Page:
+    """A page, in a service however long it takes; for a batch trouble with it is the end."""
+    service, pause = run.config.mode.monitors, PAGE_PAUSE
+    page = functools.partial(library.page, cursor, since)
+    while True:
         try:
-            assets, self._cursor = self._state.patience(page, 1 if service else VALUABLE_TRIES)
-        except (Retryable, Permanent, Gone) as error:
+            return run.patience(page, 1 if service else VALUABLE_TRIES)
+        except (Retryable, Permanent, Skip) as error:
             if not service:
-                raise Fatal(error.key, **error.fields) from error
-            log.warning("%s", t("listing_failed", why=error, seconds=f"{self._pause:g}"))
-            self.next_time = time.monotonic() + self._pause
-            self._pause = min(self._pause * GROWTH, SWEEP_INTERVAL)
-        else:
-            self._page, self._last, self._pause = iter(assets), self._cursor is None, PAGE_PAUSE
+                raise error.as_kind(Fatal) from error
+            log.warning("%s", t("listing_failed", why=error, seconds=f"{pause:g}"))
+        if run.stop.wait(pause):
+            raise Stopped("stopped")
+        pause = min(2 * pause, SWEEP_INTERVAL)
 
 
-class Listings:
-    """Listings to go through, the last one first."""
+class News:
+    """Looks for photos that arrived: at intervals, and soon after an event in the file system."""
 
-    def __init__(self, *listings: Listing) -> None:
-        self._stack = list(listings)
-
-    def add(self, listing: Listing) -> None:
-        """Go through this one before the others go on."""
-        self._stack.append(listing)
-
-    def next(self) -> Job | None:
-        """The next photo to describe; None after each page."""
-        while self._stack:
-            job = self._stack[-1].next()
-            if job or self._stack[-1].next_time < math.inf:
-                return job
-            self._stack.pop()
-        return None
-
-    @property
-    def next_time(self) -> float:
-        """When there is more, by the monotonic clock; never if all are at their end."""
-        return self._stack[-1].next_time if self._stack else math.inf
-
-    def __len__(self) -> int:
-        return len(self._stack)
-
-
-class Newsreader:
-    """Looks for photos that arrived since its last look, and sweeps up what was missed."""
-
-    def __init__(self, library: Library, state: State) -> None:
+    def __init__(self, library: Library, run: Run) -> None:
         self._library = library
-        self._state = state
-        self._began = self._mark = self._clock()
-        self._listed = state.config.mode.backlog  # the first look is for previews still to be made
-        if self._listed:
-            self._mark -= SWEEP_SPAN
+        self._run = run
+        self._mark: datetime | None = None  # of the latest look
+        self._started: datetime | None = None  # in monitor mode: older photos are not its business
+        self._arrived: list[Photo] = []  # the newest is next
+        self._next = 0.0  # when to look, by the monotonic clock
+        self._next_prompt, self._pause = math.inf, PROMPT_PAUSE
+        self._event = threading.Event()  # set by the watch's thread
+        self._event_at = -math.inf
         self._complained = False
-        self._whole_after = time.monotonic() + DAY
+        self._next_sweep = time.monotonic() + SWEEP_INTERVAL
+        self._sweeps = 0
+        self._watch = library.watch(self._notice, run.config.event_cooldown)
 
-    def _clock(self) -> datetime:
-        return self._state.patience(whole_library(self._library.clock))
+    def _notice(self) -> None:
+        self._event.set()
+        self._run.stop.rouse()
 
-    def look(self) -> bool:
-        """Put what arrived on the agenda, to be done first; whether there was anything."""
-        state, now = self._state, self._clock()
-        since = min(self._mark, now) - OVERLAP
+    def next(self) -> Photo | None:
+        """A photo that arrived."""
+        interval, now = self._run.config.api_poll_interval, time.monotonic()
+        if self._event.is_set():
+            self._event.clear()
+            self._event_at, self._pause = now, PROMPT_PAUSE
+            self._next_prompt = min(self._next_prompt, now + PROMPT_PAUSE)
+        if now >= self._next:
+            self._next = now + interval
+            found, watch = self._look(prompt=False), self._watch
+            if found and watch and max(self._event_at, watch.since) < now - interval - SILENCE:
+                watch.missed()
+        elif now >= self._next_prompt:
+            self._pause *= 2
+            self._next_prompt = now + self._pause if self._pause < interval else math.inf
+            self._look(prompt=True)
+        return self._arrived.pop() if self._arrived else None
+
+    def seconds_left(self) -> float:
+        """Until the next look."""
+        return max(0.0, min(self._next, self._next_prompt) - time.monotonic())
+
+    def _look(self, *, prompt: bool) -> bool:
+        """Find what arrived since the last look; whether there was anything."""
+        run = self._run
         try:
-            news = state.patience(lambda: self._library.news(since, now), 1)
-        except (Retryable, Permanent, Gone) as error:
+            now = run.patience(self._library.clock, 1)
+            if not self._mark:  # what is there by now, the backlog has
+                self._mark, self._started = now, None if run.config.mode.backlog else now
+                return False
+            span = PROMPT_SPAN + timedelta(seconds=self._pause) if prompt else OVERLAP
+            since = (now if prompt else min(self._mark, now)) - span
+            news = run.patience(lambda: self._library.news(since, self._started), 1)
+        except (Retryable, Permanent, Skip) as error:
             if not self._complained:
                 log.warning("%s", t("look_failed", why=error))
             self._complained = True
             return False
-        listed, self._listed, self._complained = self._listed, False, False
-        # what is ready at the first look is in the backlog
-        fresh = (asset for asset in news if not (listed and asset.ready))
-        found = (job_for(replace(a, noted=not a.description.strip()), state) for a in fresh)
-        jobs = list(filter(None, found))
-        for job in jobs:
-            state.agenda.plan(job, PENDING_PAUSE)
-            state.agenda.put(job, 0.0 if job.asset.ready else PENDING_PAUSE)
-        self._mark = now
-        return bool(jobs)
+        fresh = [photo for photo in news if wanted(photo, run)]
+        self._arrived += reversed(fresh)
+        self._complained = False
+        if not prompt:
+            self._mark = now
+        return bool(fresh)
 
-    def sweep(self, *, whole: bool) -> Listing:
-        """What needs a description among the uploads of two days; once a day, if `whole`, of all.
+    def sweep(self) -> Iterator[Photo | None] | None:
+        """Each hour, the listing of the uploads of two days; each day, of all."""
+        if time.monotonic() < self._next_sweep or not self._mark:
+            return None
+        self._next_sweep = time.monotonic() + SWEEP_INTERVAL
+        self._sweeps += 1
+        whole = self._sweeps % WHOLE_SWEEP == 0
+        if whole:
+            self._run.taken.forget_failures()
+        bounds = (self._started, None if whole else self._mark - SWEEP_SPAN)
+        return listing(self._run, max(filter(None, bounds), default=None), counts=False)
 
-        In monitor mode: among those since the start.
-        """
-        state, monitor = self._state, not self._state.config.mode.backlog
-        since: datetime | None = self._clock() - SWEEP_SPAN
-        if whole and time.monotonic() >= self._whole_after:
-            self._whole_after = time.monotonic() + DAY
-            state.tally.forgive()
-            since = None
-        if monitor:
-            since = max(since or self._began, self._began)
-        return Listing(self._library, state, since, counts=False)
+    def close(self) -> None:
+        """End the watch."""
+        if self._watch:
+            self._watch.close()
 
 
-def stream(
-    state: State, listings: Listings, news: Newsreader | None, watch: Arrivals | None
-) -> Iterator[list[Job]]:
-    """What to do next: what is due, arrivals first, then the listings; mostly one photo.
+def stream(run: Run, library: Library) -> Generator[Photo, None, None]:
+    """The next photo to describe: arrivals first, then the listings. Ends with them in a batch."""
+    news = News(library, run) if run.config.mode.monitors else None
+    listings = [listing(run, counts=True)] if run.config.mode.backlog else []
+    with closing(news) if news else nullcontext():
+        while not run.stop.is_set() and (news or listings):
+            run.tally.moved = time.monotonic()
+            if news and len(listings) < 2 and (sweep := news.sweep()):
+                listings.append(sweep)
+            if news and (photo := news.next()):
+                yield photo
+            elif listings:
+                try:
+                    photo = next(listings[-1])
+                except StopIteration:
+                    listings.pop()
+                    continue
+                listings.insert(0, listings.pop())  # the other one, if any, has its turn
+                if photo:
+                    yield photo
+            elif news:
+                run.stop.nap(news.seconds_left())
 
-    Several are descriptions to be read back. Ends when stopped; without news to wait for,
-    when the listings have ended and nothing is in hand or to be read back any more.
+
+def in_turn(photos: Iterator[Photo], turn: threading.Lock) -> Iterator[Photo]:
+    """One worker's share of a stream; `turn` is held while it looks or waits for work."""
+    while True:
+        with turn:
+            photo = next(photos, None)
+        if not photo:
+            return
+        yield photo
+
+
+# --- What happens to a photo ---
+
+
+def story(photo: Photo, library: Library, ai: Ai, run: Run) -> Outcome:
+    """What happens to one photo, from the listing to the tally.
+
+    Raises Skip if it is left alone, Retryable or Permanent if it failed; Stopped or Fatal if the
+    run ends.
     """
-    interval, tally = state.config.api_poll_interval, state.tally
-    next_look, next_sweep = 0.0, time.monotonic() + SWEEP_INTERVAL
-    if not news:
-        next_look = next_sweep = math.inf
-    while not state.stop.is_set():
-        now = tally.moved = time.monotonic()
-        if news and now >= next_look:
-            next_look = now + interval
-            if news.look() and watch and watch.since < now - interval - FEED_LAG.total_seconds():
-                watch.missed()
-        if news and now >= next_sweep:
-            next_sweep = now + SWEEP_INTERVAL
-            if len(listings) < 2:  # the backlog may take weeks, and so may a sweep in trouble
-                listings.add(news.sweep(whole=len(listings) == 0))
-        busy = tally.in_hand > 0  # looked at before all else: what is in hand may come back
-        turn = state.checks.due(idle=False)
-        if not turn and (job := state.agenda.due() or listings.next()):
-            turn = [job]
-        if turn := turn or state.checks.due(idle=listings.next_time > now):
-            tally.hand(1)
-            yield turn
-        else:
-            times = (next_look, next_sweep, listings.next_time, state.agenda.next_time())
-            soonest = min(*times, state.checks.next_time())
-            if soonest == math.inf and not busy:
-                return
-            state.stop.nap(min(soonest - time.monotonic(), interval))
+    with claimed(photo, library, run) as photo:
+        preview = settled(photo, library, run)
+        try:
+            picture = prepared(preview, run.config.max_image_size)
+            text = ai.describe(picture, functools.partial(run.checks.check_library, photo))
+            store(photo, text, library, run)
+        except Permanent as error:
+            run.tally.add_failure(photo, failure_note(photo, error, run.config))
+            raise
+    return Outcome.DESCRIBED
 
 
-def settled(read: Callable[[], bytes], config: Config, stop: threading.Event) -> bytes:
+@contextmanager
+def claimed(photo: Photo, library: Library, run: Run) -> Iterator[Photo]:
+    """The photo with its note, kept from other instances; Skip if it is left alone."""
+    photo = run.patience(lambda: library.claim(photo))
+    try:
+        if not photo.ready:
+            raise Skip("not_ready")
+        if reason := left_alone(photo, run.config):
+            raise Skip(reason)
+        run.checks.check_library(photo)
+        yield photo
+    finally:
+        library.release(photo)
+
+
+def settled(photo: Photo, library: Library, run: Run) -> bytes:
     """A preview, read again while it is being written: until it has its end, or stays the same.
 
     Raises Retryable if neither comes in time.
     """
-    deadline, data = time.monotonic() + config.file_write_timeout, read()
-    before = None
-    while not picture_type(data)[1] and data != before:
+    config = run.config
+    deadline = time.monotonic() + config.file_write_timeout
+    before: bytes | None = None
+    while True:
+        data = run.patience(functools.partial(library.preview, photo))
+        if data is not None and (picture_type(data)[1] or data == before):
+            return data
         if time.monotonic() >= deadline:
-            raise Retryable("preview_cut")
-        if stop.wait(config.file_check_interval):
+            raise Retryable("preview_missing" if data is None else "preview_cut")
+        if run.stop.wait(config.file_check_interval):
             raise Stopped("stopped")
-        before, data = data, read()
-    return data
+        before = data
 
 
-def look_up(job: Job, library: Library, state: State) -> None:
-    """Learn of a photo what the listing did not tell; Gone if it is to be left alone."""
-    asset = job.asset
-    if not asset.ready:
-        asset = job.asset = state.patience(lambda: library.find(asset))
-    if asset.ready:
-        asset = job.asset = state.patience(lambda: library.recall(asset))
-        if reason := left_alone(asset, state.config):
-            raise Gone(reason)
-
-
-def describe(job: Job, library: Library, ai: Ai, state: State) -> bool:
-    """Have a photo described; False if that failed and is tried again soon, on another host.
-
-    A note of a failure spares the next runs the same.
-    """
-    config, data = state.config, b""
-    if not job.question:
-        preview = functools.partial(library.preview, job.asset)
-        data = settled(lambda: state.patience(preview), config, state.stop)
-    last = job.tries + 1 >= most_tries(config)
-    try:
-        job.question = job.question or ai.question(prepared(data, config.max_image_size))
-        job.text = ai.describe(job.question, job.failed_at, last=last)
-    except HostDown:
-        raise
-    except (Retryable, Permanent) as error:
-        if try_soon(job, error, state):
-            return False
-        if not job.failed and error.key != "preview_cut":
-            note_failure(job, error, library, state)
-        raise
-    job.question = None
-    return True
-
-
-def most_tries(config: Config) -> float:
-    """How often a picture is tried."""
-    return min(PICTURE_TRIES, (config.max_retries or math.inf) + 1)
-
-
-def try_soon(job: Job, error: AnalyzeError, state: State) -> bool:
-    """Whether a picture that a host failed on is to be tried again, after `job.pause`."""
-    others = len(job.failed_at) < len(state.hosts)
-    job.tries += 1
-    enough = job.tries >= most_tries(state.config) or (isinstance(error, Permanent) and not others)
-    if enough or not job.failed_at:
-        return False
-    log.debug("%s: %s", job.asset.id, error)
-    job.pause = 0.0 if others else state.config.retry_delay_seconds
-    return True
-
-
-def note_failure(job: Job, error: AnalyzeError, library: Library, state: State) -> None:
-    """Keep in mind that a photo failed: for good, or once more."""
-    old, (model, prompt) = job.asset.note, (state.config.model_name, state.config.prompt_id)
+def failure_note(photo: Photo, error: AnalyzeError, config: Config) -> Note:
+    """The note of a photo that failed in this run, and perhaps in earlier ones."""
+    old, model, prompt = photo.note, config.model_name, config.prompt_id
     again = old and old.failed and (old.model, old.prompt) == (model, prompt)
-    tries = MOST_TRIES if error.key in FOR_GOOD else 1 + (old.tries if old and again else 0)
+    tries = 1 + (old.tries if old and again else 0)
     text = old.text if old else ""  # which says whose the description is
-    note = Note(model, prompt, text=text, failed=error.key, why=str(error), tries=tries)
-    asset, job.asset = job.asset, replace(job.asset, note=note)
-    with suppress(Retryable, Permanent, Gone):
-        state.patience(lambda: library.remember([(asset, note)]))
+    return Note(model, prompt, text=text, failed=error.key, why=str(error), tries=tries)
 
 
-def analyze(job: Job, library: Library, ai: Ai, state: State) -> Outcome | None:
-    """The whole story of one photo; None if it goes on later, as with a reading back."""
-    claimed = job.asset = state.patience(lambda: library.claim(job.asset))
-    try:
-        outcome = analyze_claimed(job, library, ai, state)
-    finally:
-        library.release(claimed)
-    if not outcome and not job.written:  # only now, as another worker may take it at once
-        state.agenda.put(job, job.pause)
-    return outcome
-
-
-def analyze_claimed(job: Job, library: Library, ai: Ai, state: State) -> Outcome | None:
-    """The same, with other instances kept off."""
-    config, patience = state.config, state.patience
-    look_up(job, library, state)
-    if not job.asset.ready:
-        return Outcome.NOT_READY
-    if state.checks.hopeless(job.asset):
-        raise Gone("library_loses", library=job.asset.library or "-")
-    if not job.text and not describe(job, library, ai, state):
-        return None
+def store(photo: Photo, text: str, library: Library, run: Run) -> None:
+    """Write a description; merge it anew, or leave the photo alone, if somebody was quicker."""
+    config = run.config
     for _ in range(LIBRARY_TRIES):
-        asset, stored = job.asset, merge(job.asset, job.text, config)
-        note = Note(config.model_name, config.prompt_id, text=text_id(stored))
-        write = functools.partial(library.write, asset, stored, note)
-        try:
-            written = patience(write, VALUABLE_TRIES)
-        except Permanent as error:
-            note_failure(job, error, library, state)
-            raise
-        if written:
-            log.debug("%s (%s), written: %s", asset.name, asset.id, stored)
-            job.stored = stored
-            return stored_well(job, Outcome.DESCRIBED, library, state)
-        job.asset = replace(asset, ready=False)
-        look_up(job, library, state)
-        if job.asset.description.strip() and not config.preserve_human:
-            raise Gone("has_description")  # typed while the model was thinking
+        stored = merge(photo, text, config)
+        was = text_id(photo.description) if library.must_confirm and is_ours(photo) else ""
+        note = Note(config.model_name, config.prompt_id, text=text_id(stored), was=was)
+        if put(photo, text, stored, note, library, run):
+            log.debug("%s (%s), written: %s", photo.name, photo.id, stored)
+            return
+        before, photo = photo, run.patience(functools.partial(library.look, photo))
+        typed = photo.description.strip() and not config.preserve_human
+        if typed or (has_ours(photo) and not has_ours(before)):  # by another instance
+            raise Skip("has_description")
     raise Retryable("changed")
 
 
-def take_back(job: Job, library: Library, state: State) -> Outcome | None:
-    """The story of one photo whose description is taken back, if it is ours."""
-    look_up(job, library, state)
-    asset, left = job.asset, unmerge(job.asset)
-    if left is None:
-        raise Gone("has_description")
-    job.stored = left
-    if state.config.dry_run:
+def put(
+    photo: Photo, added: str, stored: str, note: Note | None, library: Library, run: Run
+) -> bool:
+    """Write, and have it read back where that is needed; False if there is another text by now."""
+    done = run.patience(lambda: library.write(photo, stored, note), VALUABLE_TRIES)
+    if done and library.must_confirm:
+        run.checks.add(Written(photo, added, stored, note, time.monotonic()))
+    return done
+
+
+def take_back(photo: Photo, library: Library, run: Run) -> Outcome:
+    """What happens to one photo whose description is taken back, if it is ours."""
+    photo = run.patience(functools.partial(library.look, photo))
+    left = unmerge(photo)
+    if left is None or left_alone(photo, run.config):
+        raise Skip("has_description")
+    if run.config.dry_run:
         shown = json.dumps(left, ensure_ascii=False)
-        log.warning("%s", t("would_undo", name=asset.name, id=asset.id, text=shown))
-        return Outcome.UNDONE
-    if not state.patience(lambda: library.write(asset, left, None), VALUABLE_TRIES):
-        raise Gone("has_description")
-    return stored_well(job, Outcome.UNDONE, library, state)
-
-
-def stored_well(job: Job, outcome: Outcome, library: Library, state: State) -> Outcome | None:
-    """The outcome of a write; None if what was written is to be read back first."""
-    if not library.must_confirm:
-        return outcome
-    state.checks.add(job)
-    return None
-
-
-def confirm(jobs: Sequence[Job], library: Library, state: State) -> None:
-    """Read back what Immich said it stored; a note goes with what it kept, or that it did not."""
-    age = time.monotonic() - min(job.written for job in jobs)
-    assets = [job.asset for job in jobs]
-    stored = state.patience(lambda: library.read_back(assets, age), VALUABLE_TRIES)
-    found = [(job, stored.get(job.asset.id)) for job in jobs]
-    notes = [(job.asset, note) for job, text in found for note in notes_for(job, text, state)]
-    state.patience(lambda: library.remember(notes), VALUABLE_TRIES)
-    for job, text in found:
-        trouble = lost(job, text)
-        losing = isinstance(trouble, Permanent)
-        if state.checks.count(job.asset, lost=losing):
-            log.error("%s", t("library_loses", library=job.asset.library or "-"))
-        outcome = Outcome.DESCRIBED if job.text else Outcome.UNDONE
-        if trouble:
-            outcome = Outcome.FAILED if losing else Outcome.SKIPPED
-        conclude(job, outcome, trouble, state)
-
-
-def lost(job: Job, text: str | None) -> AnalyzeError | None:
-    """What became of a text that was written, by what is read back; None if it was kept.
-
-    Lost is what gave way to what was there before, or to nothing. Anything else is a
-    person's, who was quick.
-    """
-    if text is None:
-        return Gone("photo_gone")
-    added = job.text and job.text in text and job.text not in job.asset.description
-    if text.strip() == job.stored.strip() or added:
-        return None
-    if text.strip() in ("", job.asset.description.strip()):
-        return Permanent("not_kept")
-    return Gone("has_description")
-
-
-def notes_for(job: Job, text: str | None, state: State) -> Iterator[Note | None]:
-    """The note for a photo that was read back, if it gets another one; None takes it away."""
-    model, prompt = state.config.model_name, state.config.prompt_id
-    match lost(job, text):
-        case None if not job.text:
-            yield None
-        case None:
-            same = text is not None and text.strip() == job.stored.strip()
-            yield Note(model, prompt, text=text_id(text if text and same else job.stored))
-        case Permanent() as error if job.text:
-            old = job.asset.note.text if job.asset.note else ""  # which may be back
-            why = str(error)
-            yield Note(model, prompt, old, failed=error.key, why=why, tries=MOST_TRIES)
-
-
-def conclude(job: Job, outcome: Outcome, error: Exception | None, state: State) -> None:
-    """Count what became of a photo, or put it off: what may pass is tried again later."""
-    tally, agenda, asset = state.tally, state.agenda, job.asset
-    reason = error.key if isinstance(error, AnalyzeError) else "bug" if error else ""
-    if reason == "claimed_elsewhere" and agenda.again(job):
-        return
-    if outcome is Outcome.FAILED and not job.failed:
-        job.failed = True
-        agenda.plan(job, FAILED_PAUSE)
-        tally.add(outcome, reason)
-        why, bug = (t("bug"), error) if reason == "bug" else (error, None)
-        log.error("%s", t("photo_failed", name=asset.name, id=asset.id, why=why), exc_info=bug)
-    if outcome is Outcome.FAILED:
-        job.question, job.tries = None, 0
-        job.failed_at.clear()
-        for_good = not isinstance(error, Retryable) or reason in FOR_GOOD
-        if for_good or not agenda.again(job):
-            tally.give_up(asset)
-    elif outcome is not Outcome.NOT_READY:
-        if reason in MAY_COME_BACK:
-            tally.release(asset)
-        tally.add(outcome, reason)
-    elif not agenda.again(job):
-        tally.add(outcome)
-        tally.release(asset)
+        log.warning("%s", t("would_undo", name=photo.name, id=photo.id, text=shown))
+    elif not put(photo, "", left, None, library, run):
+        raise Skip("has_description")
+    return Outcome.UNDONE
 
 
 def attempt(call: Callable[[], T]) -> tuple[T | Outcome, Exception | None]:
@@ -3482,49 +3270,130 @@ def attempt(call: Callable[[], T]) -> tuple[T | Outcome, Exception | None]:
         return call(), None
     except (Stopped, Fatal):
         raise
-    except Gone as gone:
-        return Outcome.SKIPPED, gone
+    except Skip as skip:
+        return Outcome.NOT_READY if skip.key == "not_ready" else Outcome.SKIPPED, skip
     except Exception as trouble:  # noqa: BLE001 - a bug costs only the photo that meets it
         return Outcome.FAILED, trouble
 
 
-def work(
-    turns: Iterable[list[Job]],
-    story: Callable[[Job], Outcome | None],
-    confirm: Callable[[list[Job]], None],
-    state: State,
-) -> None:
-    """Take photos through their story until there are no more."""
+def conclude(photo: Photo, outcome: Outcome, error: Exception | None, run: Run) -> None:
+    """Count what became of a photo; what may pass is found again, and counted once a day."""
+    reason = error.key if isinstance(error, AnalyzeError) else "bug" if error else ""
+    failed = outcome is Outcome.FAILED
+    if failed or outcome is Outcome.NOT_READY or reason in MAY_COME_BACK:
+        soon = isinstance(error, Retryable | Skip)
+        if not run.taken.give_back(photo, outcome, soon=soon):
+            return
+    if failed:
+        why, bug = (t("bug"), error) if reason == "bug" else (error, None)
+        log.error("%s", t("photo_failed", name=photo.name, id=photo.id, why=why), exc_info=bug)
+    run.tally.add(outcome, "" if reason == "not_ready" else reason)
+
+
+def work(photos: Iterable[Photo], library: Library, ai: Ai, run: Run) -> None:
+    """One worker: photo after photo, each to its end."""
+    way = functools.partial(story, library=library, ai=ai, run=run)
+    if run.config.undo:
+        way = functools.partial(take_back, library=library, run=run)
     with suppress(Stopped):
-        for jobs in turns:
-            if jobs[0].written:
-                _, error = attempt(functools.partial(confirm, jobs))
-                for job in jobs if error else ():
-                    conclude(job, Outcome.FAILED, error, state)
-            else:
-                outcome, error = attempt(functools.partial(story, jobs[0]))
-                if outcome:
-                    conclude(jobs[0], outcome, error, state)
-            state.tally.hand(-1)
-            state.stop.rouse()
+        for photo in photos:
+            outcome, error = attempt(functools.partial(way, photo))
+            conclude(photo, outcome, error, run)
+            if notes := run.tally.proven_failures():
+                attempt(lambda: run.patience(lambda: library.remember(notes)))
 
 
-def take_on_trust(jobs: Sequence[Job], library: Library, state: State) -> None:
-    """At the end of a run there is no time to read back: what was lost, the next run describes."""
-    notes = [(job.asset, note) for job in jobs for note in notes_for(job, job.stored, state)]
-    with suppress(AnalyzeError):
-        library.remember(notes)
-    for job in jobs:
-        conclude(job, Outcome.DESCRIBED if job.text else Outcome.UNDONE, None, state)
+# --- What Immich took is read back ---
 
 
-def run(worker: Callable[[], None], workers: int, stop: threading.Event) -> None:
-    """Run the workers until the stream ends; the first error of one ends it for all."""
-    with ThreadPoolExecutor(workers, "worker") as pool:
-        jobs = [pool.submit(worker) for _ in range(workers)]
-        wait(jobs, return_when=FIRST_EXCEPTION)
-        stop.set()
-    for job in jobs:
+def check_written(library: Library, run: Run) -> None:
+    """The checker: what Immich took is read back until nothing is left and nobody writes."""
+    with suppress(Stopped):
+        while batch := run.checks.next(run.stop):
+            _, error = attempt(functools.partial(read_back, batch, library, run))
+            for written in batch if error else ():
+                take_off(written, Outcome.FAILED, error, run)
+
+
+def read_back(batch: Sequence[Written], library: Library, run: Run) -> None:
+    """Compare what Immich stored with what was written, and put the notes right."""
+    age, photos = time.monotonic() - batch[0].at, [written.photo for written in batch]
+    found = run.patience(lambda: library.read_back(photos, age), VALUABLE_TRIES)
+    notes, losses = [], []
+    for written in batch:
+        text, photo = found.get(written.photo.id), written.photo
+        if isinstance(lost(written, text), Permanent) and len(batch) > 1:  # a search may lag
+            again = functools.partial(library.read_back, [photo], age)
+            text = run.patience(again, VALUABLE_TRIES).get(photo.id)
+        trouble = lost(written, text)
+        note = note_after(written, text, trouble)
+        if note != written.note or (not note and not trouble):
+            notes.append((photo, note))
+        if run.checks.count(written, lost=isinstance(trouble, Permanent)):
+            log.error("%s", t("library_loses", library=photo.library or "-"))
+        if trouble:
+            losses.append((written, trouble))
+    if notes:
+        run.patience(lambda: library.remember(notes), VALUABLE_TRIES)
+    for written, trouble in losses:
+        outcome = Outcome.FAILED if isinstance(trouble, Permanent) else Outcome.SKIPPED
+        take_off(written, outcome, trouble, run)
+
+
+def take_off(written: Written, outcome: Outcome, error: Exception | None, run: Run) -> None:
+    """Count a photo anew that was counted when its text was written."""
+    run.tally.add(Outcome.DESCRIBED if written.added else Outcome.UNDONE, number=-1)
+    conclude(written.photo, outcome, error, run)
+
+
+def lost(written: Written, text: str | None) -> AnalyzeError | None:
+    """What became of a text that was written, by what is read back; None if it was kept.
+
+    Lost is what gave way to what was there before, or to nothing. Anything else is a
+    person's, who was quick.
+    """
+    if text is None:
+        return Skip("photo_gone")
+    before = written.photo.description
+    added = written.added and written.added in text and written.added not in before
+    if text.strip() == written.stored.strip() or added:
+        return None
+    return (
+        Permanent("not_kept") if text.strip() in ("", before.strip()) else Skip("has_description")
+    )
+
+
+def note_after(written: Written, text: str | None, trouble: AnalyzeError | None) -> Note | None:
+    """The note that a photo is to have once it was read back."""
+    note = written.note
+    if note and isinstance(trouble, Permanent):
+        old = written.photo.note.text if written.photo.note else ""  # which may be back
+        why = str(trouble)
+        return replace(note, text=old, was="", failed=trouble.key, why=why, tries=MOST_TRIES)
+    if note and text and not trouble:
+        same = text.strip() == written.stored.strip()
+        return replace(note, text=text_id(text) if same else note.text, was="")
+    return note
+
+
+def run_all(
+    workers: Sequence[Callable[[], None]], checkers: Sequence[Callable[[], None]], run: Run
+) -> None:
+    """Run all threads until the stream ends; the first error of one ends it for all."""
+
+    def ending(call: Callable[[], None]) -> None:
+        try:
+            call()
+        finally:
+            if sys.exception():
+                run.stop.set()
+
+    with ThreadPoolExecutor(len(workers) + len(checkers), "worker") as pool:
+        checking = [pool.submit(ending, checker) for checker in checkers]
+        working = [pool.submit(ending, worker) for worker in workers]
+        wait(working)
+        run.checks.close()
+    for job in (*working, *checking):
         job.result()
 
 
@@ -3566,56 +3435,44 @@ class Signals:
 
 
 class Lines(logging.Handler):
-    """Writes log lines to standard error, above the progress bar if there is one."""
+    """Writes log lines to standard error, above the progress bar if there is one.
+
+    File names and servers' words fake no lines there, steer no terminal and quote no secret.
+    """
+
+    secrets: tuple[str, ...] = ()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
+        record.priority = PRIORITIES[record.levelno]
+        record.msg, record.args = re.sub(UNSAFE, "\ufffd", record.getMessage()), ()
+        text = self.format(record)  # with the traceback, whose lines stay
+        for secret in filter(None, self.secrets):
+            text = text.replace(secret, "…")
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(text, file=sys.stderr)
         except OSError:  # nobody reads it any more; the work goes on
             self.handleError(record)
 
 
-class OneLine(logging.Formatter):
-    """Keeps file names and servers' words from faking lines, steering a terminal, or
-    quoting one of the `secrets`."""
-
-    secrets: tuple[str, ...] = ()
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """The message with control characters replaced; tracebacks come after it."""
-        unsafe = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
-        record.message = re.sub(unsafe, "\ufffd", record.message)
-        record.priority = PRIORITIES[record.levelno]
-        return super().formatMessage(record)
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The whole text of a record."""
-        text = super().format(record)
-        for secret in filter(None, self.secrets):
-            text = text.replace(secret, "…")
-        return text
-
-
+UNSAFE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"  # control characters
 PRIORITIES = {50: 2, 40: 3, 30: 4, 20: 6, 10: 7}  # sd-daemon(3), by the level of logging
-TO_PEOPLE = "%(message)s"
-TO_A_FILE = "%(asctime)s %(levelname)s %(message)s"
-TO_THE_JOURNAL = "<%(priority)d>%(message)s"
 
 
-def set_up_logging(config: Config | None = None, journal: str = "") -> None:
+def set_up_logging(config: Config | None = None) -> None:
     """Choose what is said, and how, by who reads it.
 
     For people on a terminal, messages; for cron, only what is wrong; for a service, a log;
-    for systemd's journal (`journal` is its JOURNAL_STREAM), its priorities.
+    for systemd's journal, its priorities.
     """
     terminal, service = sys.stderr.isatty(), bool(config and config.mode.monitors)
     here = os.fstat(sys.stderr.fileno())
-    form = TO_PEOPLE if terminal or not service else TO_A_FILE
-    lines = OneLine(TO_THE_JOURNAL if journal == f"{here.st_dev}:{here.st_ino}" else form)
-    lines.secrets = (config.api_key, *config.immich_api_keys) if config else ()
+    form = "%(message)s" if terminal or not service else "%(asctime)s %(levelname)s %(message)s"
+    if os.environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}":
+        form = "<%(priority)d>%(message)s"
     handler = Lines()
-    handler.setFormatter(lines)
+    handler.secrets = (config.api_key, *config.immich_api_keys) if config else ()
+    handler.setFormatter(logging.Formatter(form))
     log.handlers[:] = [handler]
     log.propagate = False
     usual = logging.INFO if terminal or service else logging.WARNING
@@ -3625,26 +3482,13 @@ def set_up_logging(config: Config | None = None, journal: str = "") -> None:
     warnings.filterwarnings("ignore", module="watchdog")
 
 
-class Progress:
-    """A bar on a terminal: photos done, rate and time left. Skipped ones are no progress."""
-
-    def __init__(self, total: int | None) -> None:
-        self._total = total
-        form = {"unit": " " + t("photos"), "dynamic_ncols": True, "leave": False}
-        self._bar = tqdm(total=total, miniters=1, **form)  # each photo counts
-
-    def show(self, counts: Counter[Outcome]) -> None:
-        """Move on to what the counts say."""
-        left_out = counts[Outcome.SKIPPED] + counts[Outcome.NOT_READY]
-        with self._bar.get_lock():
-            if self._total is not None:
-                self._bar.total = max(0, self._total - left_out)
-            done = counts.total() - left_out
-            self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        """Remove the bar."""
-        self._bar.close()
+def advance(bar: tqdm, total: int | None, counts: Counter[Outcome]) -> None:
+    """Move the progress bar on to what the counts say. Skipped photos are no progress."""
+    left_out = counts[Outcome.SKIPPED] + counts[Outcome.NOT_READY]
+    with bar.get_lock():
+        if total is not None:
+            bar.total = max(0, total - left_out)
+        bar.update(counts.total() - left_out - bar.n)
 
 
 AWAY_LIMIT = 300.0  # seconds Immich or the database may be away before that is ill health
@@ -3657,12 +3501,11 @@ LINE_INTERVAL = 3600.0  # between two lines that sum up
 class Status:
     """How a run stands, told in the same words to /health, /metrics and systemd."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, config: Config, hosts: Hosts, patience: Patience, tally: Tally) -> None:
         self.ready = False  # whether the check at the start is over
-        self._tally = state.tally
-        self._hosts = state.hosts
-        self._patience = state.patience
-        config = state.config
+        self._tally = tally
+        self._hosts = hosts
+        self._patience = patience
         waits = (config.timeout, config.api_poll_interval, config.retry_delay_seconds)
         self._longest = max(*waits, config.file_write_timeout, LONGEST_CALL) + STALL_LIMIT
 
@@ -3713,7 +3556,7 @@ class Status:
             ("in_flight", "gauge", [(name, host.in_flight) for name, host in hosts]),
             ("requests_total", "counter", [(name, host.requests) for name, host in hosts]),
             ("request_seconds_total", "counter", [(name, host.seconds) for name, host in hosts]),
-            ("rest_seconds", "gauge", [(n, max(0.0, h.rests_until - now)) for n, h in hosts]),
+            ("unavailable_seconds", "gauge", [(n, max(0.0, h.wait(now))) for n, h in hosts]),
         ]
         lines = []
         for name, kind, samples in families:
@@ -3724,7 +3567,7 @@ class Status:
 
 def condition(host: Host) -> str:
     """How a model host is, in a word."""
-    return "struck" if host.struck else "away" if host.away else "ok"
+    return "struck off" if host.struck_off else "unavailable" if host.why else "ok"
 
 
 def label(**labels: str) -> str:
@@ -3777,6 +3620,10 @@ def ask_health(config: Config) -> int:
     everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where it may listen
     host = everywhere.get(config.health_host, config.health_host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{config.health_port}/health"
+
+    def unhealthy(reply: Reply) -> AnalyzeError:
+        return Retryable("unhealthy", why=reply.body.decode("utf-8", "replace").strip())
+
     with closing(Session()) as session:
         session.trust_env = False  # no proxy stands between
         try:
@@ -3787,11 +3634,6 @@ def ask_health(config: Config) -> int:
     return 0
 
 
-def unhealthy(reply: Reply) -> AnalyzeError:
-    """What /health said."""
-    return Retryable("unhealthy", why=reply.body.decode("utf-8", "replace").strip())
-
-
 def notify(address: str, message: str) -> None:
     """Tell systemd how the service stands, by sd_notify(3); nothing where nobody listens."""
     if address:
@@ -3799,12 +3641,10 @@ def notify(address: str, message: str) -> None:
             sender.sendto(message.encode(), re.sub("^@", "\0", address))
 
 
-def keep_posted(
-    status: Status, tally: Tally, stop: threading.Event, environ: Mapping[str, str]
-) -> None:
+def keep_posted(status: Status, tally: Tally, stop: Stop) -> None:
     """Tell systemd the counts, and that all moves, until the end; and the log once an hour."""
-    address = environ.get("NOTIFY_SOCKET", "")
-    watchdog = float(environ.get("WATCHDOG_USEC") or math.inf) / 1e6
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    watchdog = float(os.environ.get("WATCHDOG_USEC") or math.inf) / 1e6
     notify(address, "READY=1")
     told, said = time.monotonic(), str(tally)
     while not stop.wait(min(watchdog / 2, POST_INTERVAL)):
@@ -3815,67 +3655,45 @@ def keep_posted(
     notify(address, "STOPPING=1")
 
 
-def upcoming(library: Library, state: State, stack: ExitStack) -> Iterator[list[Job]]:
-    """The stream of this run's mode; what has to be closed in the end goes on the stack."""
-    config, news, watch = state.config, None, None
-    listings = Listings()
-    if config.mode.backlog:
-        listings.add(Listing(library, state, counts=True))
-    if config.mode.monitors:
-        news = Newsreader(library, state)
-        watch = library.watch(lambda seen: hint(seen, state), config.event_cooldown)
-    if watch:
-        stack.callback(watch.close)
-    return stream(state, listings, news, watch)
-
-
-def describe_library(state: State, new_library: Callable[[], Library]) -> None:
+def describe_library(run: Run) -> None:
     """Describe what is there and what arrives, with as many workers as were asked for."""
-    config, tally = state.config, state.tally
+    config, tally = run.config, run.tally
+
+    def worker() -> None:
+        with closing(run.new_library()) as library, closing(Ai(config, run.hosts, run.stop)) as ai:
+            work(in_turn(photos, turn), library, ai, run)
+
+    def checker() -> None:
+        with closing(run.new_library()) as library:
+            check_written(library, run)
+
     with ExitStack() as stack:
-        library = stack.enter_context(closing(new_library()))
+        library = stack.enter_context(closing(run.new_library()))
         terminal = sys.stderr.isatty()
         if config.mode.backlog and (terminal or config.health_port):
             with suppress(AnalyzeError):  # an extra, that not every key may ask for
                 tally.total = library.total() // config.shard[1]
         if terminal:
-            progress = stack.enter_context(closing(Progress(tally.total)))
-            tally.show = progress.show
-        turns = Shared(upcoming(library, state, stack))
-
-        def worker() -> None:
-            with (
-                closing(new_library()) as own,
-                closing(Ai(config, state.hosts, state.stop)) as ai,
-            ):
-                check = functools.partial(confirm, library=own, state=state)
-                story = functools.partial(analyze, library=own, ai=ai, state=state)
-                undo = functools.partial(take_back, library=own, state=state)
-                work(turns, undo if config.undo else story, check, state)
-
-        # more workers than places at the hosts: the next pictures are fetched meanwhile
-        try:
-            run(worker, config.max_concurrent + max(2, config.max_concurrent // 4), state.stop)
-        finally:
-            take_on_trust(state.checks.rest(), library, state)
+            form = {"unit": " " + t("photos"), "dynamic_ncols": True, "leave": False}
+            bar = stack.enter_context(tqdm(total=tally.total, miniters=1, **form))  # each counts
+            tally.show = functools.partial(advance, bar, tally.total)
+        photos, turn = stack.enter_context(closing(stream(run, library))), threading.Lock()
+        # as many spare workers as places at the hosts: a photo that waits holds nobody up
+        workers = [worker] * (2 * config.max_concurrent)
+        run_all(workers, [checker] if library.must_confirm else [], run)
 
 
 def serve(config: Config, stop: Stop, tally: Tally) -> bool:
     """One run from its settings to its end; whether all photos could be reached."""
     service, longest = config.mode.monitors, config.wait_timeout or math.inf
-    passing = (HostDown, Unexpected) if service else (HostDown,)
-    at_start = functools.partial(Patience, stop, config.wait_retry_interval, what_passes=passing)
-    pause = max(1.0, config.retry_delay_seconds)
-    state = State(
-        config,
-        stop,
-        hosts=Hosts(config.hosts, config.max_concurrent, config.unavailable_duration),
-        patience=Patience(stop, pause, math.inf if service else longest),
-        agenda=Agenda(stop.rouse, LASTING if service else 0.0),
-        checks=Checks(),
-        tally=tally,
+    passing = (Unavailable, Unexpected) if service else (Unavailable,)
+    at_start = functools.partial(Patience, stop, config.wait_retry_interval, passing=passing)
+    pause, forever = max(1.0, config.retry_delay_seconds), math.inf if service else longest
+    hosts = Hosts(
+        config.hosts, config.max_concurrent, config.unavailable_duration, forever, lasts=service
     )
-    status = Status(state)
+    patience = Patience(stop, pause, forever)
+    status = Status(config, hosts, patience, tally)
     if config.health_port:
         serve_health(status, config.health_host, config.health_port)
     if config.access_ambiguous:
@@ -3883,14 +3701,14 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
     library_wait = at_start(longest if config.wait_for_immich else 0.0)
     new_library, complete = library_wait(lambda: open_library(config))
     if not config.undo:
-        with closing(Ai(config, state.hosts, stop)) as ai:
+        with closing(Ai(config, hosts, stop)) as ai:
             at_start(longest if service else 0.0)(ai.check)
     status.ready = True
     if service:
         log.info("%s", t("ready"))
-        posts = (status, tally, stop, os.environ)
+        posts = (status, tally, stop)
         threading.Thread(target=keep_posted, args=posts, name="posts", daemon=True).start()
-    describe_library(state, new_library)
+    describe_library(Run(config, stop, hosts, patience, tally, new_library))
     return complete()
 
 
@@ -3899,17 +3717,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = Stop()
     signals = Signals(stop)
     arguments = sys.argv[1:] if argv is None else list(argv)
-    journal = os.environ.get("JOURNAL_STREAM", "")
     began, tally = time.monotonic(), Tally()
-    set_up_logging(None, journal)
+    set_up_logging()
     try:
         use_language(language(arguments, os.environ))
         config = parse(arguments, os.environ)
         use_language(config.lang)
-        set_up_logging(config, journal)
+        set_up_logging(config)
         signals.grace = config.grace
         if config.healthcheck:
             return ask_health(config)
+        if config.undo:
+            tally = Tally("tally_dry_run" if config.dry_run else "tally_undo")
         complete = serve(config, stop, tally)
         code = 0 if complete and not tally.counts[Outcome.FAILED] else 1
     except Stopped:

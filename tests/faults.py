@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import heapq
+import http.client
 import itertools
 import json
 import os
@@ -27,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from enum import Flag, auto
 from pathlib import Path
@@ -43,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "immich_analyze.py"
 SAID = json.loads((ROOT / "i18n" / "en.json").read_text(encoding="utf-8"))
 CHATS = ("POST", "/api/chat|/v1/chat/completions")
-WRITES = ("PUT", "/api/assets/")
+WRITES = ("PUT", "/api/assets/[0-9a-f-]{36}$")
 
 TIMEOUT = 1.0  # of a request to the model
 PATIENCE = 20.0  # seconds until what has to happen did not
@@ -75,7 +76,7 @@ def pattern(key: str) -> re.Pattern[str]:
 
 
 READY, WAITING, BACK = pattern("ready"), pattern("waiting"), pattern("back")
-RESTS, HOST_BACK = pattern("host_rests"), pattern("host_back")
+HOST_AWAY, HOST_BACK = pattern("host_unavailable"), pattern("host_back")
 FAILED = re.compile(r"ERROR \S+ \([0-9a-f-]{36}\): ")
 LIBRARY = "the library"
 BUG = re.compile(r"Traceback|" + re.escape(SAID["bug"]))
@@ -88,7 +89,9 @@ class Tool:
     """The command line as a service, which can be killed and started again; and all it says."""
 
     def __init__(self, file: Path, argv: Sequence[str], home: Path) -> None:
-        self._command = [sys.executable, str(file), "--combined", *argv]
+        self._port = sandbox.free_port()
+        health = ["--health-port", str(self._port)]
+        self._command = [sys.executable, str(file), "--combined", *health, *argv]
         foreign = {n for n in os.environ if n.startswith(FOREIGN) or n.upper() in PROXIES}
         self._environ = {n: text for n, text in os.environ.items() if n not in foreign}
         self._environ |= {"HOME": str(home), "LANG": "C.UTF-8"}
@@ -127,11 +130,23 @@ class Tool:
 
     @property
     def away(self) -> set[str]:
-        """Whom it misses, by what it said."""
-        missed: set[str] = set()
-        for who, begins, _ in outages(self.runs[-1]):
-            (missed.add if begins else missed.discard)(who)
-        return missed
+        """Whom it misses: the library by what it said, hosts by its /health.
+
+        That a host is unavailable is not said again for some minutes.
+        """
+        said = [begins for who, begins, _ in outages(self.runs[-1]) if who == LIBRARY]
+        missed = {LIBRARY} if said[-1:] == [True] else set()
+        return missed | {host for host, state in self._hosts().items() if state != "ok"}
+
+    def _hosts(self) -> dict[str, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE)
+        try:
+            with closing(connection):
+                connection.request("GET", "/health")
+                states: dict[str, str] = json.load(connection.getresponse())["model_hosts"]
+                return states
+        except (OSError, http.client.HTTPException):  # it is not there yet, or any more
+            return {}
 
     @property
     def surprise(self) -> int | None:
@@ -168,7 +183,7 @@ def outages(lines: Iterable[str]) -> Iterator[tuple[str, bool, str]]:
     for line in lines:
         host = next(iter(re.findall(r"http://[\d.]+:\d+", line)), "")
         for seen, who, begins in (
-            (RESTS, host, True),
+            (HOST_AWAY, host, True),
             (HOST_BACK, host, False),
             (WAITING, LIBRARY, True),
             (BACK, LIBRARY, False),
@@ -699,7 +714,9 @@ class Faults:
                 "429, and 503 with Retry-After", "AB", lambda: self._says(*others), lasting | kin
             ),
             Fault("a model host fails (500)", "A", lambda: self._fails(broken, first)),
-            Fault("both fail until they rest (500)", "AB", lambda: self._fails_all(broken)),
+            Fault(
+                "both fail until they are unavailable (500)", "AB", lambda: self._fails_all(broken)
+            ),
             Fault("a model host hangs beyond --timeout", "A", lambda: self._hangs(first)),
             Fault("answers end in the middle", "AB", lambda: self._next(CUT)),
             Fault("requests get no answer", "AB", lambda: self._next(RESET), kin),

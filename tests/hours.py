@@ -14,36 +14,41 @@ The test's own thread has its turn, too: while it looks at things, nothing moves
 """
 
 import datetime as dates
+import functools
 import http.client
 import itertools
 import json
 import logging
 import math
+import re
 import sys
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent import futures
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
 import requests
 import sandbox
-from servers import RESET, Exchange, FakeServer, Reply, Special
-from worlds import SqlWorld, World, asking
+from servers import Exchange, FakeServer, HungUp, Reply, Special
+from worlds import ApiWorld, SqlWorld, World, asking
 
 import immich_analyze as ia
 
 BEGIN = datetime(2026, 3, 2, 9, tzinfo=UTC)
+UPTIME = 1000.0  # what the clock shows at the beginning: never is 0, as on real machines
 DAY = 86400.0
 STUCK = 60.0  # real seconds without a turn handed on: something waits that we do not know of
-SPINNING = 1_000_000  # turns and looks at the clock within one invented moment
+LONGEST = 50.0  # real seconds for a test: a run that does too much is no reason to end the others
+SPINNING = 50_000  # turns and looks at the clock within one invented moment
+ABOUT_A_PHOTO = re.compile(r"\([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\): ")
 FIRST, USUAL, LAST = range(3)  # who goes before whom when several could go on
 
 Ready = Callable[[], bool]
@@ -83,6 +88,7 @@ class Hours:
         self._outside = 0  # locks held by threads that have no turn
         self._news = threading.Semaphore(0)  # released by those
         self._moves = self._still = 0
+        self._overdue = time.monotonic() + LONGEST
         self._broken = ""
         self._patience = math.inf  # how long the client waits whose turn it is
         self._timed_out = False
@@ -104,7 +110,7 @@ class Hours:
 
     @contextmanager
     def batch(self, library: World, *more: FakeServer | str) -> Iterator["Run"]:
-        """A batch; the block is left when it ends by itself, in a day at the latest."""
+        """A batch; the block is left when it ends by itself, in an hour at the latest."""
         with self._running_tool(library, *more) as run:
             yield run
             run.end()
@@ -113,7 +119,7 @@ class Hours:
     def _running_tool(self, library: World, *more: FakeServer | str) -> Iterator["Run"]:
         urls = [word for word in more if not isinstance(word, str) or word.startswith("http")]
         options = [word for word in more if word not in urls]
-        run = Run(self, ia.parse([*library.argv, *asking(*urls), *options], {}))
+        run = Run(self, ia.parse([*library.argv, *(asking(*urls) if urls else []), *options], {}))
         if isinstance(library, SqlWorld):
             self.govern(library)
         log_level = ia.log.level
@@ -151,27 +157,51 @@ class Hours:
         act()
         assert self._news.acquire(timeout=STUCK), "nobody told of it"
 
+    def since_begin(self, exchange: Exchange) -> float:
+        """When a request came to a fake server, by this clock."""
+        return (exchange.at - BEGIN) / timedelta(seconds=1)
+
+    def written(self, library: ApiWorld) -> dict[str, float]:
+        """When each photo's description was sent, by this clock."""
+        puts = (put for put in library.server.find("PUT", "/api/assets/") if put.status == 200)
+        texts = (put for put in puts if put.operation.name == "updateAsset" and put.json)
+        return {put.params["id"]: self.since_begin(put) for put in texts}
+
     # Replies of fake servers that depend on the invented time
 
-    def takes(self, seconds: float) -> bool:
-        """Let an answer take so long; False if the client has given up by then.
+    def takes(self, seconds: float) -> None:
+        """Let an answer take so long, or until the client gives up.
 
         To be called by a fake server's thread, in the turn of whoever asked.
         """
-        given = min(seconds, self._patience)
-        gave_up = seconds >= self._patience
+        given, gave_up = min(seconds, self._patience), seconds >= self._patience
         self.block(lambda: False, self.time + given)
         self._timed_out = gave_up
-        return not gave_up and not self._broken
+        if gave_up or self._broken:
+            raise HungUp
+
+    def pace(self, *hosts: Any, seconds: float = 1.0) -> None:
+        """Let model hosts take so long for each answer."""
+
+        def answer(image: bytes, prompt: str, usual: Any) -> Any:
+            self.takes(seconds)
+            return usual(image, prompt)
+
+        for host in hosts:
+            host.answer = functools.partial(answer, usual=host.answer)
 
     def slow(self, seconds: float, reply: Reply | Special | None = None) -> Callable[..., Any]:
         """For `script`: this reply, or the usual one, after so many seconds."""
-        return lambda _: reply if self.takes(seconds) else RESET
 
-    def hang(self, _: Exchange) -> Special:
+        def late(_: Exchange) -> Reply | Special | None:
+            self.takes(seconds)
+            return reply
+
+        return late
+
+    def hang(self, _: Exchange) -> None:
         """For `script`: no answer at all, until the client's time is over."""
         self.takes(math.inf)
-        return RESET
 
     def between(self, begin: float, end: float, reply: Any) -> Callable[[Exchange], Any]:
         """For `script`: this reply from one time to another, and the usual one at others."""
@@ -208,7 +238,7 @@ class Hours:
 
     def _hand_on(self) -> None:
         """Give the turn to the first who can go on; if there is none, let time pass."""
-        while not self._running and self._waiting:
+        while not self._running and self._waiting and not self._broken:
             able = [w for w in self._waiting if w.deadline <= self.time or w.ready()]
             if able:
                 chosen = min(able, key=lambda waiter: waiter.rank)
@@ -222,6 +252,9 @@ class Hours:
             if self._outside or soonest == math.inf:
                 return  # a thread that has no turn will let somebody go on
             self.time, self._still = soonest, 0
+            if time.monotonic() > self._overdue and not self._broken:
+                self._break("there is too much to do")
+                return
             self._show_clock()
             self._changed.notify_all()
 
@@ -237,7 +270,7 @@ class Hours:
         if self._still > SPINNING and not self._broken:
             self._break("spinning: time does not go on any more")
         self._refuse_if_broken()
-        return self.time
+        return UPTIME + self.time
 
     def changed(self) -> None:
         """To be called when something changed that may be waited for."""
@@ -306,13 +339,20 @@ class Hours:
         """A thread without a turn took a lock (1) or gave it back (-1)."""
         self._outside += number
 
-    def _break(self, why: str) -> None:
+    def where(self) -> str:
+        """Where each thread of the tool is, its way in this file left out."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        stacks = "".join(
-            f"\n{names.get(ident)}:\n{''.join(traceback.format_stack(frame)[-4:])}"
-            for ident, frame in sys._current_frames().items()
-            if ident in self._members
-        )
+        told = ""
+        for ident, frame in sys._current_frames().items():
+            if ident in self._members and ident != self._test:
+                stack = traceback.extract_stack(frame)
+                own = [part for part in stack if part.filename == ia.__file__][-3:]
+                way = " > ".join(f"{part.name}:{part.lineno}" for part in own)
+                told += f"\n{names.get(ident)}: {way}"
+        return told
+
+    def _break(self, why: str) -> None:
+        stacks = self.where()
         with self._guard:
             self._broken = f"{why}, at {self.time:g} s{stacks}"
             for waiter in self._waiting:
@@ -352,11 +392,24 @@ class Hours:
         patch.setattr(ia, "as_completed", self.as_completed, raising=False)
         patch.setattr(requests.adapters.HTTPAdapter, "send", self._sender())
         patch.setattr(FakeServer, "now", staticmethod(self.now))
+        self._put_in_defaults(patch, {"monotonic": self.tick, "time": wall} | own)
+
+    @staticmethod
+    def _put_in_defaults(patch: pytest.MonkeyPatch, own: dict[str, Any]) -> None:
+        """Also where a default value, or a dataclass, holds one of the real ones."""
+        real = {getattr(time, name, None) or getattr(threading, name): own[name] for name in own}
+
+        def kept(value: Any) -> Any:
+            return real.get(value) if isinstance(value, Hashable) else None
+
         for function in functions_of(ia):
             old = function.__defaults__ or ()
-            if time.monotonic in old:
-                new = tuple(self.tick if value is time.monotonic else value for value in old)
+            if any(map(kept, old)):
+                new = tuple(kept(value) or value for value in old)
                 patch.setattr(function, "__defaults__", new)
+            for cell in function.__closure__ or ():
+                if kept(cell.cell_contents):
+                    patch.setattr(cell, "cell_contents", kept(cell.cell_contents))
 
     def _bound(self, kind: type) -> type:
         """The class with this clock in it."""
@@ -455,13 +508,13 @@ INVENTED_CLOCK = [
 ]
 
 
-def functions_of(module: ModuleType) -> Iterator[Any]:
+def functions_of(module: ModuleType) -> Iterator[FunctionType]:
     """A module's functions, and those of its classes."""
     for thing in list(vars(module).values()):
-        if isinstance(thing, type) and thing.__module__ == module.__name__:
-            yield from (part for part in vars(thing).values() if hasattr(part, "__defaults__"))
-        elif getattr(thing, "__module__", "") == module.__name__ and hasattr(thing, "__defaults__"):
-            yield thing
+        own = getattr(thing, "__module__", "") == module.__name__
+        for part in [thing, *(vars(thing).values() if isinstance(thing, type) else ())]:
+            if own and isinstance(part, FunctionType):
+                yield part
 
 
 class Instead:
@@ -818,10 +871,10 @@ class Run:
         """Let time pass up to then, until nothing is left to do at that moment."""
         self._pass(seconds, lambda: False)
 
-    def end(self, most: float = DAY) -> None:
+    def end(self, most: float = 3600.0) -> None:
         """Let time pass until the run ends by itself."""
         self._pass(self.time + most, lambda: self.ended is not None)
-        assert self.ended is not None, f"it did not end within {most:g} s"
+        assert self.ended is not None, f"it did not end within {most:g} s{self._hours.where()}"
 
     def _pass(self, seconds: float, enough: Ready) -> None:
         hours, began = self._hours, self._began
@@ -838,7 +891,7 @@ class Run:
         self.stop.set()
         if not hours.alone:
             hours.block(lambda: hours.alone, hours.time + 3600, LAST)
-        assert hours.alone, "it does not end"
+        assert hours.alone, f"it does not stop{hours.where()}"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -867,6 +920,11 @@ class Run:
             for line in self.said
             if all(part in line.text for part in parts) and level in ("", line.level)
         ]
+
+    def complaints(self, host: FakeServer) -> list[str]:
+        """The lines about trouble with a host, those about single photos left out."""
+        bad = (line.text for line in self.said if line.level != "INFO" and host.url in line.text)
+        return [text for text in bad if not ABOUT_A_PHOTO.search(text)]
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """Status and report of /health."""

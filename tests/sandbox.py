@@ -728,6 +728,7 @@ class PhotoLibrary:
         self.run(f'GRANT UPDATE ({", ".join(written)}) ON {{exif}} TO "{name}"')
         if self._has("asset", "isEdited"):  # 2.5 on, whose API lets clients keep notes
             self.run(f'GRANT SELECT, INSERT, UPDATE, DELETE ON asset_metadata TO "{name}"')
+            self.run(f'GRANT INSERT ON asset_metadata_audit TO "{name}"')
         parts = psycopg2.extensions.parse_dsn(self.uri)
         return libpq_uri(parts | {"user": name, "password": password})
 

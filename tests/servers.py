@@ -215,6 +215,12 @@ class Special(Enum):
 
 
 HANG, CUT, RESET = Special.HANG, Special.CUT, Special.RESET
+
+
+class HungUp(Exception):
+    """The client is gone by now: no reply."""
+
+
 Scripted = Reply | Special | Callable[["Exchange"], Reply | Special | None]
 
 
@@ -568,6 +574,12 @@ class FakeServer:
             self.gate.wait()
 
     def _decide(self, exchange: Exchange) -> Reply | None:
+        try:
+            return self._reply(exchange)
+        except HungUp:
+            return None
+
+    def _reply(self, exchange: Exchange) -> Reply | None:
         script, scripted = self._scripted(exchange)
         reply = scripted(exchange) if callable(scripted) else scripted
         if reply is HANG:

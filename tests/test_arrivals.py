@@ -25,12 +25,12 @@ def folder(tmp_path):
 
 
 class Watching:
-    """A watch on a folder that is at work; `next` is the id of the next photo it tells of."""
+    """A watch on a folder that is at work; `next` waits until it tells of a preview."""
 
     def __init__(self, folder, cooldown=60.0):
-        self.seen = queue.Queue()
-        self.arrivals = ia.Arrivals(folder, self.seen.put, cooldown)
-        self.close = self.arrivals.close
+        self.told = queue.Queue()
+        self.watch = ia.PreviewWatch(folder, lambda: self.told.put(True), cooldown)
+        self.close = self.watch.close
         self._threads = [t for t in ia.threading.enumerate() if t.name == "watch"]
 
     def begin(self):
@@ -39,13 +39,17 @@ class Watching:
         return self
 
     def next(self):
-        return self.seen.get(timeout=servers.PATIENCE)
+        return self.told.get(timeout=servers.PATIENCE)
+
+    def events(self):
+        """How often it told of a preview that nobody waited for."""
+        return self.told.qsize()
 
 
 @pytest.fixture
 def watching(folder):
     with closing(Watching(folder).begin()) as watching:
-        assert watching.arrivals.since <= ia.time.monotonic()
+        assert watching.watch.since <= ia.time.monotonic()
         yield watching
 
 
@@ -58,17 +62,18 @@ def test_a_preview_in_new_nested_folders_is_told(watching, folder):
     ids = [str(uuid.uuid4()) for _ in range(30)]
     for asset_id in ids:
         write(folder / "owner" / asset_id[:2] / asset_id[2:4] / f"{asset_id}_preview.jpeg")
-    assert {watching.next() for _ in ids} == {*ids}
+    assert all(watching.next() for _ in ids)  # each once, as the cooldown is long
+    assert watching.events() == 0
 
 
 def test_a_preview_that_is_moved_in_is_told(watching, folder, tmp_path):
     write(tmp_path / "elsewhere" / f"{ID}-preview.webp")
     shutil.move(tmp_path / "elsewhere", folder / "owner")
-    assert watching.next() == ID
-    other = str(uuid.uuid4())
+    assert watching.next()
     write(folder / "other.tmp")
-    (folder / "other.tmp").rename(folder / f"{other}-preview.webp")
-    assert watching.next() == other
+    (folder / "other.tmp").rename(folder / f"{uuid.uuid4()}-preview.webp")
+    assert watching.next()
+    assert watching.events() == 0
 
 
 def test_reading_and_deleting_tell_nothing(folder):
@@ -78,9 +83,9 @@ def test_reading_and_deleting_tell_nothing(folder):
         file.read_bytes()
         file.chmod(0o600)
         file.unlink()
-        other = str(uuid.uuid4())
-        write(folder / f"{other}_preview.jpeg")
-        assert watching.next() == other
+        write(folder / f"{uuid.uuid4()}_preview.jpeg")
+        assert watching.next()
+        assert watching.events() == 0
 
 
 @pytest.mark.parametrize(
@@ -102,26 +107,27 @@ def test_reading_and_deleting_tell_nothing(folder):
 )
 def test_a_preview_is_known_by_its_name(folder, name, told):
     with closing(Watching(folder).begin()) as watching:
-        watching.arrivals.on_any_event(FileCreatedEvent(f"/thumbs/a/b/{name}"))
-        watching.arrivals.on_any_event(FileMovedEvent("/thumbs/x.tmp", f"/thumbs/{name}"))
-        assert [*watching.seen.queue] == [ID] * told
+        watching.watch.on_any_event(FileCreatedEvent(f"/thumbs/a/b/{name}"))
+        watching.watch.on_any_event(FileMovedEvent("/thumbs/x.tmp", f"/thumbs/{name}"))
+        assert watching.events() == told
 
 
 def test_the_events_of_one_preview_are_one_within_the_cooldown(folder, monkeypatch):
-    now = 1000.0
+    now, other, told = 1000.0, str(uuid.uuid4()), []
     with closing(Watching(folder, cooldown=2.0).begin()) as watching:
-        arrivals = watching.arrivals
+        watch = watching.watch
         monkeypatch.setattr(ia.time, "monotonic", lambda: now)
-        other = str(uuid.uuid4())
-        for now, asset_id in [  # noqa: B007 - the clock of the lambda above
+        for now, asset_id in [
             *((1000, ID), (1000.01, ID), (1001, other), (1001.9, ID)),
             *((1002, ID), (1002.5, other), (1003, other), (1003.5, ID)),
         ]:
-            arrivals.on_any_event(FileClosedEvent(f"/{asset_id}_preview.jpeg"))
-        assert [*watching.seen.queue] == [ID, other, ID, other]
+            before = watching.events()
+            watch.on_any_event(FileClosedEvent(f"/{asset_id}_preview.jpeg"))
+            told += [now] * (watching.events() - before)
+        assert told == [1000, 1001, 1002, 1003]
         now = 5000
-        arrivals.on_any_event(FileClosedEvent(f"/{ID}_preview.jpeg"))
-        assert arrivals._quiet.keys() == {ID}  # what is past is not kept
+        watch.on_any_event(FileClosedEvent(f"/{ID}_preview.jpeg"))
+        assert watch._quiet.keys() == {ID}  # what is past is not kept
 
 
 def lines_of(caplog):
@@ -143,7 +149,7 @@ def test_a_folder_that_cannot_be_watched_is_one_line(folder, caplog, monkeypatch
     if number == errno.EACCES:  # about which watchdog says nothing
         monkeypatch.setattr(ia.os, "scandir", unreadable)
     with closing(Watching(folder).begin()) as watching:
-        assert watching.arrivals.since == float("inf")
+        assert watching.watch.since == float("inf")
     [(level, line)] = lines_of(caplog)
     why = {errno.EACCES: "Permission denied", errno.ENOSPC: ""}[number]
     assert (level, line) == ("WARNING", ia.t(key, folder=folder, why=why))
@@ -164,7 +170,7 @@ def test_too_many_folders_are_said_though_some_are_watched(folder, caplog, monke
     monkeypatch.setattr(inotify_c, "inotify_add_watch", limited)
     with closing(Watching(folder).begin()) as watching:
         write(folder / f"{ID}_preview.jpeg")
-        assert watching.next() == ID
+        assert watching.next()
     assert lines_of(caplog) == [("WARNING", ia.t("watch_limit", folder=folder))]
 
 
@@ -175,7 +181,7 @@ def test_too_many_watching_programs_are_said(folder, caplog, monkeypatch):
 
     monkeypatch.setattr(inotify_c, "inotify_init", refuse)
     with closing(Watching(folder).begin()) as watching:
-        assert watching.arrivals.since == float("inf")
+        assert watching.watch.since == float("inf")
     [(_, line)] = lines_of(caplog)
     assert "fs.inotify.max_user_instances" in line
 
@@ -192,14 +198,14 @@ def test_a_parent_that_may_not_be_watched_is_no_trouble(folder, caplog, monkeypa
     monkeypatch.setattr(inotify_c, "inotify_add_watch", picky)
     with closing(Watching(folder).begin()) as watching:
         write(folder / f"{ID}_preview.jpeg")
-        assert watching.next() == ID
+        assert watching.next()
     assert lines_of(caplog) == []
 
 
 def test_what_it_missed_is_said_once(watching, caplog):
     caplog.set_level(logging.INFO)
-    watching.arrivals.missed()
-    watching.arrivals.missed()
+    watching.watch.missed()
+    watching.watch.missed()
     assert lines_of(caplog) == [("WARNING", ia.t("watch_missed"))]
 
 

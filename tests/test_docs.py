@@ -1,6 +1,7 @@
 """README says what is there, and all of it: settings, messages, exit codes, files, commands."""
 
 import argparse
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -14,6 +15,7 @@ import immich_analyze as ia
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 CODE = re.compile(r"`([^`]+)`")
 
 
@@ -98,7 +100,7 @@ def documented_variables():
 
 def test_all_variables_of_immich_and_all_older_names_are_documented():
     of_immich = {"DB_URL", *ia.DB_KEYWORDS}
-    assert {*of_immich, *(f"{name}_FILE" for name in of_immich), *ia.OTHER_NAMES} <= {
+    assert {*of_immich, *(f"{name}_FILE" for name in of_immich), *ia.OLDER_NAMES} <= {
         *documented_variables()
     }
 
@@ -167,6 +169,9 @@ NEVER_SHOWN = {
     "has_description",  # as photo_gone
     "failed_before",  # which the sum at the end says
     "photo_gone",  # such a photo is only left out
+    "claimed_elsewhere",  # as photo_gone
+    "not_ready",  # which the sum at the end says
+    "note_missing",  # which is how most photos are
     "photos",  # a word of the progress bar
     "stopped",  # the exit code says it
 }
@@ -216,7 +221,9 @@ def anchor(heading):
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "tests/BENCHMARKS.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "tests/BENCHMARKS.md"]
+)
 def test_every_local_link_leads_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     anchors = {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
@@ -233,7 +240,10 @@ def test_every_make_target_and_file_named_in_commands_exists():
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
     named = set(re.findall(r"(?:^|`)make ([a-z]+)", README, re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
-    files = set(re.findall(r"\b((?:tests/|i18n/)[\w./-]+|immich_analyze\.py)", README))
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", CONTRIBUTING, re.MULTILINE)) <= targets
+    files = set(
+        re.findall(r"\b((?:tests/|i18n/)[\w./-]+|immich_analyze\.py)", README + CONTRIBUTING)
+    )
     assert not [file for file in files if not (ROOT / file.rstrip(".")).exists()]
 
 
@@ -280,7 +290,7 @@ def test_the_grants_are_enough(photos, postgres, version, config):
     assert library.description(photo) == "A lake."
     if version != "2.3.1":
         check_note(library.notes(photo), "A lake.")
-    assert opened.write(opened.find(asset), "", None)
+    assert opened.write(opened.look(asset), "", None)
     opened.close()
     assert (library.description(photo), library.notes(photo)) == ("", {})
 
@@ -293,5 +303,14 @@ def test_the_version_is_in_the_changelog():
 
 def test_both_catalogues_are_linked():
     assert {file.stem for file in (ROOT / "i18n").glob("*.json")} == {
-        *re.findall(r"i18n/(\w+)\.json\)", README)
+        *re.findall(r"i18n/(\w+)\.json\)", CONTRIBUTING)
     }
+
+
+def test_a_photo_is_followed_by_few_names_which_exist():
+    told = re.search(r"names are all it takes to follow a photo:(.*?)\.\n", CONTRIBUTING, re.DOTALL)
+    names = CODE.findall(told[1])
+    tree = ast.parse(Path(ia.__file__).read_text(encoding="utf-8"))
+    known = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert len(set(names)) == len(names) <= 20
+    assert set(names) - known == set()

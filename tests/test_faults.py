@@ -5,6 +5,8 @@ import pytest
 import servers
 from faults import Photo, Plan, Write
 
+import immich_analyze as ia
+
 pytestmark = pytest.mark.slow
 
 PICTURE = servers.own_picture(1)
@@ -59,12 +61,10 @@ def test_what_is_wrong_in_the_end_is_seen(text, written, typed, part):
 
 
 def test_an_outage_that_is_told_again_is_seen():
-    away = "WARNING http://127.0.0.1:9/api/chat cannot be reached: no. Next try in 0.2 s."
-    back = "INFO http://127.0.0.1:9 answers again."
-    waiting, answers = (
-        "INFO Immich is in maintenance: it. Waiting.",
-        "INFO It answers again, after 1.",
-    )
+    url, why = "http://127.0.0.1:9", "http://127.0.0.1:9/api/chat cannot be reached: no"
+    away = "WARNING " + ia.t("host_unavailable", why=why, url=url, seconds=1)
+    back = "INFO " + ia.t("host_back", url=url)
+    waiting, answers = "INFO " + ia.t("waiting", why="It"), "INFO " + ia.t("back", time=1)
     assert list(faults.repeated([away, waiting, back, away, answers, waiting])) == []
     assert list(faults.repeated([away, away, waiting, away])) == [away, away]
     assert list(faults.repeated([waiting, back, waiting])) == [waiting]

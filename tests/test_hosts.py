@@ -1,53 +1,76 @@
-"""Which model host is asked next, how long a sick one rests, and when none is left."""
+"""Which model host is asked next, how long one in trouble is left out, and when none is left."""
 
 import logging
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
+import servers
 from conftest import FakeStop
 
 import immich_analyze as ia
 
 A, B, C = "http://a", "http://b", "http://c"
+HOUR = 3600.0
 
 
-def nobody(url):
-    raise AssertionError(f"{url} was probed")
+def busy(pause: float | None = None, url: str = A, status: int = 503) -> ia.AnalyzeError:
+    return ia.Unavailable("host_busy", pause=pause, url=url, status=status, why="")
 
 
-DOWN = ia.HostDown("host_busy", url=A, status=503, why="")
+def refused(url: str = A) -> ia.AnalyzeError:
+    return ia.Fatal("host_key_refused", url=url, status=401)
+
+
+BUSY = busy()
+FAILED = ia.Retryable("host_failed", url=A, status=500, why="")
+WRONG = ia.Unexpected("host_wrong", url=A, status=404)
+HUNG = ia.Retryable("timed_out", url=A, seconds="300")
+NOTHING_THERE = ia.Unavailable("unreachable", url=A, why="Connection refused")
 
 
 @pytest.fixture
 def hosts(stop):
-    """Makes Hosts on the invented clock; a host rests for 60 seconds."""
+    """Makes Hosts on the invented clock."""
 
-    def make(*urls: str, places: int = 4) -> ia.Hosts:
-        return ia.Hosts(urls, places, 60.0, stop.clock)
+    def make(*urls: str, places: int = 4, longest: float = 60.0, **more) -> ia.Hosts:
+        return ia.Hosts(urls, places, longest, **more)
 
     return make
 
 
-def pause(seconds: float) -> ia.HostDown:
-    return ia.HostDown("host_busy", pause=seconds, url=A, status=429, why="")
+def nobody(url: str) -> bool:
+    raise AssertionError(f"{url} was probed")
 
 
-def fatal(url: str) -> ia.Fatal:
-    return ia.Fatal("host_key_refused", url=url, status=401)
+def place(hosts: ia.Hosts, stop: threading.Event, avoid=(), probe=nobody):
+    return hosts.place(stop, avoid, probe)
 
 
-def asked(hosts: ia.Hosts, stop: threading.Event, number: int) -> str:
+def asked(hosts: ia.Hosts, stop: threading.Event, number: int = 1, avoid=()) -> str:
     """The hosts that so many requests, one after the other, go to; their last letters."""
     found = ""
     for _ in range(number):
-        with hosts.place(stop, (), nobody) as url:
+        with place(hosts, stop, avoid) as (url, _):
             found += url[-1]
     return found
 
 
-# Sharing
+def describe(hosts: ia.Hosts, stop: threading.Event) -> None:
+    """Have the next host describe a picture."""
+    with place(hosts, stop) as (url, number):
+        hosts.answered(url, number)
+
+
+def waited(stop: FakeStop, call, *args) -> float:
+    began = stop.now
+    call(*args)
+    return stop.now - began
+
+
+# --- Sharing ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -60,13 +83,13 @@ def test_equal_hosts_take_turns(hosts, stop, urls, order):
 def test_the_host_with_the_fewest_requests_in_flight_is_asked(hosts, stop):
     mine = hosts(A, B, places=5)
     with ExitStack() as on_a, ExitStack() as on_b:
-        assert on_a.enter_context(mine.place(stop, (), nobody)) == A
-        assert on_b.enter_context(mine.place(stop, (), nobody)) == B
-        assert on_a.enter_context(mine.place(stop, (), nobody)) == A
+        assert on_a.enter_context(place(mine, stop))[0] == A
+        assert on_b.enter_context(place(mine, stop))[0] == B
+        assert on_a.enter_context(place(mine, stop))[0] == A
         assert asked(mine, stop, 3) == "bbb"
         on_b.close()
-        assert on_b.enter_context(mine.place(stop, (), nobody)) == B
-        assert on_b.enter_context(mine.place(stop, (), nobody)) == B
+        assert on_b.enter_context(place(mine, stop))[0] == B
+        assert on_b.enter_context(place(mine, stop))[0] == B
         on_a.close()
         assert asked(mine, stop, 3) == "aaa"
     assert asked(mine, stop, 4) == "baba"
@@ -74,28 +97,48 @@ def test_the_host_with_the_fewest_requests_in_flight_is_asked(hosts, stop):
 
 def test_a_slow_host_gets_less_and_holds_up_nobody(hosts, stop):
     mine = hosts(A, B)
-    with mine.place(stop, (), nobody) as slow:
+    with place(mine, stop) as (slow, _):
         assert slow == A
         assert asked(mine, stop, 10) == "b" * 10
 
 
+def test_a_host_that_failed_on_a_photo_gets_it_last(hosts, stop):
+    mine = hosts(A, B, C)
+    assert asked(mine, stop, 3, avoid={B}) == "aca"
+    assert asked(mine, stop, 2, avoid={A, B, C}) == "bc"
+    mine.unavailable(A, BUSY)
+    mine.unavailable(C, BUSY)
+    assert asked(mine, stop, 1, avoid={B}) == "b"
+
+
 def test_a_request_that_fails_leaves_its_host_too(hosts, stop):
     mine = hosts(A, B)
-    with pytest.raises(ia.Gone), mine.place(stop, (), nobody):
-        raise ia.Gone("photo_gone")
+    with pytest.raises(ia.Skip), place(mine, stop):
+        raise ia.Skip("photo_gone")
     assert asked(mine, stop, 3) == "bab"
 
 
-def test_the_number_of_hosts_is_told(hosts):
-    assert [len(hosts(*urls)) for urls in ((A,), (A, B, C))] == [1, 3]
+def test_requests_are_counted_with_the_time_they_took(hosts, stop):
+    mine = hosts(A, B)
+    for seconds in (2, 3, 5):
+        with place(mine, stop):
+            stop.now += seconds
+    with place(mine, stop):
+        seen = mine.seen()
+    assert [(host.requests, host.seconds, host.in_flight) for host in seen] == [
+        (2, 7, 0),
+        (1, 3, 1),
+    ]
+    assert [host.in_flight for host in mine.seen()] == [0, 0]
+    assert [len(hosts(*urls).seen()) for urls in ((A,), (A, B), (A, B, C))] == [1, 2, 3]
 
 
-# Resting
+# --- Unavailable -----------------------------------------------------------------------------
 
 
-def test_a_host_in_trouble_rests_while_the_others_work(hosts, stop):
+def test_a_host_in_trouble_is_left_out_while_the_others_work(hosts, stop):
     mine = hosts(A, B, C)
-    mine.down(B, DOWN)
+    mine.unavailable(B, busy(60))
     assert asked(mine, stop, 5) == "acaca"
     stop.now += 59.9
     assert asked(mine, stop, 2) == "ca"
@@ -104,147 +147,395 @@ def test_a_host_in_trouble_rests_while_the_others_work(hosts, stop):
     assert stop.waits == []
 
 
+@pytest.mark.parametrize("trouble", [BUSY, FAILED, WRONG, HUNG], ids=lambda error: error.key)
 @pytest.mark.parametrize(
-    ("rests", "url", "waits"),
-    [
-        ([(A, DOWN)], A, [60]),
-        ([(A, pause(7))], A, [7]),
-        ([(A, DOWN), (B, pause(7))], B, [7]),
-        ([(A, DOWN), (B, pause(90))], A, [60]),
-        ([(A, pause(600)), (A, DOWN), (B, pause(900))], A, [600]),
-        ([(A, pause(1)), (A, pause(30)), (B, pause(20))], B, [20]),
-    ],
+    ("longest", "pauses"),
+    [(60, [1, 2, 4, 8, 16, 32, 60, 60]), (5, [1, 2, 4, 5, 5]), (1, [1, 1]), (0.2, [0.2, 0.2])],
 )
-def test_when_all_rest_the_first_to_wake_is_waited_for(hosts, stop, rests, url, waits):
-    mine = hosts(*dict.fromkeys(url for url, _ in rests))
-    for host, trouble in rests:
-        mine.down(host, trouble)
-    with mine.place(stop, (), nobody) as found:
+def test_the_pauses_double_up_to_the_setting_and_begin_anew(hosts, stop, trouble, longest, pauses):
+    mine = hosts(A, longest=longest)
+    for _ in range(2):
+        for pause in pauses:
+            mine.unavailable(A, trouble)
+            assert waited(stop, asked, mine, stop) == pytest.approx(pause)
+        describe(mine, stop)
+
+
+def test_those_who_fail_in_the_same_moment_are_one_failure(hosts, stop):
+    mine = hosts(A, places=9)
+    for _ in range(8):
+        stop.now += 0.1
+        mine.unavailable(A, BUSY)
+    assert waited(stop, asked, mine, stop) == pytest.approx(1)
+    mine.unavailable(A, BUSY)
+    assert waited(stop, asked, mine, stop) == 2
+
+
+@pytest.mark.parametrize("seconds", [0.5, 7, 600])
+def test_a_host_that_says_when_is_asked_then(hosts, stop, seconds):
+    mine = hosts(A, longest=5)
+    mine.unavailable(A, busy(seconds, status=429))
+    assert waited(stop, asked, mine, stop) == seconds
+
+
+def test_a_shorter_pause_takes_nothing_from_a_longer_one(hosts, stop):
+    mine = hosts(A)
+    for seconds in (600, None, 20):
+        mine.unavailable(A, busy(seconds))
+    assert waited(stop, asked, mine, stop) == 600
+
+
+@pytest.mark.parametrize(
+    ("pauses", "url", "waits"),
+    [((60, 7), B, [7]), ((60, 90), A, [60]), ((7.5, 7), B, [7]), ((7, 7), A, [7])],
+)
+def test_when_all_are_left_out_the_first_to_be_back_is_waited_for(hosts, stop, pauses, url, waits):
+    mine = hosts(A, B)
+    for host, seconds in zip((A, B), pauses, strict=True):
+        mine.unavailable(host, busy(seconds))
+    with place(mine, stop) as (found, _):
         assert (found, stop.waits) == (url, waits)
 
 
-def test_picking_tells_how_long_to_wait_and_changes_nothing(hosts, stop):
-    mine = hosts(A, B)
-    mine.down(A, DOWN)
-    mine.down(B, pause(5))
-    assert [mine.pick(), mine.pick()] == [(B, 5.0)] * 2
-    stop.now += 2
-    assert mine.pick() == (B, 3.0)
-    stop.now += 3
-    assert mine.pick() == (B, 0.0)
-
-
-def test_a_host_that_fell_ill_meanwhile_is_waited_for_again(hosts, stop, monkeypatch):
+def test_a_host_that_fell_ill_again_meanwhile_is_waited_for_again(hosts, stop, monkeypatch):
     mine = hosts(A)
-    mine.down(A, pause(5))
+    mine.unavailable(A, busy(5))
     wait = stop.wait
 
     def ill_again(seconds: float) -> bool:
         stopped = wait(seconds)
         if len(stop.waits) < 3:
-            mine.down(A, pause(8))
+            mine.unavailable(A, busy(8))
         return stopped
 
     monkeypatch.setattr(stop, "wait", ill_again)
-    with mine.place(stop, (), nobody) as url:
+    with place(mine, stop) as (url, _):
         assert (url, stop.waits) == (A, [5, 8, 8])
+
+
+def test_one_that_hung_gets_one_request_at_a_time(hosts, stop):
+    mine = hosts(A, B, places=5)
+    mine.unavailable(A, HUNG)
+    stop.now += 1
+    with place(mine, stop) as (url, number):
+        assert url == A
+        assert asked(mine, stop, 4) == "bbbb"
+        with place(mine, stop), place(mine, stop), place(mine, stop) as (url, _):
+            assert url == B
+        mine.answered(A, number)
+        assert asked(mine, stop, 1) == "b"
+        with place(mine, stop) as (url, _):
+            assert url == B
+            assert asked(mine, stop, 2) == "ab"
+
+
+def test_alone_one_that_hung_has_the_others_wait(hosts, stop):
+    mine = hosts(A)
+    mine.unavailable(A, HUNG)
+    with place(mine, stop):
+        stop._after = 20
+        with pytest.raises(ia.Stopped), place(mine, stop):
+            pytest.fail("it was asked twice")
+    assert stop.waits == [1] + [ia.PROBE_INTERVAL] * 19
+
+
+# --- What people are told --------------------------------------------------------------------
 
 
 @pytest.fixture
 def lines(caplog):
-    caplog.set_level(logging.DEBUG, ia.log.name)
+    caplog.set_level(logging.INFO, ia.log.name)
     return lambda: [(record.levelname, record.getMessage()) for record in caplog.records]
 
 
-def test_a_rest_is_told_once(hosts, stop, lines):
+def levels(lines) -> list[str]:
+    return [level for level, _ in lines()]
+
+
+def test_an_outage_is_a_line_when_it_begins_and_one_when_it_ends(hosts, stop, lines):
     mine = hosts(A, B)
+    describe(mine, stop)
     for _ in range(3):
-        mine.down(A, DOWN)
-    why = ia.t("host_rests", why=DOWN, seconds="60")
-    assert lines() == [("WARNING", why)]
-    stop.now += 60
-    mine.down(A, DOWN)
-    assert lines() == [("WARNING", why)]
-
-
-def test_a_host_that_answers_again_is_told_once(hosts, stop, lines):
-    mine = hosts(A, B)
-    mine.up(A)
-    mine.down(A, DOWN)
-    mine.up(B)
-    mine.up(A)  # the answer to a question of before
-    before = lines()
-    stop.now += 60
-    mine.up(A)
-    mine.up(A)
-    assert lines()[len(before) :] == [("INFO", ia.t("host_back", url=A))]
-    mine.down(A, DOWN)
-    assert lines()[-1][0] == "WARNING"
-
-
-# Striking off
-
-
-def test_a_host_is_struck_off_with_a_line_and_asked_again_in_an_hour(hosts, stop, lines):
-    mine = hosts(A, B)
-    mine.strike(A, fatal(A))
-    assert asked(mine, stop, 3) == "bbb"
-    assert lines() == [("ERROR", ia.t("host_struck", why=fatal(A)))]
-    assert [host.struck for host in mine.seen()] == [True, False]
-    stop.now += ia.STRUCK_REST
-    assert asked(mine, stop, 1) == "a"
-    mine.strike(A, fatal(A))
+        mine.unavailable(A, BUSY)
+    [(level, text)] = lines()
+    assert (level, str(BUSY) in text) == ("WARNING", True)
+    for _ in range(500):
+        stop.now += 60
+        mine.unavailable(A, BUSY)
     assert len(lines()) == 1
-    stop.now += ia.STRUCK_REST
-    mine.up(A)
+    stop.now += 60
+    for _ in range(4):
+        describe(mine, stop)
     assert lines()[1:] == [("INFO", ia.t("host_back", url=A))]
-    assert [host.struck for host in mine.seen()] == [False, False]
+
+
+def test_passwords_in_addresses_are_not_told(hosts, stop, lines):
+    secret = "http://me:pass@a"
+    mine = hosts(secret)
+    mine.unavailable(secret, BUSY)
+    stop.now += 60
+    describe(mine, stop)
+    assert levels(lines) == ["WARNING", "INFO"]
+    assert "pass" not in str(lines())
+    assert "pass" not in repr(mine.seen())
+
+
+def test_the_answer_to_a_question_of_before_is_no_recovery(hosts, stop, lines):
+    mine = hosts(A)
+    with place(mine, stop) as (url, number):
+        mine.unavailable(A, busy(60))
+        mine.answered(url, number)
+    assert not mine.usable()
+    assert waited(stop, asked, mine, stop) == 60
+    describe(mine, stop)
+    assert mine.usable()
+    assert levels(lines) == ["WARNING", "INFO"]
 
 
 def test_one_that_asks_for_a_moment_again_and_again_is_one_line(hosts, stop, lines):
-    mine, moment = hosts(A), ia.HostDown("host_busy", pause=1.0, url=A, status=429, why="")
+    mine = hosts(A)
     for _ in range(20):
-        mine.down(A, moment)
+        mine.unavailable(A, busy(1, status=429))
         stop.now += 1
-        mine.up(A)
-    assert len(lines()) == 2
-    mine.down(A, DOWN)
-    assert len(lines()) == 3
-    stop.now += ia.QUIET + 60
-    mine.up(A)
-    mine.down(A, moment)
-    assert len(lines()) == 5
+        describe(mine, stop)
+    assert levels(lines) == ["WARNING", "INFO"]
+    stop.now += ia.QUIET
+    mine.unavailable(A, busy(1, status=429))
+    assert levels(lines) == ["WARNING", "INFO", "WARNING"]
 
 
-def test_several_workers_may_strike_and_rest_one_host(hosts, stop, lines):
+# --- Hosts that need a person ----------------------------------------------------------------
+
+
+def test_a_host_that_needs_a_person_is_left_out_for_an_hour(hosts, stop, lines):
     mine = hosts(A, B)
     for _ in range(3):
-        mine.strike(A, fatal(A))
-    mine.down(A, DOWN)
+        mine.unavailable(A, refused())
+    assert asked(mine, stop, 3) == "bbb"
+    stop.now += HOUR - 0.1
     assert asked(mine, stop, 2) == "bb"
-    assert len(lines()) == 1
+    stop.now += 0.1
+    assert asked(mine, stop) == "a"
+    mine.unavailable(A, refused())
+    assert asked(mine, stop, 2) == "bb"
+    [(level, text)] = lines()
+    assert (level, str(refused()) in text) == ("ERROR", True)
+    assert [host.struck_off for host in mine.seen()] == [True, False]
+    stop.now += HOUR
+    describe(mine, stop)
+    assert lines()[1:] == [("INFO", ia.t("host_back", url=A))]
+    assert [host.struck_off for host in mine.seen()] == [False, False]
 
 
-def test_striking_the_last_host_raises_why(hosts, stop, lines):
+def test_the_last_host_that_needs_a_person_ends_a_batch(hosts, stop, lines):
     mine = hosts(A, B)
-    mine.strike(A, fatal(A))
-    error = fatal(B)
+    mine.unavailable(A, refused())
     for _ in range(2):
         with pytest.raises(ia.Fatal) as caught:
-            mine.strike(B, error)
-        assert caught.value is error
+            mine.unavailable(B, refused(B))
+        assert caught.value.key == "host_key_refused"
+    with pytest.raises(ia.Fatal), place(mine, stop):
+        pytest.fail("was given a host")
     assert len(lines()) == 1
+    assert stop.waits == []
 
 
-def test_a_host_may_be_struck_while_requests_are_with_it(hosts, stop):
+def test_one_that_is_busy_may_be_back_when_all_others_need_a_person(hosts, stop):
     mine = hosts(A, B)
-    with mine.place(stop, (), nobody) as first, mine.place(stop, (), nobody) as second:
-        assert [first, second] == [A, B]
-        mine.strike(A, fatal(A))
-    assert asked(mine, stop, 2) == "bb"
+    mine.unavailable(A, refused())
+    mine.unavailable(B, busy(5))
+    assert asked(mine, stop) == "b"
+    assert stop.waits == [5]
 
 
-# Places
+@pytest.mark.parametrize("trouble", [WRONG, ia.Unexpected("redirected", url=A, target=B)])
+def test_what_a_proxy_may_say_for_a_while_needs_no_person(hosts, stop, trouble):
+    mine = hosts(A)
+    mine.unavailable(A, trouble)
+    assert waited(stop, asked, mine, stop) == 1
+
+
+def test_a_service_outlasts_that_its_last_host_needs_a_person(hosts, stop, lines):
+    mine = hosts(A, B, lasts=True)
+    mine.unavailable(A, refused())
+    mine.unavailable(B, refused(B))
+    assert not mine.usable()
+    assert waited(stop, asked, mine, stop) == HOUR
+    mine.unavailable(A, refused())
+    describe(mine, stop)
+    assert mine.usable()
+    assert levels(lines) == ["ERROR", "ERROR", "INFO"]
+
+
+# --- Hosts where nothing answers -------------------------------------------------------------
+
+
+def probing(stop: FakeStop, back: float = math.inf):
+    """A probe, which finds a host once that time has come; and when each was probed."""
+    began, seen = stop.now, []
+
+    def probe(url: str) -> bool:
+        seen.append((stop.now - began, url))
+        return stop.now - began >= back
+
+    return probe, seen
+
+
+@pytest.mark.parametrize("trouble", [NOTHING_THERE, busy(status=502), busy(status=504)])
+def test_while_no_host_is_available_an_absent_one_is_probed_each_half_second(hosts, stop, trouble):
+    mine = hosts(A)
+    mine.unavailable(A, trouble)
+    for _ in range(6):
+        stop.now += 60
+        mine.unavailable(A, trouble)
+    probe, seen = probing(stop, back=1.7)
+    with place(mine, stop, probe=probe) as (url, _):
+        assert url == A
+    assert seen == [(0.5, A), (1.0, A), (1.5, A), (2.0, A)]
+
+
+def test_a_probe_is_a_promise_only(hosts, stop):
+    mine = hosts(A)
+    mine.unavailable(A, NOTHING_THERE)
+    with place(mine, stop, probe=lambda _: True):
+        mine.unavailable(A, NOTHING_THERE)
+    assert not mine.usable()
+    with place(mine, stop, probe=lambda _: True):
+        pass
+    assert len(stop.waits) > 2  # the second time it is left alone for its pause
+
+
+def test_several_absent_hosts_are_probed_in_turn(hosts, stop):
+    mine = hosts(A, B, C)
+    for url in (A, B):
+        mine.unavailable(url, NOTHING_THERE)
+    mine.unavailable(C, busy(3))
+    for url in (A, B):
+        stop.now += 1
+        mine.unavailable(url, NOTHING_THERE)  # for longer than that
+    probe, seen = probing(stop)
+    with place(mine, stop, probe=probe):
+        assert stop.waits
+    assert [url for _, url in seen][:2] == [A, B]
+    assert all(later[0] - one[0] >= 0.5 for one, later in zip(seen, seen[2:], strict=False))
+
+
+@pytest.mark.parametrize("trouble", [BUSY, busy(5), FAILED, WRONG, HUNG], ids=repr)
+def test_one_that_answers_is_not_probed(hosts, stop, trouble):
+    mine = hosts(A)
+    mine.unavailable(A, trouble)
+    assert asked(mine, stop) == "a"  # by `nobody`
+
+
+def test_while_another_host_works_none_is_probed(hosts, stop):
+    mine = hosts(A, B)
+    mine.unavailable(A, NOTHING_THERE)
+    stop.now += 0.9
+    assert asked(mine, stop, 5) == "bbbbb"
+
+
+# --- How long no host may be usable ----------------------------------------------------------
+
+
+def fail_on(hosts: ia.Hosts, stop: FakeStop, trouble: ia.AnalyzeError) -> None:
+    """Have every request fail."""
+    while True:
+        with place(hosts, stop, probe=lambda _: False) as (url, _):
+            hosts.unavailable(url, trouble)
+
+
+@pytest.mark.parametrize("trouble", [BUSY, busy(5), FAILED, NOTHING_THERE], ids=repr)
+@pytest.mark.parametrize("most", [0.7, 30, 120])
+def test_no_longer_than_wait_timeout_is_no_host_usable(hosts, stop, trouble, most):
+    mine = hosts(A, B, wait_timeout=most)
+    mine.unavailable(A, trouble)
+    stop.now += 1000  # B is usable meanwhile
+    mine.unavailable(B, trouble)
+    began = stop.now
+    with pytest.raises(ia.Fatal) as caught:
+        fail_on(mine, stop, trouble)
+    assert stop.now - began == pytest.approx(most)
+    assert caught.value.key == "no_host"
+    assert str(caught.value).count(str(trouble)) == 2
+
+
+def test_a_description_begins_the_wait_anew(hosts, stop):
+    mine = hosts(A, wait_timeout=30)
+    for _ in range(5):
+        mine.unavailable(A, busy(29))
+        describe(mine, stop)
+    assert sum(stop.waits) == 5 * 29
+
+
+def test_with_no_limit_it_is_waited_for_ever(hosts, stop):
+    mine = hosts(A)
+    for _ in range(2000):
+        mine.unavailable(A, BUSY)
+        asked(mine, stop)
+    assert sum(stop.waits) > 100_000
+
+
+# --- Whether a host looks at pictures --------------------------------------------------------
+
+PICTURES = [ia.prepared(servers.own_picture(n), 0) for n in range(3)]
+
+
+def never() -> bool:
+    raise AssertionError("was tested")
+
+
+def test_one_text_for_two_pictures_has_the_host_tested_once_for_that_text(hosts):
+    for sees in (True, False):
+        mine, tests = hosts(A, B), []
+
+        def test(sees=sees, tests=tests) -> bool:
+            tests.append(1)
+            return sees
+
+        assert mine.sees(A, "A wall.", PICTURES[0], never)
+        assert mine.sees(A, "A wall.", PICTURES[0], never)  # the same once more
+        assert mine.sees(A, "A door.", PICTURES[1], never)
+        assert mine.sees(B, "A wall.", PICTURES[1], never)  # that another host said, too
+        assert [mine.sees(A, "A wall.", PICTURES[n], test) for n in (1, 2, 0)] == [sees] * 3
+        assert tests == [1]
+
+
+def test_a_test_that_fails_is_made_again(hosts):
+    mine = hosts(A)
+    mine.sees(A, "A wall.", PICTURES[0], never)
+    with pytest.raises(AssertionError):
+        mine.sees(A, "A wall.", PICTURES[1], never)
+    assert not mine.sees(A, "A wall.", PICTURES[1], lambda: False)
+
+
+def test_what_a_host_said_is_not_remembered_for_ever(hosts):
+    mine = hosts(A)
+    for number in range(3 * ia.TEXTS):
+        assert mine.sees(A, str(number), PICTURES[0], never)
+    assert len(mine.seen()[0].texts) == ia.TEXTS
+    assert mine.sees(A, "0", PICTURES[1], never)  # it is forgotten
+    assert not mine.sees(A, str(3 * ia.TEXTS - 1), PICTURES[1], lambda: False)
+
+
+def test_those_who_hear_one_text_at_once_wait_for_one_test(hosts):
+    mine, tests = hosts(A), []
+    together = threading.Barrier(4)
+
+    def test() -> bool:
+        tests.append(1)
+        return False
+
+    def hear(number: int) -> bool:
+        together.wait(servers.PATIENCE)
+        return mine.sees(A, "A wall.", PICTURES[number % 2 + 1], test)
+
+    mine.sees(A, "A wall.", PICTURES[0], never)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(hear, range(4))) == [False] * 4
+    assert tests == [1]
+
+
+# --- Places ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("places", "workers"), [(1, 3), (2, 5), (4, 6), (6, 4)])
@@ -254,11 +545,11 @@ def test_no_more_requests_than_places(hosts, stop, places, workers):
     counts = []
 
     def work() -> None:
-        with mine.place(stop, (), nobody):
+        with place(mine, stop):
             with lock:
                 counts.append(counts[-1] + 1 if counts else 1)
             inside.release()
-            assert leave.acquire(timeout=5)
+            assert leave.acquire(timeout=servers.PATIENCE)
             with lock:
                 counts.append(counts[-1] - 1)
 
@@ -268,7 +559,7 @@ def test_no_more_requests_than_places(hosts, stop, places, workers):
         for number in range(workers):
             if number >= most:
                 leave.release()
-            assert inside.acquire(timeout=5)
+            assert inside.acquire(timeout=servers.PATIENCE)
         for _ in range(most):
             leave.release()
     assert [job.exception() for job in jobs] == [None] * workers
@@ -278,27 +569,27 @@ def test_no_more_requests_than_places(hosts, stop, places, workers):
 def test_a_place_is_free_again_after_an_error(hosts, stop):
     mine = hosts(A, places=1)
     for _ in range(3):
-        with pytest.raises(ia.Gone), mine.place(stop, (), nobody):
-            raise ia.Gone("photo_gone")
-    assert asked(mine, stop, 1) == "a"
+        with pytest.raises(ia.Skip), place(mine, stop):
+            raise ia.Skip("photo_gone")
+    assert asked(mine, stop) == "a"
 
 
-# Stopping
+# --- Stopping --------------------------------------------------------------------------------
 
 
-def test_stopping_ends_the_wait_for_a_host():
-    stop = FakeStop(after=2)
-    mine = ia.Hosts([A], 1, 60.0, lambda: 0.0)
-    mine.down(A, DOWN)
-    with pytest.raises(ia.Stopped), mine.place(stop, (), nobody):
+def test_stopping_ends_the_wait_for_a_host(hosts, stop):
+    stop._after = 1
+    mine = hosts(A)
+    mine.unavailable(A, busy(60))
+    with pytest.raises(ia.Stopped), place(mine, stop):
         pytest.fail("was given a host")
-    assert stop.waits == [60, 60]
+    assert stop.waits == [60]
 
 
 def test_nobody_is_asked_once_stopped(hosts, stop):
     mine = hosts(A)
     stop.set()
-    with pytest.raises(ia.Stopped), mine.place(stop, (), nobody):
+    with pytest.raises(ia.Stopped), place(mine, stop):
         pytest.fail("was given a host")
     assert stop.waits == []
 
@@ -307,8 +598,8 @@ def test_who_waits_for_a_place_does_not_ask_once_stopped(hosts):
     stop = threading.Event()
     mine = hosts(A, places=1)
     pool = ThreadPoolExecutor(1)
-    with pool, mine.place(stop, (), nobody):
-        job = pool.submit(asked, mine, stop, 1)
+    with pool, place(mine, stop):
+        job = pool.submit(asked, mine, stop)
         stop.set()
     with pytest.raises(ia.Stopped):
-        job.result(timeout=5)
+        job.result(timeout=servers.PATIENCE)

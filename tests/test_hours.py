@@ -16,7 +16,7 @@ SELDOM = ["--api-poll-interval", "600"]
 
 def times(hours, exchanges) -> list[float]:
     """When requests came, in seconds since the test began."""
-    return [(exchange.at - BEGIN) / timedelta(seconds=1) for exchange in exchanges]
+    return [hours.since_begin(exchange) for exchange in exchanges]
 
 
 def test_a_day_passes_at_once_and_what_is_planned_happens_in_time(hours, api, ollama):
@@ -32,7 +32,7 @@ def test_a_day_passes_at_once_and_what_is_planned_happens_in_time(hours, api, ol
 def test_a_run_takes_the_same_course_each_time(hours, library, ollama):
     wanted = fill(library, 12)
     pace = dict(zip(map(servers.own_picture, range(12)), [2, 0.5, 3] * 4, strict=True))
-    ollama.answer = lambda image, _: hours.takes(pace[image]) and servers.told(image)
+    ollama.answer = lambda image, _: hours.takes(pace[image]) or servers.told(image)
     courses = []
     for _ in range(2):
         began = hours.time
@@ -52,7 +52,9 @@ def test_answers_take_their_time_and_no_longer_than_the_client_waits(hours, api,
     ollama.script(*CHATS, hours.slow(40), hours.slow(50), hours.hang)
     with hours.batch(api, ollama, "--max-concurrent", "1", "--timeout", "45") as run:
         pass
-    assert times(hours, ollama.find(*CHATS))[:3] == [0, 40, 85]
+    first, second, third = times(hours, ollama.find(*CHATS))[:3]
+    assert (first, second) == (0, 40)
+    assert 85 <= third < 95
     assert run.counts == {"described": 3}
 
 
@@ -60,7 +62,7 @@ def test_a_host_may_be_in_trouble_for_a_while(hours, api, ollama):
     wanted = fill(api, 10)
     busy = hours.between(5, 30, Reply(503, {"error": "busy"}))
     ollama.script(*CHATS, busy, forever=True)
-    ollama.answer = lambda image, _: hours.takes(1) and servers.told(image)
+    hours.pace(ollama)
     options = ["--max-concurrent", "1", "--unavailable-duration", "10"]
     with hours.batch(api, ollama, *options) as run:
         pass

@@ -1,6 +1,7 @@
 """Every text for people exists in every language, is used, and is needed for nothing else."""
 
 import ast
+import inspect
 import json
 import re
 import string
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import servers
+from worlds import about_photos
 
 import immich_analyze as ia
 
@@ -77,6 +79,15 @@ def spoken() -> list[tuple[ast.Call, set[str]]]:
 
 
 SPOKEN = spoken()
+# The forms of a tally, of which it is told by key when it is made.
+FORM = inspect.signature(ia.Tally).parameters["form"].default
+FORMS = {FORM}.union(
+    *(
+        strings(node.args[0], {})
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Tally" and node.args
+    )
+)
 HELP = {
     f"help_{action.option_strings[0].removeprefix('--').replace('-', '_')}"
     for action in ia.build_parser()._actions
@@ -119,11 +130,11 @@ def test_a_text_differs_from_language_to_language():
 
 def test_what_is_no_key_in_the_code_is_known_here():
     unknown = {ast.unparse(call.args[0]) for call, keys in SPOKEN if not keys}
-    assert unknown == {"self.key", "error.key", "f'help_{option}'"}
+    assert unknown == {"self.key", "self._form", "f'help_{option}'"}
 
 
 def test_every_key_in_the_code_has_a_text_and_every_text_a_use():
-    used = {key for _, keys in SPOKEN for key in keys} | HELP
+    used = {key for _, keys in SPOKEN for key in keys} | HELP | FORMS
     assert used == set(TEXTS["en"])
 
 
@@ -137,6 +148,8 @@ def test_a_text_is_given_all_its_fields():
     ]
     assert lacking == []
     assert [key for key in HELP if fields(TEXTS["en"][key])] == []
+    outcomes = {outcome.value for outcome in ia.Outcome}
+    assert [key for key in FORMS if not fields(TEXTS["en"][key]) <= outcomes] == []
 
 
 def test_a_text_that_is_missing_is_told_in_english(monkeypatch):
@@ -192,7 +205,7 @@ def test_a_whole_run_depends_on_no_text(immich, ollama):
     )
     assert (done.stdout, done.stderr, done.returncode) == ("", "POISON\nPOISON\n", 1)
     assert [photo.description for photo in photos] == [servers.told(p.preview) for p in photos]
-    assert ollama.count("POST", "/api/chat") == 6
+    assert len(about_photos(ollama)) == 6
 
 
 NOWHERE = ["--postgres-url", "host=127.0.0.1 port=9", "--no-wait-for-immich"]

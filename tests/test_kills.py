@@ -4,7 +4,7 @@ Nothing but the end of a process at any moment happens here; see faults.py for t
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -102,8 +102,46 @@ def ends_well(
             assert texts[id] == (f"{words[-1]}\n\n{block}" if words else block)
         written = [text for written_id, text in writes if written_id == id]
         assert len(written) == len(set(written)) <= 1 + len(words)
-        note = note_of(library, id)
-        if note is None:  # killed before the text was read back
-            assert isinstance(library, ApiWorld) or (words and policy == "none")
-        elif not words or policy != "none":
-            assert note["text"] == text_id(texts[id])
+        if not words or policy != "none":
+            assert note_of(library, id)["text"] == text_id(texts[id])
+
+
+def each_text_has_its_note(library: World, ids: Iterable[str]) -> int:
+    """How many texts there are, all of them known as ours by the note or what it replaces."""
+    texts = {id: text for id, text in library.texts().items() if text and id in ids}
+    for id, text in texts.items():
+        note = note_of(library, id) or {}
+        assert text_id(text) in (note.get("text"), note.get("was")), (text, note)
+    return len(texts)
+
+
+@pytest.mark.parametrize(
+    ("access", "policy", "photos_there", "kills"),
+    [
+        ("api", "none", 60, 5),
+        ("api", "all", 12, 5),
+        pytest.param("api", "none", 1000, 50, marks=pytest.mark.long),
+        pytest.param("api", "all", 40, 50, marks=pytest.mark.long),
+        pytest.param("database", "all", 40, 10, marks=pytest.mark.long),
+    ],
+)
+def test_after_a_kill_each_text_is_known_as_ours(
+    access, library, ollama, policy, photos_there, kills
+):
+    """Also where one of ours is being replaced by another: each run has its own words."""
+    chance, pictures = random.Random(policy), filled(library, photos_there)
+    argv = [*library.argv, *asking(ollama), "--mode", "batch", "-O", policy]
+    there = watched(library, ollama)[-1]  # the notes and texts go to Immich
+    # five requests a photo; `all` begins anew each time
+    most = 20 + (8 * photos_there // kills if policy == "none" else 5 * photos_there // 2)
+    for number in range(kills):
+        ollama.answer = lambda image, _, number=number: f"{servers.told(image)} Seen in {number}."
+        note_arrivals(there, ".*", "")
+        with Running(*argv) as tool:
+            kill_within(tool, there, chance.randrange(20, most))
+        there.close()  # what is on its way from the dead arrives now, or never
+        there.start()
+        each_text_has_its_note(library, pictures)
+    with Running(*argv) as tool:
+        assert tool.end() == 0
+    assert each_text_has_its_note(library, pictures) == photos_there

@@ -2,14 +2,12 @@
 
 import base64
 import copy
+import math
 import os
 import subprocess
 import sys
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,9 @@ from worlds import (
     Running,
     SqlWorld,
     World,
+    about_photos,
+    answer_by_picture,
     asking,
-    check_note,
     failure,
     fill,
     tally,
@@ -43,43 +42,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(params=["ollama", "llamacpp"])
 def model(request: pytest.FixtureRequest) -> FakeServer:
     return request.getfixturevalue(request.param)
-
-
-class Pause(ia.Stop):
-    """A stop event whose waits take until the test lets them go, and none after that."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.let_go = threading.Event()
-        self._waits = threading.Semaphore(0)
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self._waits.release()
-        assert self.let_go.wait(servers.PATIENCE), "nobody let go"
-        return self.is_set()
-
-    def wait_for_a_wait(self) -> None:
-        assert self._waits.acquire(timeout=servers.PATIENCE), "nothing was waited for"
-
-
-def described(config: ia.Config, stop: threading.Event) -> tuple[Any, bool]:
-    """Run to the end; the counts, and whether all of the library could be reached."""
-    done = ia.Tally()
-    complete = ia.serve(config, stop, done)
-    return done.counts, complete
-
-
-@contextmanager
-def describing(library: World, model: FakeServer, stop: Pause, *more: str) -> Iterator[Future[Any]]:
-    """A run in this process, with a stop event of the test's own; it ends with the block."""
-    config = ia.parse([*library.argv, *asking(model), *more], {})
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            yield pool.submit(described, config, stop)
-        finally:
-            stop.set()
-            stop.let_go.set()
-            model.gate.set()
 
 
 # --- The main job ----------------------------------------------------------------------------
@@ -128,25 +90,25 @@ def listings(server: FakeImmich) -> Counter[str]:
     return Counter(search.json["visibility"] for search in server.find("POST", "/search/metadata"))
 
 
-def test_the_api_is_asked_four_times_for_each_described_photo(api, immich, ollama, process):
+def test_the_api_is_asked_five_times_for_each_described_photo(hours, api, immich, ollama):
     immich.keys[immich.key] = FakeKey("alice", [*servers.MINIMAL, "user.read"])
     wanted = fill(api, 50)
     for picture in (servers.picture("red"), servers.picture("blue")):
         api.add(picture=picture, description="By a person.")
-    assert process(*api.argv, *asking(ollama)).returncode == 0
+    with hours.batch(api, ollama) as run:
+        pass
+    assert (run.counts["described"], api.texts().items() >= wanted.items()) == (50, True)
     asked = Counter(exchange.operation.name for exchange in immich.exchanges)
-    each = ("viewAsset", "getAssetMetadataByKey", "getAssetInfo", "updateAsset")
-    searches = [search.json for search in immich.find("POST", "/search/metadata")]
-    assert asked.pop("searchAssets") == len(searches)
-    once = {"getServerVersion": 2, "getMyApiKey": 1, "getMyUser": 1, "updateBulkAssetMetadata": 1}
-    assert asked == once | dict.fromkeys(each, 50)
-    read_back = [search["visibility"] for search in searches if "updatedAfter" in search]
-    assert read_back == ["timeline"]  # where all of them were found
+    each = ("getAssetMetadataByKey", "viewAsset", "getAssetInfo", "updateAssetMetadata")
+    each += ("updateAsset",)
+    alone = Counter({"getAssetInfo": 3})  # the first are read back at once, the others together
+    once = Counter({"getServerVersion": 2, "getMyApiKey": 1, "getMyUser": 1})
+    searches = Counter({"searchAssets": 4})  # the listing and what was updated since
+    assert asked == Counter(dict.fromkeys(each, 50)) + alone + once + searches
     for call in each:
-        ids = [x.params["id"] for x in immich.exchanges if x.operation.name == call]
-        assert sorted(ids) == sorted(wanted)
-    assert listings(immich).keys() == {"timeline", "archive"}
-    assert max(listings(immich).values()) <= 50 / 990 + 2
+        ids = {x.params["id"] for x in immich.exchanges if x.operation.name == call}
+        assert ids == wanted.keys()
+    assert listings(immich) == {"timeline": 2, "archive": 2}
 
 
 def test_a_real_model_names_the_colour_of_each_photo(library, real_llamacpp, command):
@@ -162,7 +124,7 @@ def test_a_real_model_names_the_colour_of_each_photo(library, real_llamacpp, com
 def test_a_picture_the_real_model_cannot_decode_fails_alone(library, real_llamacpp, command):
     broken = library.add("broken.jpg", picture=b"\xff\xd8\xff" + bytes(5000) + b"\xff\xd9")
     whole = library.add(picture=sandbox.draw("green"))
-    done = command(*library.argv, *asking(real_llamacpp))
+    done = command(*library.argv, *asking(real_llamacpp), *NO_PAUSE)
     assert done.returncode == 1
     why, last = done.stderr.splitlines()
     assert why.startswith(f"broken.jpg ({broken}): {real_llamacpp.url}")
@@ -173,64 +135,30 @@ def test_a_picture_the_real_model_cannot_decode_fails_alone(library, real_llamac
 # --- Model hosts -----------------------------------------------------------------------------
 
 
-def test_no_more_requests_are_in_flight_than_allowed_and_no_fewer(api, model):
-    wanted = fill(api, 15)
-    three = threading.Barrier(3, timeout=servers.PATIENCE)
+def test_no_more_requests_are_in_flight_than_allowed_and_no_fewer(hours, api, model):
+    wanted, ended = fill(api, 15), []
 
     def answer(image: bytes, prompt: str) -> str:
-        three.wait()
+        hours.takes(1)
+        ended.append(hours.time)
         return servers.told(image)
 
     model.answer = answer
-    with Running(*api.argv, *asking(model), "--max-concurrent", "3") as tool:
-        assert tool.end() == 0
-    assert tool.said == []
+    with hours.batch(api, model, "--max-concurrent", "3"):
+        pass
+    assert ended == [second for second in range(1, 6) for _ in range(3)]
     assert model.most_in_flight == 3
     assert api.texts() == wanted
 
 
-def test_while_all_places_are_taken_the_next_previews_are_fetched(api, immich, ollama):
+def test_whoever_finds_no_free_place_waits_with_a_picture(hours, api, immich, ollama):
     wanted = fill(api, 8)
-    fourth, fifth = list(wanted)[-4], list(wanted)[-5]  # the newest are listed first
-    ollama.hold(*CHATS)
-    immich.hold("GET", f"({fourth}|{fifth})/thumbnail")
-    with Running(*api.argv, *asking(ollama), "--max-concurrent", "3") as tool:
-        ollama.wait_for(3)
-        immich.wait_for(2)
-        immich.gate.set()
-        ollama.gate.set()
-        assert tool.end() == 0
-    assert ollama.most_in_flight == 3
+    hours.pace(ollama, seconds=10)
+    seen = []
+    with hours.batch(api, ollama, "--max-concurrent", "3") as run:
+        run.at(5, lambda: seen.append((ollama.in_flight, immich.count("GET", "/thumbnail"))))
+    assert seen == [(3, 6)]
     assert api.texts() == wanted
-
-
-@pytest.fixture
-def nothing_free(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
-    """Released whenever a worker finds all places at the model hosts taken."""
-    told = threading.Semaphore(0)
-
-    class Places(threading.BoundedSemaphore):
-        def __enter__(self) -> bool:
-            if not self.acquire(blocking=False):
-                told.release()
-                self.acquire()
-            return True
-
-    monkeypatch.setattr(threading, "BoundedSemaphore", Places)
-    return told
-
-
-def test_whoever_finds_no_free_place_waits_with_a_picture(api, immich, ollama, nothing_free):
-    fill(api, 8)
-    ollama.hold(*CHATS)
-    with describing(api, ollama, Pause(), "--max-concurrent", "3") as job:
-        ollama.wait_for(3)
-        assert nothing_free.acquire(timeout=servers.PATIENCE)
-        assert nothing_free.acquire(timeout=servers.PATIENCE)
-        assert (ollama.in_flight, immich.count("GET", "/thumbnail")) == (3, 5)
-        ollama.gate.set()
-        assert job.result(servers.PATIENCE)[0] == {ia.Outcome.DESCRIBED: 8}
-    assert ollama.most_in_flight == 3
 
 
 @pytest.fixture
@@ -260,7 +188,7 @@ def test_a_host_without_the_model_is_never_asked(api, ollama, other, command):
     assert other.count(*CHATS) == 0
 
 
-def test_a_busy_host_rests_and_its_photo_goes_to_the_other(api, ollama, other, command):
+def test_a_busy_host_is_left_alone_and_its_photo_goes_to_the_other(api, ollama, other, command):
     wanted = fill(api, 6)
     other.script(*CHATS, BUSY, forever=True)
     done = command(*api.argv, *asking(other, ollama), "--max-concurrent", "1")
@@ -277,7 +205,7 @@ def test_two_hosts_share_the_photos(api, ollama, other, command):
     assert (ollama.count(*CHATS), other.count(*CHATS)) == (3, 3)
 
 
-def test_a_poisonous_picture_is_tried_on_each_host_and_rests_none(api, ollama, other, command):
+def test_a_poisonous_picture_is_tried_on_each_host_and_costs_no_other(api, ollama, other, command):
     wanted, poison = fill(api, 30), servers.own_picture(1000)
     id = api.add("poison.jpg", picture=poison)
     for server in (ollama, other):
@@ -295,22 +223,29 @@ def test_a_poisonous_picture_is_tried_on_each_host_and_rests_none(api, ollama, o
     assert api.server.count("GET", f"{id}/thumbnail") == 1
 
 
-@pytest.mark.parametrize("trouble", ["gone", "hangs", "fails"])
-def test_a_host_that_dies_costs_no_photo(library, ollama, other, trouble):
+def test_a_host_that_dies_costs_no_photo(library, ollama, other):
     wanted = fill(library, 40)
     ollama.hold(*CHATS)
-    limit = "3" if trouble == "hangs" else str(servers.PATIENCE)
-    argv = [*library.argv, *asking(ollama, other), "--timeout", limit, "--max-concurrent", "8"]
+    argv = [*library.argv, *asking(ollama, other), "--max-concurrent", "8"]
     with Running(*argv, *NO_PAUSE, "--log-level", "warning") as tool:
         ollama.wait_for(4)
-        if trouble == "gone":
-            ollama.close()
-        elif trouble == "fails":
-            ollama.script(*CHATS, Reply(500, {"error": "no memory"}), forever=True)
-            ollama.gate.set()
+        ollama.close()
         assert tool.end() == 0
     ollama.gate.set()
     assert len([line for line in tool.said if ollama.url in line]) == 1
+    assert library.texts() == wanted
+    assert sorted(library.writes()) == sorted(wanted.items())
+
+
+@pytest.mark.parametrize("trouble", ["hangs", "fails"])
+def test_a_host_that_is_sick_from_then_on_costs_no_photo(hours, library, ollama, other, trouble):
+    wanted = fill(library, 40)
+    sick = hours.hang if trouble == "hangs" else Reply(500, {"error": "no memory"})
+    ollama.script(*CHATS, hours.between(5, math.inf, sick), forever=True)
+    hours.pace(ollama, other, seconds=2)
+    with hours.batch(library, ollama, other, "--max-concurrent", "8") as run:
+        pass
+    assert len(run.lines(ollama.url)) == 1
     assert library.texts() == wanted
     assert sorted(library.writes()) == sorted(wanted.items())
 
@@ -338,7 +273,7 @@ def test_shares_of_a_library_are_disjoint_and_together_all(api, ollama, command)
 # --- Bad pictures ----------------------------------------------------------------------------
 
 
-def test_a_bad_preview_costs_only_its_photo(library, ollama, command):
+def test_a_bad_preview_costs_only_its_photo(hours, library, ollama):
     jpeg = servers.picture("green")
     bad = {
         "words.jpg": (b"This is no picture.", "preview_unknown"),
@@ -349,11 +284,11 @@ def test_a_bad_preview_costs_only_its_photo(library, ollama, command):
     ids = {name: library.add(name, picture=picture) for name, (picture, _) in bad.items()}
     library.lose_preview(ids["lost.jpg"])
     good = fill(library, 3)
-    done = command(*library.argv, *asking(ollama))
-    assert done.returncode == 1
-    *lines, last = done.stderr.splitlines()
-    assert sorted(lines) == sorted(failure(ids[name], name, key) for name, (_, key) in bad.items())
-    assert last.startswith(tally(described=3, failed=4))
+    with hours.batch(library, ollama) as run:
+        pass
+    lines = [failure(ids[name], name, key) for name, (_, key) in bad.items()]
+    assert sorted(run.lines(level="ERROR")) == sorted(lines)
+    assert (run.code, run.counts) == (1, {"described": 3, "failed": 4})
     assert library.texts() == dict.fromkeys(ids.values(), "") | good
     assert ollama.count(*CHATS) == 3
     notes = library.notes()
@@ -369,38 +304,39 @@ def test_a_bad_preview_costs_only_its_photo(library, ollama, command):
     ],
     ids=["500", "404"],
 )
-def test_a_preview_that_immich_has_lost_costs_only_its_photo(api, immich, ollama, stop, reply):
+def test_a_preview_that_immich_has_lost_costs_only_its_photo(hours, api, immich, ollama, reply):
     good = fill(api, 5)
     lost = api.add(picture=servers.picture())
     immich.script("GET", f"{lost}/thumbnail", reply, forever=True)
-    done = ia.Tally()
-    ia.serve(ia.parse([*api.argv, *asking(ollama)], {}), stop, done)
-    assert done.counts == {ia.Outcome.DESCRIBED: 5, ia.Outcome.FAILED: 1}
+    with hours.batch(api, ollama) as run:
+        pass
+    assert run.counts == {"described": 5, "failed": 1}
     assert api.texts() == good | {lost: ""}
 
 
 @pytest.mark.parametrize("keys", [1, 2])
-def test_a_key_that_is_revoked_stops_only_the_photos_of_its_user(command, immich, ollama, keys):
+def test_a_key_that_is_revoked_stops_only_the_photos_of_its_user(hours, api, ollama, keys):
+    immich = api.server
     immich.keys["bob-key"] = FakeKey("bob")
     mine = [immich.add(f"{n}.jpg").id for n in range(12)]
     theirs = [immich.add(owner="bob").id for _ in range(12)]
-    ollama.hold(*CHATS)
-    argv = ["--immich-api-url", immich.url, *asking(ollama), "--max-concurrent", "2"]
-    argv += ["--immich-api-keys", ",".join(["alice-key", "bob-key"][:keys])]
-    with Running(*argv) as tool:
-        ollama.wait_for(2)
-        del immich.keys["alice-key"]
-        ollama.gate.set()
-        assert tool.end() == (1 if keys == 2 else 2)
+
+    def answer(image: bytes, prompt: str) -> str:
+        immich.keys.pop("alice-key", None)
+        return servers.told(image)
+
+    ollama.answer = answer
+    given = ["--immich-api-keys", ",".join(["alice-key", "bob-key"][:keys])]
+    with hours.batch(api, ollama, *given, "--max-concurrent", "2") as run:
+        pass
+    assert run.code == (1 if keys == 2 else 2)
     refusal = ia.t("immich_key_refused", why="Invalid API key")
-    [line] = [line for line in tool.said if refusal in line]
-    assert line == (ia.t("key_refused", number=1, why=refusal) if keys == 2 else refusal)
+    said = ia.t("key_refused", number=1, why=refusal) if keys == 2 else refusal
+    assert run.lines(refusal) == [said]
     assert {immich.assets[id].description for id in mine} == {""}
     assert all(immich.assets[id].description for id in theirs) == (keys == 2)
     if keys == 2:
-        assert tool.said[-1].startswith(tally(described=12, skipped=12))
-        for asset in map(immich.assets.get, theirs):
-            check_note(asset.notes, asset.description)
+        assert run.counts == {"described": 12, "skipped": 12}
 
 
 def test_webp_reaches_the_model_as_jpeg(library, model, command):
@@ -453,19 +389,6 @@ def test_the_root_itself_may_be_a_link(database, tmp_path, ollama, command):
 # --- Odd answers -----------------------------------------------------------------------------
 
 
-def answer_by_picture(model: FakeServer, answers: Mapping[bytes, Any]) -> None:
-    """Make the model say this to these pictures: a Reply as it is, all else as its words."""
-    behave = model.behave
-
-    def behaving(exchange: servers.Exchange) -> Reply:
-        sent = (picture for picture in answers if base64.b64encode(picture) in exchange.data)
-        answer = answers.get(next(sent, b""))
-        return answer if isinstance(answer, Reply) else behave(exchange)
-
-    model.behave = behaving
-    model.answer = lambda image, _: answers.get(image) or servers.told(image)
-
-
 UNUSABLE = {
     "empty": (servers.empty(), "answer_empty"),
     "blank": (Answer(" \n\t "), "answer_empty"),
@@ -498,8 +421,7 @@ def test_an_unusable_answer_fails_its_photo_after_three_tries(api, model, comman
     pictures = {name: servers.own_picture(n) for n, name in enumerate(UNUSABLE, 100)}
     ids = {name: api.add(name, picture=picture) for name, picture in pictures.items()}
     answer_by_picture(model, {pictures[name]: UNUSABLE[name][0] for name in UNUSABLE})
-    one = ["--max-concurrent", "1"]  # or some would be asked about while the host is doubted
-    done = command(*api.argv, *asking(model), *NO_PAUSE, *one)
+    done = command(*api.argv, *asking(model), *NO_PAUSE)
     assert done.returncode == 1
     [chat] = {exchange.path for exchange in model.find(*CHATS)}
     fields = {"url": model.url + chat, "tokens": 4096, "status": 500, "why": "out of memory"}
@@ -509,9 +431,7 @@ def test_an_unusable_answer_fails_its_photo_after_three_tries(api, model, comman
     )
     assert last.startswith(tally(described=2, failed=len(UNUSABLE)))
     assert api.texts() == dict.fromkeys(ids.values(), "") | good
-    good_one = ia.good_picture().base64.decode()
-    asked = [exchange for exchange in model.find(*CHATS) if good_one not in str(exchange.json)]
-    assert len(asked) == 2 + 3 * len(UNUSABLE)
+    assert len(about_photos(model)) == 2 + 3 * len(UNUSABLE)
     notes = api.notes()
     failed = {name: notes[id][ia.KEY]["failed"] for name, id in ids.items()}
     assert failed == {name: key for name, (_, key) in UNUSABLE.items()}
@@ -527,36 +447,40 @@ def test_what_an_answer_has_too_much_is_taken_away(api, model, command):
     done = command(*api.argv, *asking(model))
     assert (done.returncode, done.stderr) == (0, "")
     assert api.texts() == wanted
-    assert model.count(*CHATS) == len(USABLE)
+    assert len(about_photos(model)) == len(USABLE)
 
 
 # --- People and the model at the same time ---------------------------------------------------
 
 
-def test_what_a_person_types_meanwhile_stays(library, ollama):
+def meanwhile(act: Callable[[], Any]) -> Callable[[bytes, str], str]:
+    """A model that thinks while this happens."""
+
+    def answer(image: bytes, prompt: str) -> str:
+        act()
+        return servers.told(image)
+
+    return answer
+
+
+def test_what_a_person_types_meanwhile_stays(hours, library, ollama):
     id = library.add(picture=servers.picture())
-    ollama.hold(*CHATS)
-    with Running(*library.argv, *asking(ollama), "--log-level", "info") as tool:
-        ollama.wait_for()
-        library.describe(id, "Our first car.")
-        ollama.gate.set()
-        assert tool.end() == 0
-    assert tool.said[-1].startswith(tally(skipped=1))
+    ollama.answer = meanwhile(lambda: library.describe(id, "Our first car."))
+    with hours.batch(library, ollama) as run:
+        pass
+    assert run.counts == {"skipped": 1}
     assert library.texts() == {id: "Our first car."}
     assert library.writes() == []
     assert library.notes() == {id: {}}
 
 
 @pytest.mark.parametrize("fate", ["trash", "delete"])
-def test_a_photo_that_goes_meanwhile_is_no_failure(library, fate, ollama):
+def test_a_photo_that_goes_meanwhile_is_no_failure(hours, library, fate, ollama):
     id = library.add(picture=servers.picture())
-    ollama.hold(*CHATS)
-    with Running(*library.argv, *asking(ollama), "--log-level", "info") as tool:
-        ollama.wait_for()
-        getattr(library, fate)(id)
-        ollama.gate.set()
-        assert tool.end() == 0
-    assert tool.said[-1].startswith(tally(skipped=1))
+    ollama.answer = meanwhile(lambda: getattr(library, fate)(id))
+    with hours.batch(library, ollama) as run:
+        pass
+    assert (run.code, run.counts) == (0, {"skipped": 1})
     assert library.writes() == []
 
 
@@ -573,53 +497,47 @@ def test_a_photo_that_goes_meanwhile_is_no_failure(library, fate, ollama):
         ("database", "gone"),
     ],
 )
-def test_a_short_outage_costs_nothing_but_time(access, trouble, ollama, request):
+def test_a_short_outage_costs_nothing_but_time(hours, access, trouble, ollama, request):
     library = request.getfixturevalue(access)
     wanted = fill(library, 12)
-    ollama.hold(*CHATS)
-    stop = Pause()
-    with describing(library, ollama, stop, "--max-concurrent", "2") as job:
-        ollama.wait_for(2)
-        ollama.gate.set()  # so that two have written, and keep a connection that will break
-        ollama.hold(*CHATS)
-        ollama.wait_for(2)
-        library.begin(trouble)
-        ollama.gate.set()
-        stop.wait_for_a_wait()
-        library.end(trouble)
-        stop.let_go.set()
-        counts, _ = job.result(servers.PATIENCE)
-    assert counts == {ia.Outcome.DESCRIBED: 12}
+
+    def answer(image: bytes, prompt: str) -> str:
+        if len(ollama.asked) == 3:  # two have written, and keep a connection that will break
+            library.begin(trouble)
+        return servers.told(image)
+
+    ollama.answer = answer
+    with hours.batch(library, ollama, "--max-concurrent", "2") as run:
+        run.at(60, lambda: library.end(trouble))
+    assert run.counts == {"described": 12}
+    assert (
+        len(run.lines(ia.t("waiting", why=""))) == len(run.lines(ia.t("back", time="")[:-1])) == 1
+    )
     assert library.texts() == wanted
     assert sorted(library.writes()) == sorted(wanted.items())
     assert ollama.count(*CHATS) == 12
 
 
-def test_a_write_whose_answer_is_lost_is_not_repeated(api, immich, ollama):
+def test_a_write_whose_answer_is_lost_is_not_repeated(hours, api, immich, ollama):
     immich.keys[immich.key] = FakeKey("alice", [*servers.MINIMAL, "user.read"])
     wanted = fill(api, 3)
-    immich.script("PUT", "/api/assets/", CUT)
-    stop = Pause()
-    stop.let_go.set()
-    with describing(api, ollama, stop) as job:
-        counts, _ = job.result(servers.PATIENCE)
-    assert counts == {ia.Outcome.DESCRIBED: 3}
+    immich.script("PUT", "/api/assets/[0-9a-f-]{36}$", CUT)
+    with hours.batch(api, ollama) as run:
+        pass
+    assert run.counts == {"described": 3}
     assert sorted(api.writes()) == sorted(wanted.items())
 
 
-def test_a_long_outage_ends_the_run_with_one_line(library, ollama):
+def test_a_long_outage_ends_the_run_with_one_line(hours, library, ollama):
     fill(library, 6)
-    ollama.hold(*CHATS)
-    argv = [*library.argv, *asking(ollama), "--max-concurrent", "2", "--wait-timeout", "0.5"]
-    with Running(*argv) as tool:
-        ollama.wait_for(2)
-        library.begin("gone")
-        try:
-            ollama.gate.set()
-            assert tool.end() == 2
-        finally:
-            library.end("gone")
-    assert len(tool.said) == 1
+    ollama.script(*CHATS, lambda _: library.begin("gone"))
+    try:
+        with hours.batch(library, ollama, "--max-concurrent", "1") as run:
+            pass
+    finally:
+        library.end("gone")
+    assert (run.fatal, run.ended) == ("library_away", 120)  # as --wait-timeout has it
+    assert len(run.said) == 2  # that it waits, and that it gave up
     assert set(library.texts().values()) == {""}
 
 

@@ -1,6 +1,7 @@
 """The parts of the sandbox keep their promises: what other tests build on."""
 
 import base64
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg2
@@ -146,6 +147,19 @@ def test_the_restricted_role_writes_descriptions_and_nothing_else(photos):
         ):
             with pytest.raises(psycopg2.errors.InsufficientPrivilege):
                 cursor.execute(statement)
+
+
+@every_generation
+def test_a_deleted_note_is_listed_with_the_rights_of_whoever_deletes_it(photos):
+    if "asset_metadata_audit" not in photos._columns or not photos._has("asset", "isEdited"):
+        return
+    id = photos.add()
+    note = 'INSERT INTO asset_metadata ("assetId", key, value) VALUES (%s, %s, %s::jsonb)'
+    photos.run(note, id, "a-key", "{}")
+    uri = photos.restricted_role(f"deleter_{uuid.uuid4().hex[:8]}", "it's secret")
+    with sandbox.connected(uri) as cursor:
+        cursor.execute("DELETE FROM asset_metadata")
+    assert photos.run('SELECT "assetId"::text, key FROM asset_metadata_audit') == [(id, "a-key")]
 
 
 def test_an_edited_picture_has_two_previews(photos):

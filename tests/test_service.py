@@ -15,9 +15,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import pytest
 import sandbox
 import servers
+from hours import with_health
 from servers import RESET, FakeKey, FakeOllama, FakeServer, Reply
 from worlds import (
     BUSY,
@@ -35,6 +35,8 @@ from worlds import (
     Running,
     SqlWorld,
     World,
+    about_photos,
+    answer_by_picture,
     asking,
     fill,
     tally,
@@ -202,25 +204,21 @@ def test_a_burst_of_arrivals_is_described_once_each(access, events, request, oll
     assert library.texts().items() >= {id: servers.told(p) for id, p in pictures.items()}.items()
 
 
-def test_what_events_and_the_feed_both_tell_of_is_described_once(database, ollama):
+def test_what_events_and_the_feed_both_tell_of_is_described_once(hours, database, ollama):
     stray, *ids = add_unready(database, 5)
     pictures = {id: servers.own_picture(n) for n, id in enumerate([stray, *ids])}
     database.photos.write_preview(stray, pictures[stray])  # before anybody watches
-    with Service(database, ollama, *MONITOR, "--api-poll-interval", "0.05") as tool:
-        tool.hear(READY)
-        wait_for_the_watch(database, ollama)
-        ollama.hold(*CHATS)
+    with hours.service(database, ollama, *MONITOR, "--api-poll-interval", "10") as run:
+        run.until(60)
         for id in ids:
-            make_preview(database, id, pictures[id])
-        ollama.wait_for(4)
+            hours.told_by_others(lambda id=id: make_preview(database, id, pictures[id]))
+        run.until(100)  # the feed has gone over all of them
+        assert (run.counts, run.lines(ia.t("watch_missed"))) == ({"described": 4}, [])
         database.photos.add_preview(stray)
-        tool.hear(ia.t("watch_missed"))  # so the feed has gone over all of them
-        ollama.gate.set()
-        tool.wait_until_stored(stray, *ids)
-        assert tool.stop() == 0
-    assert Counter(asked(ollama)) - Counter([servers.picture()]) == Counter(pictures.values())
-    missed = [line for line in tool.spoken if line[1] == ia.t("watch_missed")]
-    assert missed == [("WARNING", ia.t("watch_missed"))]
+        run.until(200)
+    assert run.counts == {"described": 5}
+    assert Counter(asked(ollama)) == Counter(pictures.values())
+    assert run.lines(level="WARNING") == [ia.t("watch_missed")]  # once
 
 
 def test_arrivals_overtake_the_backlog(library, ollama):
@@ -299,99 +297,19 @@ def test_a_photo_is_described_once_its_preview_is_made(api, immich, ollama):
 # --- Photos that fail ------------------------------------------------------------------------
 
 
-class Clock(ia.Stop):
-    """A stop event whose time stands still until a test lets it pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 1000.0
-        self._changed = threading.Condition()
-        self._roused = False
-
-    def clock(self) -> float:
-        return self.now
-
-    def _until(self, over: Callable[[], bool]) -> None:
-        with self._changed:
-            assert self._changed.wait_for(over, servers.PATIENCE), "nobody let time pass"
-
-    def _change(self, seconds: float = 0.0) -> None:
-        with self._changed:
-            self.now += seconds
-            self._changed.notify_all()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        end = self.now + timeout
-        self._until(lambda: self.is_set() or self.now >= end)
-        return self.is_set()
-
-    def nap(self, seconds: float) -> None:
-        end = self.now + seconds
-        self._until(lambda: self.is_set() or self._roused or self.now >= end)
-        self._roused = False
-
-    def rouse(self) -> None:
-        self._roused = True
-        self._change()
-
-    def set(self) -> None:
-        super().set()
-        self._change()
-
-    def let_pass(self, seconds: float) -> None:
-        self._change(seconds)
-
-
-@contextmanager
-def serving(library: World, model: FakeServer, clock: Clock, *more: str) -> Iterator[ia.Tally]:
-    """A service in this process, whose time is the test's; it ends with the block."""
-    config = ia.parse(["--combined", *library.argv, *asking(model), *more], {})
-    done = ia.Tally()
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(ia.serve, config, clock, done)
-        try:
-            yield done
-        finally:
-            clock.set()
-            model.gate.set()
-        job.result(servers.PATIENCE)
-
-
-def test_photos_that_fail_in_passing_hold_no_worker_and_are_described_later(
-    api, ollama, monkeypatch
-):
-    """Five of them, for three workers."""
-    clock, counted = Clock(), queue.SimpleQueue()
-    monkeypatch.setattr(ia.time, "monotonic", clock.clock)
-    monkeypatch.setattr(ia, "CHECK_PAUSE", 0.0)
-    sick = fill(api, 5)
-    behave, broken = ollama.behave, Reply(500, {"error": "out of memory"})
-    ill, good = threading.Event(), ia.good_picture().base64.decode()
-    ill.set()
-
-    def behaves(exchange):
-        """It fails on these pictures only."""
-        asked = ill.is_set() and exchange.path == "/api/chat" and good not in str(exchange.json)
-        return broken if asked else behave(exchange)
-
-    ollama.behave = behaves
-    with serving(api, ollama, clock, "--max-concurrent", "1", *NO_PAUSE) as done:
-        done.show = lambda counts: counted.put(dict(counts))
-        for _ in sick:
-            counts = counted.get(timeout=servers.PATIENCE)
-        assert counts == {ia.Outcome.FAILED: 5}
-        ill.clear()
-        healthy = servers.own_picture(100)
-        id = api.add(picture=healthy)
-        clock.let_pass(10)
-        counts = counted.get(timeout=servers.PATIENCE)
-        assert counts == {ia.Outcome.FAILED: 5, ia.Outcome.DESCRIBED: 1}
-        assert api.texts() == dict.fromkeys(sick, "") | {id: servers.told(healthy)}
-        clock.let_pass(60)
-        for _ in sick:
-            counts = counted.get(timeout=servers.PATIENCE)
-    assert counts == {ia.Outcome.FAILED: 5, ia.Outcome.DESCRIBED: 6}
-    assert api.texts() == sick | {id: servers.told(healthy)}
+def test_what_arrives_is_described_while_others_fail(hours, api, ollama):
+    """Five of them, and one place at the host; each is asked about three times."""
+    sick = [servers.own_picture(n) for n in range(5)]
+    ids = [api.add(picture=picture) for picture in sick]
+    answer_by_picture(ollama, dict.fromkeys(sick, Reply(500, {"error": "out of memory"})))
+    healthy = servers.own_picture(100)
+    with hours.service(api, ollama, "--max-concurrent", "1") as run:
+        run.at(15, lambda: ids.append(api.add(picture=healthy)))
+        run.until(60)
+        assert run.counts == {"described": 1, "failed": 5}
+        assert api.texts() == dict.fromkeys(ids, "") | {ids[-1]: servers.told(healthy)}
+        run.until(3600)
+    assert len(about_photos(ollama)) == 1 + 3 * len(sick)
 
 
 # --- The end ---------------------------------------------------------------------------------
@@ -688,27 +606,28 @@ def test_health_tells_when_it_starts_when_it_is_well_and_what_is_in_flight(api, 
         assert tool.stop() == 0
 
 
-@pytest.mark.parametrize("all_rest", [True, False])
-def test_health_is_bad_only_while_every_model_host_rests(api, ollama, all_rest):
-    port = sandbox.free_port()
+TROUBLES = {  # how a host looks at /health
+    "unavailable": lambda host: host.script(*CHATS, BUSY, forever=True),
+    "struck off": lambda host: host.models.clear(),
+}
+
+
+@pytest.mark.parametrize("state", TROUBLES)
+@pytest.mark.parametrize("number", [1, 2])
+def test_health_is_bad_only_while_no_model_host_is_well(hours, api, ollama, state, number):
     with FakeOllama() as other:
-        busy = [ollama, other] if all_rest else [ollama]
-        for host in busy:
-            host.script(*CHATS, BUSY, forever=True)
-        argv = [*asking(ollama, other), *open_at(port), "--max-concurrent", "1"]
-        with Service(api, ollama, *argv) as tool:
-            id = api.add(picture=servers.picture())
-            tool.hear(*(f"WARNING {host.url}/api/chat is busy" for host in busy))
-            if not all_rest:
-                tool.wait_until_stored(id)
-            status, report = health(port)
-            wanted = (503, "no_model_host") if all_rest else (200, "ok")
-            assert (status, report["status"]) == wanted
-            assert report["model_hosts"] == {
-                ollama.url: "away",
-                other.url: "away" if all_rest else "ok",
-            }
-            assert tool.stop() == 0
+        hosts = [ollama, other]
+        for host in hosts[:number]:
+            TROUBLES[state](host)
+        with hours.service(api, *hosts, *with_health(), "--max-concurrent", "1") as run:
+            api.add(picture=servers.picture())
+            run.until(60)
+            status, report = run.health()
+            all_well = (200, "ok") if number == 1 else (503, "no_model_host")
+            assert (status, report["status"]) == all_well
+            states = [state] * number + ["ok"] * (2 - number)
+            assert report["model_hosts"] == dict(zip((h.url for h in hosts), states, strict=True))
+            assert run.counts == ({"described": 1} if number == 1 else {})
     other.check()
 
 
@@ -736,29 +655,35 @@ def metrics(port: int) -> dict[str, dict[tuple[str, ...], float]]:
     return {name.removeprefix("immich_analyze_"): samples for name, samples in found.items()}
 
 
-def test_the_metrics_add_up(api, ollama, tmp_path):
+def test_the_metrics_add_up(hours, api, ollama):
     api.server.keys[api.server.key] = FakeKey("alice", servers.EVERYTHING)
     api.add(picture=servers.picture(), description="By a person.")
     api.add(picture=b"This is no picture.")
     fill(api, 4)
-    grow_old(api)
-    port = sandbox.free_port()
-    with closing(Systemd(str(tmp_path / "notify"))) as systemd:
-        environ = {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": "20000"}
-        with Service(api, ollama, *open_at(port), **environ) as tool:
-            systemd.until(f"STATUS={tally(described=4, skipped=1, failed=1)}")  # all is counted
-            seen = metrics(port)
-            assert tool.stop() == 0
+    hours.pace(ollama, seconds=2.5)
+    with hours.service(api, ollama, *with_health()) as run:
+        run.until(60)
+        seen = metrics(run.config.health_port)
     assert seen["photos_total"] == {
         ("described", ""): 4,
         ("failed", "preview_unknown"): 1,
         ("skipped", "has_description"): 1,
     }
-    assert seen["requests_total"] == {(ollama.url,): ollama.count(*CHATS)} == {(ollama.url,): 4}
-    assert 0 < seen["request_seconds_total"][ollama.url,] < 4 * servers.PATIENCE
+    assert seen["requests_total"] == {(ollama.url,): 4}
+    assert seen["request_seconds_total"] == {(ollama.url,): 4 * 2.5}
     assert seen["healthy"] == {(): 1}
     assert seen["backlog_left"] == seen["library_away_seconds"] == {(): 0}
-    assert seen["in_flight"] == seen["rest_seconds"] == {(ollama.url,): 0}
+    assert seen["in_flight"] == seen["unavailable_seconds"] == {(ollama.url,): 0}
+
+
+def test_the_metrics_tell_for_how_long_a_host_is_unavailable(hours, api, ollama):
+    fill(api, 1)
+    ollama.script(*CHATS, Reply(503, {"error": "busy"}, {"Retry-After": "100"}))
+    with hours.service(api, ollama, *with_health()) as run:
+        run.until(60)
+        seen = metrics(run.config.health_port)
+    assert seen["unavailable_seconds"] == {(ollama.url,): 40}
+    assert seen["healthy"] == {(): 0}
 
 
 def test_a_port_in_use_costs_only_health(api, ollama):

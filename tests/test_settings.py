@@ -330,8 +330,7 @@ def variables() -> list[str]:
     actions = ia.build_parser()._actions
     known = [action.env_var for action in actions if getattr(action, "env_var", None)]
     database = [f"{name}{twin}" for name in (*ia.DB_KEYWORDS, "DB_URL") for twin in ("", "_FILE")]
-    older = [*ia.OTHER_NAMES, "IMMICH_ANALYZE_OLLAMA_HOSTS", "IMMICH_ANALYZE_NO_FINAL_OUTPUT"]
-    return [*known, *database, *older, "RUST_LOG", "LC_ALL", "LC_MESSAGES", "LANG"]
+    return [*known, *database, *ia.OLDER_NAMES, "LC_ALL", "LC_MESSAGES", "LANG"]
 
 
 @pytest.mark.parametrize("empty", ["", "  ", "\t"])

@@ -1,8 +1,12 @@
-"""The stream of photos and what becomes of them: plain lists, and time that is invented."""
+"""The parts of the pipeline by themselves: plain calls, and time that is invented.
+
+What becomes of whole runs is tested in other files.
+"""
 
 import logging
 import math
 import threading
+import uuid
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,16 +20,17 @@ import immich_analyze as ia
 WHOLE = servers.picture()
 CUT = WHOLE[:-20]
 DEFAULTS = ia.parse((), {})
+FOR_EVER = threading.TIMEOUT_MAX
 MODEL, PROMPT = DEFAULTS.model_name, DEFAULTS.prompt_id
 
 
-def photo(number, **fields):
-    fields = {"name": f"{number}.jpg", "description": "", "source": "", **fields}
-    return ia.Asset(id=str(number), **fields)
+def photo(number, description="", **fields):
+    fields = {"source": "", **fields}
+    return ia.Photo(id=str(number), name=f"{number}.jpg", description=description, **fields)
 
 
 def away(pause=None):
-    return ia.HostDown("database_down", why="away", pause=pause)
+    return ia.Unavailable("database_down", why="away", pause=pause)
 
 
 def hiccup(pause=None):
@@ -36,192 +41,18 @@ def fatal():
     return ia.Fatal("database_refused", why="no")
 
 
-class Listing:
-    """A library that lists these pages; `trouble` has errors for a page, raised in turn."""
-
-    def __init__(self, *pages, trouble=None):
-        self.pages = pages
-        self.trouble = {number: iter(errors) for number, errors in (trouble or {}).items()}
-        self.asked = []
-
-    def page(self, cursor, since=None):
-        number = cursor or 0
-        self.asked.append(number)
-        self.since = since
-        error = next(self.trouble.get(number, iter(())), None)
-        if error:
-            raise error
-        return self.pages[number], number + 1 if number + 1 < len(self.pages) else None
+def run_of(stop, *argv, library=None):
+    """What the threads of a run share."""
+    patience = ia.Patience(stop, pause=5, longest=60)
+    return ia.Run(ia.parse(argv, {}), stop, None, patience, ia.Tally(), lambda: library)
 
 
 @pytest.fixture
-def patience(stop):
-    return ia.Patience(stop, pause=5, longest=60)
+def run(stop):
+    return run_of(stop)
 
 
-@pytest.fixture
-def state(stop, patience, config):
-    """What the threads of a batch share."""
-    return state_of(config(), stop, patience, lasting=0)
-
-
-def state_of(config, stop, patience, lasting):
-    hosts = ia.Hosts(["http://host"], 1, 60)
-    agenda = ia.Agenda(stop.rouse, lasting)
-    return ia.State(config, stop, hosts, patience, agenda, ia.Checks(), ia.Tally())
-
-
-def work(assets, story, state):
-    """Have photos worked on by a library that keeps what it takes: nothing is read back."""
-    ia.work(([ia.Job(asset)] for asset in assets), story, nothing_to_confirm, state)
-
-
-def nothing_to_confirm(jobs):
-    raise AssertionError(jobs)
-
-
-class Jobs:
-    """A listing that is given."""
-
-    def __init__(self, jobs):
-        self.next_time = 0.0
-        self._jobs = iter(jobs)
-
-    def next(self):
-        job = next(self._jobs, None)
-        self.next_time = 0.0 if job else math.inf
-        return job
-
-
-# the backlog
-
-
-def backlog(library, state):
-    """The photos to describe that a batch is given by a library."""
-    for [job] in ia.stream(state, ia.Listings(ia.Listing(library, state, counts=True)), None, None):
-        yield job.asset
-        state.tally.hand(-1)
-
-
-def test_pages_come_in_order_and_only_when_they_are_needed(state):
-    photos = [photo(n) for n in range(5)]
-    library = Listing(photos[:2], [], photos[2:4], photos[4:])
-    stream = backlog(library, state)
-    assert library.asked == []
-    assert [next(stream), next(stream)] == photos[:2]
-    assert library.asked == [0]
-    assert next(stream) == photos[2]
-    assert library.asked == [0, 1, 2]
-    assert list(stream) == photos[3:]
-    assert library.asked == [0, 1, 2, 3]
-    assert state.tally.listed == 5
-
-
-@pytest.mark.parametrize(
-    ("errors", "waits"),
-    [
-        ([away()], [5]),
-        ([away()] * 7, [5] * 7),
-        ([hiccup()] * 7, [5] * 7),
-        ([hiccup(), away(), away(), hiccup(0.5)], [5, 5, 5, 0.5]),
-    ],
-    ids=["away", "away for long", "hiccups", "both"],
-)
-@pytest.mark.parametrize("sick", [0, 1, 2])
-def test_trouble_with_a_page_repeats_only_that_page(state, stop, sick, errors, waits):
-    photos = [photo(n) for n in range(6)]
-    library = Listing(photos[:2], photos[2:4], photos[4:], trouble={sick: errors})
-    assert list(backlog(library, state)) == photos
-    assert Counter(library.asked) == Counter([0, 1, 2]) + Counter({sick: len(errors)})
-    assert library.asked == sorted(library.asked)
-    assert stop.waits == waits
-
-
-@pytest.mark.parametrize(
-    ("errors", "key"),
-    [
-        (repeat(hiccup()), "not_json"),
-        ([ia.Permanent("immich_refused", status=418, why="")], "immich_refused"),
-        ([ia.Gone("photo_gone")], "photo_gone"),
-        (repeat(away()), "library_away"),
-        ([fatal()], "database_refused"),
-    ],
-)
-def test_a_page_that_will_not_come_ends_the_run(state, errors, key):
-    library = Listing([photo(1)], [photo(2)], trouble={1: errors})
-    stream = backlog(library, state)
-    assert next(stream) == photo(1)
-    with pytest.raises(ia.Fatal) as raised:
-        next(stream)
-    assert raised.value.key == key
-
-
-def test_a_stopped_stream_asks_for_nothing(state, stop):
-    library = Listing([photo(1)])
-    stop.set()
-    assert list(backlog(library, state)) == []
-    assert library.asked == []
-
-
-@pytest.mark.parametrize("taken", [1, 2, 3])
-def test_a_stream_stops_within_a_page_and_between_pages(state, stop, taken):
-    library = Listing([photo(1), photo(2), photo(3)], [photo(4)])
-    stream = backlog(library, state)
-    for number in range(1, taken + 1):
-        assert next(stream) == photo(number)
-    stop.set()
-    assert list(stream) == []
-    assert library.asked == [0]
-
-
-def test_a_stream_stops_between_pages_that_have_nothing_to_do(state, stop):
-    described = [photo(n, description="By a person.") for n in range(3)]
-
-    class Slow(Listing):
-        def page(self, cursor, since=None):
-            if cursor == 2:
-                stop.set()
-            return super().page(cursor, since)
-
-    library = Slow(*[described] * 9)
-    assert list(backlog(library, state)) == []
-    assert library.asked == [0, 1, 2]
-
-
-@pytest.mark.parametrize("sick", [0, 1])
-def test_a_stream_that_is_stopped_while_the_library_is_away_just_ends(stop, state, sick):
-    stop._after = 2
-    library = Listing([photo(1)], [photo(2)], trouble={sick: repeat(away())})
-    assets = backlog(library, state)
-    ran = []
-    work(assets, lambda job: ran.append(job.asset) or ia.Outcome.DESCRIBED, state)
-    assert ran == [photo(1)][:sick]
-    assert stop.waits == [5, 5]
-
-
-def test_a_worker_that_waits_does_not_hide_why_another_ended_the_run(config):
-    stop, listing_waits = ia.Stop(), threading.Event()
-
-    class Away(Listing):
-        def page(self, cursor, since):
-            listing_waits.set()
-            raise away()
-
-    state = state_of(config(), stop, ia.Patience(stop, pause=60, longest=math.inf), lasting=0)
-
-    def lists():
-        work(backlog(Away(), state), lambda _: ia.Outcome.DESCRIBED, state)
-
-    def fails():
-        assert listing_waits.wait(5)
-        raise fatal()
-
-    roles = iter([lists, fails])
-    with pytest.raises(ia.Fatal):
-        ia.run(lambda: next(roles)(), 2, stop)
-
-
-# what is sifted out
+# --- Which photo is next ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -234,121 +65,126 @@ def test_a_worker_that_waits_does_not_hide_why_another_ended_the_run(config):
         ({"ready": False, "description": "by a person"}, "skipped", "not_ready"),
     ],
 )
-def test_each_photo_is_taken_or_counted(stop, patience, config, fields, none, all):
+@pytest.mark.parametrize("counts", [True, False])
+def test_each_listed_photo_is_taken_or_counted(stop, fields, none, all, counts):
     for policy, fate in (("none", none), ("all", all)):
-        settings, asset = config("-O", policy), photo(1, **fields)
-        state = state_of(settings, stop, patience, lasting=0)
-        taken = list(backlog(Listing([asset]), state))
-        assert taken == ([asset] if fate == "taken" else [])
-        assert state.tally.counts == ({} if fate == "taken" else {fate: 1})
+        run = run_of(stop, "-O", policy)
+        assert ia.wanted(photo(1, **fields), run, counts=counts) == (fate == "taken")
+        counted = counts and fate != "taken"
+        assert run.tally.counts == ({fate: 1} if counted else {})
         reason = "has_description" if fate == "skipped" else ""
-        assert state.tally.reasons == ({} if fate == "taken" else {(fate, reason): 1})
+        assert run.tally.reasons == ({(fate, reason): 1} if counted else {})
+        assert run.tally.listed == counts
 
 
-def test_shares_are_disjoint_and_together_all(stop, patience, config):
-    photos = [photo(n, description="" if n % 3 else "By a person.") for n in range(200)]
+def test_a_photo_listed_twice_is_taken_once(run):
+    listed = [photo(n) for n in (1, 2, 1, 2, 3)]
+    assert [ia.wanted(p, run, counts=True) for p in listed] == [True, True, False, False, True]
+    assert run.tally.counts == {}
+
+
+def test_shares_are_disjoint_and_together_all(stop):
+    photos = [photo(n, "" if n % 3 else "By a person.") for n in range(200)]
     shares, skipped = [], 0
     for number in range(1, 6):
-        state = state_of(config("--shard", f"{number}/5"), stop, patience, lasting=0)
-        shares.append(list(backlog(Listing(photos), state)))
-        skipped += state.tally.counts[ia.Outcome.SKIPPED]
-    assert {p.id for s in shares for p in s} == {p.id for p in photos if not p.description}
-    assert sum(map(len, shares)) == sum(not p.description for p in photos)
+        run = run_of(stop, "--shard", f"{number}/5")
+        shares.append([p.id for p in photos if ia.wanted(p, run, counts=True)])
+        assert run.tally.listed == len(shares[-1]) + run.tally.counts[ia.Outcome.SKIPPED]
+        skipped += run.tally.counts[ia.Outcome.SKIPPED]
+    assert sorted(id for share in shares for id in share) == sorted(
+        p.id for p in photos if not p.description
+    )
     assert all(len(share) > 15 for share in shares)
     assert skipped == sum(bool(p.description) for p in photos)
 
 
-def test_a_photo_listed_twice_is_taken_once(state):
-    pages = [photo(1), photo(2), photo(1), photo(1, description=" ")], [photo(2), photo(3)]
-    assert list(backlog(Listing(*pages), state)) == [photo(1), photo(2), photo(3)]
-    assert state.tally.counts == {}
-
-
 def test_those_who_share_a_stream_get_each_photo_once():
-    shared = ia.Shared(iter([photo(n) for n in range(4)]))
-    one, other = iter(shared), iter(shared)
+    photos, turn = iter([photo(n) for n in range(4)]), threading.Lock()
+    one, other = ia.in_turn(photos, turn), ia.in_turn(photos, turn)
     assert [next(one), next(other), next(other), next(one)] == [photo(n) for n in range(4)]
     assert list(one) == list(other) == []
 
 
-# the work
+def test_a_nap_ends_by_news_by_the_end_or_by_itself():
+    stop, began = ia.Stop(), ia.time.monotonic()
+    stop.nap(0.01)
+    assert ia.time.monotonic() >= began + 0.01
+    stop.rouse()
+    stop.nap(FOR_EVER)
+    assert not stop.is_set()
+    stop.set()
+    stop.nap(FOR_EVER)
+    assert stop.is_set()
+
+
+# --- What was taken --------------------------------------------------------------------------
+
+
+def test_what_failed_in_passing_may_be_taken_after_pauses_that_double(stop):
+    taken = ia.Taken()
+    assert taken.take(photo(1))
+    for first, pause in zip([True, False, False, False], [5, 10, 20, 40], strict=True):
+        assert taken.give_back(photo(1), ia.Outcome.FAILED, soon=True) == first
+        stop.now += pause - 0.1
+        assert not taken.take(photo(1))
+        stop.now += 0.2
+        assert taken.take(photo(1))
+        assert not taken.take(photo(1))  # as somebody has it
+
+
+def test_what_failed_otherwise_may_be_taken_once_failures_are_forgotten(stop):
+    taken = ia.Taken()
+    assert [taken.take(photo(n)) for n in (1, 2, 3)] == [True] * 3
+    assert taken.give_back(photo(1), ia.Outcome.FAILED, soon=False)
+    assert taken.give_back(photo(2), ia.Outcome.FAILED, soon=True)
+    stop.now += 1e9
+    assert not taken.take(photo(1))
+    for _ in range(2):
+        taken.forget_failures()
+    assert [taken.take(photo(n)) for n in (1, 2, 3)] == [True, True, False]
+    assert taken.give_back(photo(1), ia.Outcome.FAILED, soon=True)  # counted and said anew
+    stop.now += 5.1
+    assert taken.take(photo(1))
+
+
+def test_a_photo_that_fails_after_it_was_left_alone_is_told_as_failed():
+    taken = ia.Taken()
+    taken.take(photo(1))
+    outcomes = [ia.Outcome.SKIPPED, ia.Outcome.SKIPPED, ia.Outcome.FAILED, ia.Outcome.FAILED]
+    told = [taken.give_back(photo(1), outcome, soon=True) for outcome in outcomes]
+    assert told == [True, False, True, False]
+
+
+def test_what_was_taken_is_kept_in_eight_bytes_each():
+    mine, known = ia.Taken(), [photo(uuid.UUID(int=n * 7**40)) for n in range(2000)]
+    assert all(mine.take(each) for each in known)
+    assert not any(mine.take(each) for each in known)
+    assert mine._hashes.buffer_info()[1] * mine._hashes.itemsize == 8 * len(known)
+
+
+# --- What became of the photos ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("became", "outcome"),
+    ("form", "said"),
     [
-        (ia.Outcome.DESCRIBED, "described"),
-        (ia.Outcome.SKIPPED, "skipped"),
-        (ia.Gone("photo_gone"), "skipped"),
-        (ia.Permanent("preview_missing"), "failed"),
-        (hiccup(), "failed"),
-        (away(), "failed"),
-        (ValueError("a bug"), "failed"),
-        (KeyError("a bug"), "failed"),
-        (RecursionError("a bug"), "failed"),
+        (
+            "tally",
+            "Described: 2. Left as they are: 1. Preview not made yet: 1. Failed: 1.",
+        ),
+        ("tally_undo", "Taken back: 1. Left as they are: 1. Failed: 1."),
+        ("tally_dry_run", "Would be taken back: 1. Left as they are: 1. Failed: 1."),
     ],
-    ids=repr,
 )
-def test_what_became_of_a_photo_is_counted_and_the_others_go_on(caplog, state, became, outcome):
-    def analyze(job):
-        if job.asset.id == "2" and isinstance(became, Exception):
-            raise became
-        return became if job.asset.id == "2" else ia.Outcome.DESCRIBED
-
-    work([photo(n) for n in (1, 2, 3)], analyze, state)
-    assert state.tally.counts == Counter({"described": 2}) + Counter({outcome: 1})
-    said = [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert len(said) == (outcome == "failed")
-    for record in said:
-        bug = not isinstance(became, ia.AnalyzeError)
-        assert record.getMessage().startswith("2.jpg (2): ")
-        assert bool(record.exc_info) is bug
-        assert (ia.t("bug") in record.getMessage()) is bug
-
-
-@pytest.mark.parametrize("error", [fatal(), ia.Stopped("stopped")], ids=["fatal", "stopped"])
-def test_the_end_for_all_leaves_the_photo_in_hand_uncounted(state, error):
-    seen = []
-
-    def analyze(job):
-        seen.append(job.asset.id)
-        if job.asset.id == "2":
-            raise error
-        return ia.Outcome.DESCRIBED
-
-    with pytest.raises(ia.Fatal) if isinstance(error, ia.Fatal) else nullcontext():
-        work([photo(n) for n in (1, 2, 3)], analyze, state)
-    assert seen == ["1", "2"]
-    assert state.tally.counts == {"described": 1}
-
-
-def test_every_photo_taken_ends_in_exactly_one_outcome(state):
-    fates = {
-        0: ia.Outcome.DESCRIBED,
-        1: ia.Outcome.SKIPPED,
-        2: ia.Gone("photo_gone"),
-        3: ia.Permanent("preview_missing"),
-        4: hiccup(),
-        5: ValueError("a bug"),
-    }
-    pages = [[photo(n) for n in range(start, start + 10)] for start in range(0, 60, 10)]
-    extra = [photo(60, description="by a person"), photo(61, ready=False), photo(3), photo(17)]
-    library = Listing(*pages, extra, trouble={2: [away()], 4: [hiccup()]})
-    tally, taken = state.tally, []
-
-    def analyze(job):
-        assert sum(tally.counts.values()) == len(taken)  # all but the one in hand
-        taken.append(job.asset.id)
-        fate = fates[int(job.asset.id) % 6]
-        if isinstance(fate, Exception):
-            raise fate
-        return fate
-
-    stream = ia.stream(state, ia.Listings(ia.Listing(library, state, counts=True)), None, None)
-    ia.work(ia.Shared(stream), analyze, nothing_to_confirm, state)
-    assert taken == [str(n) for n in range(60)]
-    assert tally.in_hand == 0
-    assert tally.counts == {"described": 10, "skipped": 21, "failed": 30, "not_ready": 1}
+def test_a_tally_tells_what_a_run_is_for(form, said):
+    tally = ia.Tally(form)
+    for outcome in (*ia.Outcome, ia.Outcome.DESCRIBED):
+        tally.add(outcome)
+    assert str(tally) == said
+    tally.add(ia.Outcome.SKIPPED, "failed_before", 3)
+    assert str(tally).endswith(ia.t("tally_failed_before", number=3))
+    tally.add(ia.Outcome.SKIPPED, "failed_before", -3)
+    assert str(tally) == said
 
 
 def test_the_counts_are_shown_after_each_photo():
@@ -357,11 +193,98 @@ def test_the_counts_are_shown_after_each_photo():
     tally.show = lambda counts: shown.append(dict(counts))
     tally.add(ia.Outcome.DESCRIBED)
     tally.add(ia.Outcome.FAILED)
+    tally.add(ia.Outcome.DESCRIBED, number=-1)
+    assert shown == [{"described": 1}, {"described": 1, "failed": 1}, {"described": 0, "failed": 1}]
+
+
+def test_failures_are_noted_once_something_was_described():
+    tally, note = ia.Tally(), ia.Note(MODEL, PROMPT, failed="not_json")
+    tally.add_failure(photo(1), note)
+    assert tally.proven_failures() == []
+    tally.add(ia.Outcome.FAILED)
+    assert tally.proven_failures() == []
+    tally.add_failure(photo(2), note)
     tally.add(ia.Outcome.DESCRIBED)
-    assert shown == [{"described": 1}, {"described": 1, "failed": 1}, {"described": 2, "failed": 1}]
+    assert tally.proven_failures() == [(photo(1), note), (photo(2), note)]
+    assert tally.proven_failures() == []
+    tally.add_failure(photo(3), note)
+    assert tally.proven_failures() == [(photo(3), note)]
 
 
-# patience
+@pytest.mark.parametrize(
+    ("became", "outcome", "reason"),
+    [
+        (ia.Outcome.DESCRIBED, "described", ""),
+        (ia.Skip("has_description"), "skipped", "has_description"),
+        (ia.Skip("photo_gone"), "skipped", "photo_gone"),
+        (ia.Skip("not_ready"), "not_ready", ""),
+        (ia.Permanent("preview_missing"), "failed", "preview_missing"),
+        (hiccup(), "failed", "not_json"),
+        (ValueError("a bug"), "failed", "bug"),
+        (RecursionError("a bug"), "failed", "bug"),
+    ],
+    ids=repr,
+)
+def test_what_became_of_a_photo_is_counted_and_the_others_go_on(
+    caplog, monkeypatch, run, became, outcome, reason
+):
+    def story(photo, library, ai, run):
+        if photo.id == "2" and isinstance(became, Exception):
+            raise became
+        return became if photo.id == "2" else ia.Outcome.DESCRIBED
+
+    monkeypatch.setattr(ia, "story", story)
+    ia.work([photo(n) for n in (1, 2, 3)], Desk(), None, run)
+    assert run.tally.counts == Counter({"described": 2}) + Counter({outcome: 1})
+    assert run.tally.reasons == Counter({("described", ""): 2}) + Counter({(outcome, reason): 1})
+    said = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(said) == (outcome == "failed")
+    for record in said:
+        assert record.getMessage().startswith("2.jpg (2): ")
+        assert bool(record.exc_info) is (reason == "bug")
+        assert (ia.t("bug") in record.getMessage()) is (reason == "bug")
+
+
+@pytest.mark.parametrize("error", [fatal(), ia.Stopped("stopped")], ids=["fatal", "stopped"])
+def test_the_end_for_all_leaves_the_photo_in_hand_uncounted(monkeypatch, run, error):
+    seen = []
+
+    def story(photo, library, ai, run):
+        seen.append(photo.id)
+        if photo.id == "2":
+            raise error
+        return ia.Outcome.DESCRIBED
+
+    monkeypatch.setattr(ia, "story", story)
+    with pytest.raises(ia.Fatal) if isinstance(error, ia.Fatal) else nullcontext():
+        ia.work([photo(n) for n in (1, 2, 3)], Desk(), None, run)
+    assert seen == ["1", "2"]
+    assert run.tally.counts == {"described": 1}
+
+
+def test_a_worker_that_waits_does_not_hide_why_another_ended_the_run():
+    stop, waits = ia.Stop(), threading.Event()
+    run = replace(run_of(stop), patience=ia.Patience(stop, pause=60, longest=math.inf))
+
+    class Away(Desk):
+        def claim(self, photo):
+            waits.set()
+            raise away()
+
+    def fails():
+        assert waits.wait(servers.PATIENCE)
+        raise fatal()
+
+    def waiting():
+        ia.work([photo(1)], Away(), None, run)
+
+    with pytest.raises(ia.Fatal) as raised:
+        ia.run_all([waiting, fails], [lambda: ia.check_written(Desk(), run)], run)
+    assert raised.value.key == "database_refused"
+    assert run.tally.counts == {}
+
+
+# --- Patience ------------------------------------------------------------------------------------
 
 
 def calling(errors, answer="answer"):
@@ -391,7 +314,6 @@ def calling(errors, answer="answer"):
         ([away(7), away(0.5), away()], 60, [7, 0.5, 5]),
         ([hiccup(0.2), hiccup(1)], 60, [0.2, 1]),
         ([away(3600), hiccup(3600)], 600, [ia.LONGEST_PAUSE] * 2),
-        ([ia.Unexpected("immich_wrong", url="", status=404)] * 2, 60, [5, 5]),
     ],
 )
 def test_trouble_that_passes_is_waited_for(stop, errors, longest, waits):
@@ -412,7 +334,7 @@ def test_trouble_that_passes_is_waited_for(stop, errors, longest, waits):
         ([fatal()], 60, "database_refused", []),
         ([hiccup(), fatal()], 60, "database_refused", [5]),
         ([ia.Permanent("preview_missing")], 60, "preview_missing", []),
-        ([ia.Gone("photo_gone")], 60, "photo_gone", []),
+        ([ia.Skip("photo_gone")], 60, "photo_gone", []),
         ([ia.Stopped("stopped")], 60, "stopped", []),
     ],
 )
@@ -424,12 +346,15 @@ def test_trouble_that_stays_is_given_up_on(stop, errors, longest, key, waits):
     assert stop.waits == waits
 
 
-def test_at_the_start_what_is_wrong_is_not_waited_for(stop):
+@pytest.mark.parametrize("passes", [True, False])
+def test_an_outage_may_show_in_other_errors_too(stop, passes):
+    """A service waits at its start for what looks like a wrong address; a batch does not."""
+    passing = (ia.Unavailable, ia.Unexpected) if passes else (ia.Unavailable,)
+    patience = ia.Patience(stop, 5, 60, passing=passing)
     wrong = ia.Unexpected("immich_wrong", url="", status=404)
-    patience = ia.Patience(stop, 5, 60, what_passes=(ia.HostDown,))
-    with pytest.raises(ia.Unexpected):
-        patience(calling([wrong]))
-    assert stop.waits == []
+    with nullcontext() if passes else pytest.raises(ia.Unexpected):
+        patience(calling([wrong] * 4))
+    assert stop.waits == [5] * 4 * passes
 
 
 def test_slow_failures_do_not_use_up_the_time_to_wait_for_a_library(stop):
@@ -438,7 +363,7 @@ def test_slow_failures_do_not_use_up_the_time_to_wait_for_a_library(stop):
     def call():
         error = next(troubles, None)
         if error:
-            stop.now += 0 if isinstance(error, ia.HostDown) else 50  # until it timed out
+            stop.now += 0 if isinstance(error, ia.Unavailable) else 50  # until it timed out
             raise error
         return "answer"
 
@@ -490,9 +415,10 @@ def test_an_outage_that_several_meet_is_two_lines(stop, caplog):
     patience = ia.Patience(stop, pause=5, longest=math.inf)
 
     def another():
+        patience(calling([]))  # who did not wait cannot tell
         assert caplog.messages == [WAITING]
         patience(calling([away()] * 3))
-        assert patience.away() == 20
+        assert patience.away() == 0
         return "answer"
 
     patience(calling([away(), another]))
@@ -512,7 +438,7 @@ def test_nobody_says_that_an_outage_is_over_which_is_not(stop, caplog, longest):
     assert BACK[:20] not in "".join(caplog.messages)
 
 
-# one photo
+# --- One photo -------------------------------------------------------------------------------
 
 
 class Desk:
@@ -534,26 +460,24 @@ class Desk:
             raise answer
         return answer
 
-    def recall(self, asset):
-        return asset
+    def claim(self, photo):
+        return photo
 
-    claim = question = recall
-
-    def release(self, asset):
+    def release(self, photo):
         pass
 
-    def find(self, asset):
-        return replace(asset, description=self._next("find", self._found), ready=True)
+    def look(self, photo):
+        return replace(photo, description=self._next("look", self._found))
 
-    def preview(self, asset):
+    def preview(self, photo):
         return self._next("preview", self._previews)
 
-    def describe(self, picture, failed_at, *, last):
+    def describe(self, picture, check):
         assert picture.mime == "image/jpeg"
         self.said.append("describe")
         return "A photo."
 
-    def write(self, asset, text, note):
+    def write(self, photo, text, note):
         assert note == ia.Note(MODEL, PROMPT, text=ia.text_id(text))
         return self._next(f"write {text}", self._writes)
 
@@ -561,78 +485,263 @@ class Desk:
         self.noted += notes
 
 
+def tell(run, desk):
+    """Have one photo's story told: what became of it, and why."""
+    return ia.attempt(lambda: ia.story(photo(1), desk, desk, run))
+
+
 @pytest.mark.parametrize("must_confirm", [False, True])
 @pytest.mark.parametrize(
-    ("previews", "writes", "found", "said", "outcome"),
+    ("writes", "found", "said", "outcome"),
     [
-        ([WHOLE], [True], [], "PDW", "described"),
-        ([WHOLE], [False], ["by a person"], "PDWF", "skipped"),
-        ([WHOLE], [False, True], [" "], "PDWFW", "described"),
-        ([WHOLE], [False, False], ["", "by a person"], "PDWFWF", "skipped"),
-        ([WHOLE], [False] * 3, ["", " ", ""], "PDWFWFWF", "failed"),
-        ([CUT, b"", WHOLE], [True], [], "PPPDW", "described"),
-        ([CUT, CUT + b"more", WHOLE], [True], [], "PPPDW", "described"),
-        ([away(), hiccup(), WHOLE], [True], [], "PPPDW", "described"),
-        ([WHOLE], [away(), away(), hiccup(), True], [], "PDWWWW", "described"),
-        ([WHOLE], [hiccup(), False], ["by a person"], "PDWWF", "skipped"),
-        ([WHOLE], [*[hiccup()] * 11, True], [], "PD" + "W" * 12, "described"),
+        ([True], [], "W", "described"),
+        ([False], ["by a person"], "WL", "skipped"),
+        ([False, True], [" "], "WLW", "described"),
+        ([False, False], ["", "by a person"], "WLWL", "skipped"),
+        ([False] * 3, ["", " ", ""], "WLWLWL", "failed"),
+        ([away(), away(), hiccup(), True], [], "WWWW", "described"),
+        ([hiccup(), False], ["by a person"], "WWL", "skipped"),
+        ([*[hiccup()] * 11, True], [], "W" * 12, "described"),
     ],
 )
 def test_the_model_is_asked_once_whatever_the_library_does(
-    state, previews, writes, found, said, outcome, must_confirm
+    run, writes, found, said, outcome, must_confirm
 ):
-    desk, job = Desk(previews, writes, found), ia.Job(photo(1))
+    desk = Desk(writes=writes, found=found)
     desk.must_confirm = must_confirm
-    became, error = ia.attempt(lambda: ia.analyze(job, desk, desk, state))
-    words = {"P": "preview", "D": "describe", "W": "write A photo.", "F": "find"}
-    assert desk.said == [words[letter] for letter in said]
+    became, error = tell(run, desk)
+    words = {"W": "write A photo.", "L": "look"}
+    assert desk.said == ["preview", "describe", *(words[letter] for letter in said)]
     assert desk.noted == []
-    if outcome == "described":
-        assert became == (None if must_confirm else "described")
-        assert (job.stored, error) == ("A photo.", None)
-    else:
-        assert became == outcome
-        assert error.key == {"skipped": "has_description", "failed": "changed"}[outcome]
-        assert job.stored == ""
+    assert became == outcome
+    key = {"described": "", "skipped": "has_description", "failed": "changed"}[outcome]
+    assert (error.key if error else "") == key
+    run.checks.close()
+    kept = [(w.photo.id, w.added, w.stored) for w in run.checks.next(run.stop)]
+    assert kept == [("1", "A photo.", "A photo.")] * (must_confirm and outcome == "described")
 
 
-def test_a_text_that_cannot_be_written_fails_in_the_end(state, stop):
+def test_a_text_that_cannot_be_written_fails_in_the_end(run, stop):
     desk = Desk(writes=repeat(hiccup()))
-    with pytest.raises(ia.Retryable):
-        ia.analyze(ia.Job(photo(1)), desk, desk, state)
-    assert desk.said[1:] == ["describe"] + ["write A photo."] * ia.VALUABLE_TRIES
-    assert stop.waits == [5] * (ia.VALUABLE_TRIES - 1)
-    assert desk.noted == []
+    became, error = tell(run, desk)
+    assert (became, error.key) == ("failed", "not_json")
+    assert desk.said == ["preview", "describe", *["write A photo."] * 12]
+    assert stop.waits == [5] * 11
+    assert run.tally._failures == []  # the next run tries it again, however often
 
 
 @pytest.mark.parametrize(
-    ("previews", "kind", "tries", "noted"),
+    ("previews", "key", "noted"),
     [
-        ([CUT] * 2, ia.Retryable, 2, ""),
-        ([b"", CUT, b"", b""], ia.Retryable, 4, ""),
-        ([b"<html>no picture</html>"], ia.Permanent, 1, "preview_unknown"),
-        ([ia.Permanent("preview_missing")], ia.Permanent, 1, ""),
-        ([ia.Gone("photo_gone")], ia.Gone, 1, ""),
-        ([fatal()], ia.Fatal, 1, ""),
+        ([b"<html>no picture</html>"], "preview_unknown", True),
+        ([ia.Permanent("preview_missing")], "preview_missing", False),
+        ([ia.Skip("photo_gone")], "photo_gone", False),
+        ([hiccup()] * 3, "not_json", False),
     ],
 )
-def test_without_a_preview_the_model_is_not_asked(state, previews, kind, tries, noted):
+def test_without_a_preview_the_model_is_not_asked(run, previews, key, noted):
     desk = Desk(previews)
-    with pytest.raises(kind) as raised:
-        ia.analyze(ia.Job(photo(1)), desk, desk, state)
-    assert desk.said == ["preview"] * tries
-    failed = {"failed": noted, "why": str(raised.value), "tries": ia.MOST_TRIES}
-    assert desk.noted == ([(photo(1), ia.Note(MODEL, PROMPT, **failed))] if noted else [])
+    _, error = tell(run, desk)
+    assert error.key == key
+    assert desk.said == ["preview"] * len(previews)
+    run.tally.add(ia.Outcome.DESCRIBED)
+    note = ia.Note(MODEL, PROMPT, failed=key, why=str(error), tries=1)
+    assert run.tally.proven_failures() == [(photo(1), note)] * noted
 
 
-def test_a_preview_that_is_being_written_is_read_again_soon(state, stop):
-    growing = [WHOLE[:n] for n in (0, 100, 200)]
-    ia.analyze(ia.Job(photo(1)), desk := Desk([*growing, WHOLE]), desk, state)
-    assert stop.waits == [0.5] * 3
+# A preview that is being written
 
 
-def test_a_preview_that_never_gets_its_end_is_given_up(state, stop):
-    desk = Desk(WHOLE[: n % 200] for n in range(1000))
-    with pytest.raises(ia.Retryable):
-        ia.analyze(ia.Job(photo(1)), desk, desk, state)
-    assert sum(stop.waits) == state.config.file_write_timeout
+@pytest.mark.parametrize(
+    ("previews", "used"),
+    [
+        ([WHOLE], WHOLE),
+        ([None, None, WHOLE], WHOLE),
+        ([b"", WHOLE[:100], WHOLE[:200], WHOLE], WHOLE),
+        ([CUT, CUT], CUT),  # as broken as it will stay
+        ([CUT, None, CUT, CUT], CUT),
+        ([away(), CUT, hiccup(), WHOLE], WHOLE),
+    ],
+)
+def test_a_preview_is_read_until_it_has_its_end_or_stays_the_same(run, stop, previews, used):
+    desk = Desk(previews)
+    assert ia.settled(photo(1), desk, run) == used
+    assert desk.said == ["preview"] * len(previews)
+    troubles = sum(isinstance(preview, Exception) for preview in previews)
+    waits = [0.5] * (len(previews) - 1 - troubles) + [5] * troubles
+    assert sorted(stop.waits) == waits
+
+
+@pytest.mark.parametrize(
+    ("previews", "key"),
+    [(repeat(None), "preview_missing"), ((WHOLE[: n % 200] for n in range(1000)), "preview_cut")],
+)
+def test_a_preview_that_never_comes_is_waited_for_no_longer_than_asked(stop, previews, key):
+    run = run_of(stop, "--file-write-timeout", "20", "--file-check-interval", "250")
+    with pytest.raises(ia.Retryable) as raised:
+        ia.settled(photo(1), Desk(previews), run)
+    assert raised.value.key == key
+    assert stop.waits == [0.25] * 80
+
+
+def test_waiting_for_a_preview_ends_when_stopped(run, stop):
+    stop._after = 3
+    with pytest.raises(ia.Stopped):
+        ia.settled(photo(1), Desk(repeat(None)), run)
+
+
+# --- What Immich took is read back -----------------------------------------------------------
+
+
+def written(before="", stored="A boat.", added="A boat.", note=None, at=0.0, **fields):
+    return ia.Written(photo(1, before, **fields), added, stored, note, at)
+
+
+def wrote(number, at, library=""):
+    return ia.Written(photo(number, library=library), "A boat.", "A boat.", None, at)
+
+
+def test_the_first_three_are_read_back_alone_and_the_others_together(stop):
+    checks = ia.Checks()
+    for number in range(8):
+        checks.add(wrote(number, stop.now + number / 10))
+    for number in range(3):
+        [alone] = checks.next(stop)
+        assert alone.photo.id == str(number)
+        assert stop.now == pytest.approx(alone.at + 2)
+        assert checks.count(alone, lost=False) is False
+    assert [each.photo.id for each in checks.next(stop)] == ["3", "4", "5", "6", "7"]
+    late, later = wrote(8, stop.now), wrote(9, stop.now + 0.5)
+    checks.add(late)
+    checks.add(later)
+    checks.close()
+    assert checks.next(stop) == [late]
+    assert stop.now == late.at + 2
+    assert checks.next(stop) == [later]
+    now = stop.now
+    assert checks.next(stop) == []
+    assert stop.now == now
+
+
+def test_those_of_a_new_library_do_not_wait_behind_others(stop):
+    checks = ia.Checks()
+    for number in range(3):
+        checks.count(wrote(number, 0), lost=False)
+    checks.add(wrote(1, stop.now - 1))
+    checks.add(written := wrote(2, stop.now, library="another"))
+    assert checks.next(stop) == [written]
+    assert stop.now == written.at + 2
+    assert [each.photo.id for each in checks.next(stop)] == ["1"]
+
+
+def test_nothing_is_read_back_once_the_run_is_to_stop(stop):
+    checks = ia.Checks()
+    checks.add(wrote(1, stop.now))
+    stop.set()
+    assert checks.next(stop) == []
+
+
+def test_a_library_is_given_up_after_three_losses_in_a_row():
+    checks, one = ia.Checks(), written(source="0")
+    lost = [True, True, False, True, True]
+    assert [checks.count(one, lost=each) for each in lost] == [False] * 5
+    checks.check_library(one.photo)
+    assert checks.count(one, lost=True) is True
+    with pytest.raises(ia.Skip) as raised:
+        checks.check_library(one.photo)
+    assert raised.value.key == "library_loses"
+    checks.check_library(replace(one.photo, library="another"))
+    checks.check_library(replace(one.photo, source="1"))  # with another key
+    assert checks.count(one, lost=True) is False  # it is said once
+
+
+OLD = "[AI]\nA red boat.\n[/AI]"
+NEW = "[AI]\nA boat.\n[/AI]"
+
+
+@pytest.mark.parametrize(
+    ("before", "stored", "now", "key"),
+    [
+        ("", "A boat.", "A boat.", ""),
+        ("", "A boat.\n", " A boat.", ""),  # Immich trims
+        ("", "A boat.", "A boat. By a person.", ""),
+        (OLD, NEW, NEW + "\nBy a person.", ""),
+        ("A boat. Older.", "A boat.", "A boat.", ""),
+        ("", "A boat.", None, "photo_gone"),
+        ("", "A boat.", "", "not_kept"),
+        ("", "A boat.", " \n", "not_kept"),
+        (OLD, NEW, OLD, "not_kept"),
+        (OLD + "\n", NEW + "\n", OLD, "not_kept"),
+        ("A boat. Older.", "A boat.", "A boat. Older.", "not_kept"),
+        ("", "A boat.", "By a person.", "has_description"),
+        (OLD, NEW, "By a person.", "has_description"),
+        ("A boat. Older.", "A boat.", "A boat. Older. By a person.", "has_description"),
+    ],
+)
+def test_what_became_of_a_text_is_told_by_what_is_read_back(before, stored, now, key):
+    trouble = ia.lost(written(before, stored), now)
+    assert (trouble.key if trouble else "") == key
+    assert isinstance(trouble, ia.Permanent) == (key == "not_kept")
+
+
+@pytest.mark.parametrize(
+    ("before", "left", "now", "key"),
+    [
+        (OLD, "", "", ""),
+        ("Our car.\n\n" + OLD, "Our car.", "Our car.", ""),
+        ("Our car.\n\n\n" + OLD, "Our car.\n", "Our car.", ""),  # Immich trims
+        (OLD, "", OLD, "not_kept"),
+        ("Our car.\n\n" + OLD, "Our car.", "", "not_kept"),
+        (OLD, "", "By a person.", "has_description"),
+        (OLD, "", None, "photo_gone"),
+    ],
+)
+def test_the_same_of_a_text_that_was_taken_back(before, left, now, key):
+    trouble = ia.lost(written(before, left, added=""), now)
+    assert (trouble.key if trouble else "") == key
+
+
+NOTE = ia.Note(MODEL, PROMPT, text=ia.text_id("A boat.\n"), was=ia.text_id(OLD))
+EARLIER = ia.Note("older", PROMPT, text=ia.text_id(OLD))
+
+
+def test_a_note_names_the_text_as_immich_stored_it():
+    each = written(OLD, "A boat.\n", note=NOTE)
+    assert ia.note_after(each, "A boat.", None) == ia.Note(
+        MODEL, PROMPT, text=ia.text_id("A boat.")
+    )
+
+
+def test_the_note_of_a_text_that_a_person_went_on_with_does_not_call_theirs_ours():
+    each = written(OLD, "A boat.\n", note=NOTE)
+    kept = ia.note_after(each, "A boat.\nBy a person.", None)
+    assert kept == ia.Note(MODEL, PROMPT, text=ia.text_id("A boat.\n"))
+
+
+@pytest.mark.parametrize("old", [None, EARLIER])
+def test_a_note_of_what_was_not_kept_is_for_good_and_knows_what_may_be_back(old):
+    each = written(OLD if old else "", "A boat.\n", note=NOTE)
+    each = replace(each, photo=replace(each.photo, note=old))
+    trouble = ia.Permanent("not_kept")
+    note = ia.note_after(each, OLD if old else "", trouble)
+    assert note == ia.Note(
+        MODEL,
+        PROMPT,
+        text=old.text if old else "",
+        failed="not_kept",
+        why=str(trouble),
+        tries=ia.MOST_TRIES,
+    )
+    assert ia.note_in(note.value(ia.datetime.now(ia.UTC))) == note
+    assert ia.gave_up(note, replace(DEFAULTS, access=ia.Access.API))
+
+
+@pytest.mark.parametrize("key", ["has_description", "photo_gone"])
+def test_a_note_is_left_as_it_is_where_a_person_was_quick(key):
+    each = written(OLD, "A boat.\n", note=NOTE)
+    assert ia.note_after(each, None if key == "photo_gone" else "Theirs.", ia.Skip(key)) == NOTE
+
+
+@pytest.mark.parametrize("trouble", [None, ia.Permanent("not_kept")])
+def test_what_was_taken_back_gets_no_note(trouble):
+    assert ia.note_after(written(OLD, "", added=""), "", trouble) is None

@@ -37,7 +37,7 @@ def opened(picture: ia.Picture) -> Image.Image:
     ],
 )
 def test_only_blank_descriptions_are_wanted_unless_all_are(config, description, policy, wanted):
-    asset = ia.Asset("1", "lake.jpg", description, "0")
+    asset = ia.Photo("1", "lake.jpg", description, "0")
     assert ia.left_alone(asset, config("-O", policy)) == ("" if wanted else "has_description")
 
 

@@ -53,22 +53,22 @@ def blamed(ask, *args, **options):
 # Statuses
 
 STATUSES = [
-    (400, (ia.Permanent, "picture_refused"), (ia.Permanent, "immich_refused")),
+    (400, (ia.Retryable, "picture_refused"), (ia.Permanent, "immich_refused")),
     (401, (ia.Fatal, "host_key_refused"), (ia.Unexpected, "immich_wrong")),
-    (402, (ia.Permanent, "picture_refused"), (ia.Permanent, "immich_refused")),
+    (402, (ia.Fatal, "host_key_refused"), (ia.Permanent, "immich_refused")),
     (403, (ia.Fatal, "host_key_refused"), (ia.Unexpected, "immich_wrong")),
     (404, (ia.Unexpected, "host_wrong"), (ia.Unexpected, "immich_wrong")),
     (405, (ia.Unexpected, "host_wrong"), (ia.Unexpected, "immich_wrong")),
-    (408, (ia.HostDown, "host_busy"), (ia.HostDown, "immich_failed")),
-    (409, (ia.Permanent, "picture_refused"), (ia.Permanent, "immich_refused")),
-    (413, (ia.Permanent, "picture_refused"), (ia.Permanent, "immich_refused")),
-    (422, (ia.Permanent, "picture_refused"), (ia.Permanent, "immich_refused")),
-    (429, (ia.HostDown, "host_busy"), (ia.HostDown, "immich_failed")),
+    (408, (ia.Unavailable, "host_busy"), (ia.Unavailable, "immich_failed")),
+    (409, (ia.Retryable, "picture_refused"), (ia.Permanent, "immich_refused")),
+    (413, (ia.Retryable, "picture_refused"), (ia.Permanent, "immich_refused")),
+    (422, (ia.Retryable, "picture_refused"), (ia.Permanent, "immich_refused")),
+    (429, (ia.Unavailable, "host_busy"), (ia.Unavailable, "immich_failed")),
     (500, (ia.Retryable, "host_failed"), (ia.Retryable, "immich_failed")),
     (501, (ia.Retryable, "host_failed"), (ia.Retryable, "immich_failed")),
-    (502, (ia.HostDown, "host_busy"), (ia.HostDown, "immich_failed")),
-    (503, (ia.HostDown, "host_busy"), (ia.HostDown, "immich_failed")),
-    (504, (ia.HostDown, "host_busy"), (ia.HostDown, "immich_failed")),
+    (502, (ia.Unavailable, "host_busy"), (ia.Unavailable, "immich_failed")),
+    (503, (ia.Unavailable, "host_busy"), (ia.Unavailable, "immich_failed")),
+    (504, (ia.Unavailable, "host_busy"), (ia.Unavailable, "immich_failed")),
     (507, (ia.Retryable, "host_failed"), (ia.Retryable, "immich_failed")),
     (524, (ia.Retryable, "host_failed"), (ia.Retryable, "immich_failed")),
 ]
@@ -103,7 +103,7 @@ MODEL_HOSTS = {
             "auth_wrong_chat",
         ]
     },
-    (ia.HostDown, "host_busy"): {
+    (ia.Unavailable, "host_busy"): {
         "ollama": ["chat_overloaded"],
         "llamacpp": [
             "chat_while_loading",
@@ -116,7 +116,7 @@ MODEL_HOSTS = {
         "ollama": ["chat_bad_option_type", "chat_format_bad"],
         "llamacpp": ["chat_image_http_url", "metrics_off"],
     },
-    (ia.Permanent, "picture_refused"): {
+    (ia.Retryable, "picture_refused"): {
         "ollama": [
             "chat_bad_json",
             "chat_empty_body",
@@ -158,7 +158,7 @@ MODEL_CASES = [
 ]
 
 IMMICH_ERRORS = {
-    (ia.Gone, "photo_gone"): [
+    (ia.Skip, "photo_gone"): [
         "asset-get-after-force-delete",
         "asset-get-locked",
         "asset-get-not-owned",
@@ -195,12 +195,12 @@ IMMICH_ERRORS = {
         "thumbnail-missing-permission",
         "users-me-client-key",
     ],
-    (ia.Permanent, "preview_missing"): [
+    (ia.Missing, "preview_missing"): [
         "thumbnail-preview-before-ready",
         "thumbnail-preview-of-LIVE_0001.mov",
         "thumbnail-preview-of-broken.jpg",
     ],
-    (ia.HostDown, "immich_maintenance"): [
+    (ia.Unavailable, "immich_maintenance"): [
         "asset-patch-description",
         "maintenance-mode-asset-get",
         "maintenance-mode-put",
@@ -215,9 +215,9 @@ IMMICH_ERRORS = {
         "database-down-search",
         "database-down-thumbnail",
     ],
+    (ia.Missing, "note_missing"): ["asset-metadata-get-key-missing"],
     (ia.Permanent, "immich_refused"): [
         "asset-get-invalid-uuid",
-        "asset-metadata-get-key-missing",
         "asset-metadata-put-value-not-object",
         "asset-put-description-null",
         "asset-put-description-number",
@@ -283,7 +283,7 @@ def error(text):
         (400, error("model not found"), (ia.Fatal, "model_missing")),
         (404, {"detail": "no such model"}, (ia.Fatal, "model_missing")),
         (404, "model 'x' not found", (ia.Fatal, "model_missing")),
-        (400, error("picture not found"), (ia.Permanent, "picture_refused")),
+        (400, error("picture not found"), (ia.Retryable, "picture_refused")),
         (500, error("model runner not found"), (ia.Retryable, "host_failed")),
         (
             500,
@@ -462,7 +462,7 @@ def test_a_server_that_gives_up_on_a_request_costs_a_try(ask, reply, timeout, ke
     ("trouble", "expected"),
     [
         (requests.exceptions.ReadTimeout(), (ia.Retryable, "timed_out")),
-        (requests.exceptions.ConnectTimeout(), (ia.HostDown, "unreachable")),
+        (requests.exceptions.ConnectTimeout(), (ia.Unavailable, "unreachable")),
         (
             requests.exceptions.ConnectionError("Connection aborted."),
             (ia.Retryable, "connection_cut"),
@@ -562,7 +562,7 @@ def closed_port():
 def test_a_server_that_cannot_be_reached_is_down(ask, scheme, place, why):
     url = f"{scheme}://user:{SECRET}@{place}/x?key={SECRET}"
     found, error = blamed(ask, url, timeout=2)
-    assert found == (ia.HostDown, "unreachable")
+    assert found == (ia.Unavailable, "unreachable")
     assert error.fields["url"] == f"{scheme}://{place}/x"
     assert why in error.fields["why"]
 
@@ -576,7 +576,7 @@ def test_a_server_too_busy_to_take_a_connection_is_down(ask):
         found, _ = blamed(ask, f"http://127.0.0.1:{listener.getsockname()[1]}/x", timeout=0.05)
         for one in crowd:
             one.close()
-    assert found == (ia.HostDown, "unreachable")
+    assert found == (ia.Unavailable, "unreachable")
 
 
 @pytest.mark.parametrize(
@@ -668,7 +668,7 @@ READER = {"user": "wire_reader", "password": "reader"}
             {},
             (ia.Retryable, "database_refused"),
         ),
-        ("SELECT pg_terminate_backend(pg_backend_pid())", {}, (ia.HostDown, "database_down")),
+        ("SELECT pg_terminate_backend(pg_backend_pid())", {}, (ia.Unavailable, "database_down")),
     ],
 )
 def test_what_a_statement_meets_says_who_is_to_blame(database, statement, change, expected):
@@ -691,14 +691,14 @@ def test_a_locked_row_costs_a_try(database):
 def test_a_lost_connection_is_opened_anew(database):
     with connected(**database) as cursor:
         cursor.connection.close()
-        with pytest.raises(ia.HostDown) as caught, ia.sql():
+        with pytest.raises(ia.Unavailable) as caught, ia.sql():
             cursor.execute("SELECT 1")
     assert caught.value.key == "database_down"
 
 
 def test_what_is_no_error_of_the_database_passes_through():
-    with pytest.raises(ia.Gone), ia.sql():
-        raise ia.Gone("photo_gone")
+    with pytest.raises(ia.Skip), ia.sql():
+        raise ia.Skip("photo_gone")
 
 
 @pytest.mark.parametrize(
@@ -707,10 +707,10 @@ def test_what_is_no_error_of_the_database_passes_through():
         ({"dbname": "no_such_database"}, (ia.Unexpected, "database_refused")),
         ({"user": "no_such_role"}, (ia.Unexpected, "database_refused")),
         ({"sslmode": "no_such_mode"}, (ia.Fatal, "database_refused")),
-        ({"user": "wire_full", "password": "full"}, (ia.HostDown, "database_down")),
-        ({"port": "1"}, (ia.HostDown, "database_down")),
-        ({"host": "/no/such/folder"}, (ia.HostDown, "database_down")),
-        ({"host": "postgres.invalid"}, (ia.HostDown, "database_down")),
+        ({"user": "wire_full", "password": "full"}, (ia.Unavailable, "database_down")),
+        ({"port": "1"}, (ia.Unavailable, "database_down")),
+        ({"host": "/no/such/folder"}, (ia.Unavailable, "database_down")),
+        ({"host": "postgres.invalid"}, (ia.Unavailable, "database_down")),
     ],
     ids=str,
 )
@@ -733,7 +733,7 @@ def tcp_address():
         ({"password": SECRET}, (ia.Fatal, "database_refused")),
         ({"password": ""}, (ia.Fatal, "database_refused")),
         ({"sslmode": "require"}, (ia.Fatal, "database_refused")),
-        ({"port": "1", "password": SECRET}, (ia.HostDown, "database_down")),
+        ({"port": "1", "password": SECRET}, (ia.Unavailable, "database_down")),
     ],
     ids=str,
 )
@@ -747,21 +747,21 @@ def test_what_a_connection_over_tcp_meets_says_who_is_to_blame(tcp_address, chan
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("FATAL:  the database system is starting up", ia.HostDown),
-        ("FATAL:  the database system is shutting down", ia.HostDown),
-        ("FATAL:  the database system is in recovery mode", ia.HostDown),
-        ("FATAL:  the database system is not yet accepting connections", ia.HostDown),
-        ("FATAL:  sorry, too many clients already", ia.HostDown),
-        ("FATAL:  remaining connection slots are reserved for roles with the", ia.HostDown),
-        ("timeout expired", ia.HostDown),
-        ('FATAL:  database "immich" is not currently accepting connections', ia.HostDown),
-        ("FATAL:  out of memory", ia.HostDown),
-        ("FATAL:  canceling authentication due to timeout", ia.HostDown),
-        ("FATAL:  pgbouncer cannot connect to server", ia.HostDown),
-        ("SSL SYSCALL error: EOF detected", ia.HostDown),
-        ("SSL connection has been closed unexpectedly", ia.HostDown),
-        ("server closed the connection unexpectedly", ia.HostDown),
-        ("FATAL:  terminating connection due to administrator command", ia.HostDown),
+        ("FATAL:  the database system is starting up", ia.Unavailable),
+        ("FATAL:  the database system is shutting down", ia.Unavailable),
+        ("FATAL:  the database system is in recovery mode", ia.Unavailable),
+        ("FATAL:  the database system is not yet accepting connections", ia.Unavailable),
+        ("FATAL:  sorry, too many clients already", ia.Unavailable),
+        ("FATAL:  remaining connection slots are reserved for roles with the", ia.Unavailable),
+        ("timeout expired", ia.Unavailable),
+        ('FATAL:  database "immich" is not currently accepting connections', ia.Unavailable),
+        ("FATAL:  out of memory", ia.Unavailable),
+        ("FATAL:  canceling authentication due to timeout", ia.Unavailable),
+        ("FATAL:  pgbouncer cannot connect to server", ia.Unavailable),
+        ("SSL SYSCALL error: EOF detected", ia.Unavailable),
+        ("SSL connection has been closed unexpectedly", ia.Unavailable),
+        ("server closed the connection unexpectedly", ia.Unavailable),
+        ("FATAL:  terminating connection due to administrator command", ia.Unavailable),
         ('FATAL:  no pg_hba.conf entry for host "10.0.0.1", no encryption', ia.Fatal),
         ("SSL error: certificate verify failed", ia.Fatal),
         ('invalid port number: "x"', ia.Fatal),
@@ -777,8 +777,8 @@ def test_the_words_of_a_refused_connection_tell_whether_to_wait(words, expected)
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('server at "ssl.lan" (10.0.0.1), port 5432 failed: Connection refused', ia.HostDown),
-        ('server on socket "/run/invalid/.s.PGSQL.5432" failed: No such file', ia.HostDown),
+        ('server at "ssl.lan" (10.0.0.1), port 5432 failed: Connection refused', ia.Unavailable),
+        ('server on socket "/run/invalid/.s.PGSQL.5432" failed: No such file', ia.Unavailable),
         ('FATAL:  database "no password" does not exist', ia.Unexpected),
     ],
 )
@@ -790,5 +790,5 @@ def test_a_name_in_the_words_does_not_count(text, expected):
 
 def test_a_server_that_crashes_in_the_middle_of_a_statement_is_waited_for():
     """psycopg2 has no class of its own for it, and PostgreSQL had no time for a code."""
-    with pytest.raises(ia.HostDown), ia.sql():
+    with pytest.raises(ia.Unavailable), ia.sql():
         raise psycopg2.DatabaseError("error with status PGRES_TUPLES_OK and no message")

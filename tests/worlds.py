@@ -1,10 +1,13 @@
 """What whole runs are tested with: a library behind either way of access, and the command line."""
 
+import base64
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -14,7 +17,7 @@ from typing import Any, Self
 import pytest
 import sandbox
 import servers
-from servers import FakeImmich, FakeLlamaCpp, FakeServer, Reply
+from servers import Exchange, FakeImmich, FakeLlamaCpp, FakeServer, Reply
 
 import immich_analyze as ia
 
@@ -24,6 +27,31 @@ NO_PAUSE = ["--retry-delay-seconds", "0"]
 BUSY = replace(  # for longer than any test takes
     servers.recorded("ollama", "chat_overloaded"), headers={"Retry-After": "1000"}
 )
+
+
+PLAIN = [  # what hosts are shown to see whether they are well; the first is as big as most photos
+    ia.plain_picture(size, colour).base64
+    for size, colour in (((32, 24), "gray"), (ia.PLAIN_SIZE, "gray"), (ia.PLAIN_SIZE, "red"))
+]
+
+
+def about_photos(model: FakeServer) -> list[Exchange]:
+    """What a model host was asked about photos, and not to see whether it is well."""
+    asked = model.find(*CHATS)
+    return [chat for chat in asked if not any(plain in chat.data for plain in PLAIN)]
+
+
+def answer_by_picture(model: FakeServer, answers: Mapping[bytes, Any]) -> None:
+    """Make the model say this to these pictures: a Reply as it is, all else as its words."""
+    behave = model.behave
+
+    def behaving(exchange: Exchange) -> Reply:
+        sent = (picture for picture in answers if base64.b64encode(picture) in exchange.data)
+        answer = answers.get(next(sent, b""))
+        return answer if isinstance(answer, Reply) else behave(exchange)
+
+    model.behave = behaving
+    model.answer = lambda image, _: answers.get(image) or servers.told(image)
 
 
 # --- A library, behind either way of access --------------------------------------------------
@@ -119,7 +147,8 @@ class SqlWorld:
         photos.run("CREATE SCHEMA seen")
         photos.run('CREATE TABLE seen.writes (n serial, id uuid, "text" text)')
         photos.run(
-            "CREATE FUNCTION seen.note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            "CREATE FUNCTION seen.note() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$"
+            " BEGIN"
             ' INSERT INTO seen.writes (id, "text") VALUES (NEW."assetId", NEW.description);'
             " RETURN NULL; END $$"
         )
@@ -199,6 +228,12 @@ def fill(library: World, number: int) -> dict[str, str]:
     return {library.add(picture=picture): servers.told(picture) for picture in pictures}
 
 
+def failure_notes(library: World) -> dict[str, Any]:
+    """What is noted of photos that failed, by id."""
+    kept = {id: notes[ia.KEY] for id, notes in library.notes().items() if ia.KEY in notes}
+    return {id: note for id, note in kept.items() if "failed" in note}
+
+
 # --- Runs ------------------------------------------------------------------------------------
 
 
@@ -207,6 +242,18 @@ def asking(*hosts: FakeServer | sandbox.LlamaCpp | str) -> list[str]:
     urls = [host if isinstance(host, str) else host.url for host in hosts]
     spoken = "llamacpp" if isinstance(hosts[0], FakeLlamaCpp | sandbox.LlamaCpp) else "ollama"
     return ["--hosts", ",".join(urls), "--interface", spoken, "--model-name", "tiny-vlm"]
+
+
+def shown(chat: Exchange) -> bytes:
+    """The picture a model was asked about."""
+    found = re.search(rb'"images": ?\["([^"]+)"|;base64,([^"]+)"', chat.data)
+    return base64.b64decode(found[1] or found[2])
+
+
+def asked_about(picture: bytes, *hosts: FakeServer) -> list[Exchange]:
+    """The requests about a picture, in their order."""
+    found = (chat for host in hosts for chat in host.find(*CHATS) if shown(chat) == picture)
+    return sorted(found, key=lambda chat: chat.at)
 
 
 class Running:

@@ -24,6 +24,13 @@ BEGIN
   RETURN NEW;
 END $$;
 
+-- deleted notes are listed for clients that synchronise, with the rights of whoever deletes
+CREATE FUNCTION asset_metadata_audit() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  INSERT INTO asset_metadata_audit ("assetId", "key") SELECT gone."assetId", gone."key" FROM gone;
+  RETURN NULL;
+END $$;
+
 CREATE TABLE "system_metadata" (
   "key" varchar NOT NULL,
   "value" jsonb NOT NULL,
@@ -156,6 +163,13 @@ CREATE TABLE "asset_metadata" (
   "updatedAt" timestamptz NOT NULL DEFAULT now(),
   CONSTRAINT "asset_metadata_pkey" PRIMARY KEY ("assetId", key)
 );
+CREATE TABLE "asset_metadata_audit" (
+  "id" uuid NOT NULL DEFAULT immich_uuid_v7(),
+  "assetId" uuid NOT NULL,
+  "key" varchar NOT NULL,
+  "deletedAt" timestamptz NOT NULL DEFAULT clock_timestamp(),
+  CONSTRAINT "asset_metadata_audit_pkey" PRIMARY KEY (id)
+);
 CREATE TABLE "person" (
   "id" uuid NOT NULL DEFAULT gen_random_uuid(),
   "createdAt" timestamptz NOT NULL DEFAULT now(),
@@ -265,6 +279,7 @@ CREATE TRIGGER "asset_updatedAt" BEFORE UPDATE ON asset FOR EACH ROW EXECUTE FUN
 CREATE TRIGGER "asset_exif_updatedAt" BEFORE UPDATE ON asset_exif FOR EACH ROW EXECUTE FUNCTION updated_at();
 CREATE TRIGGER "asset_face_updatedAt" BEFORE UPDATE ON asset_face FOR EACH ROW EXECUTE FUNCTION updated_at();
 CREATE TRIGGER "asset_file_updatedAt" BEFORE UPDATE ON asset_file FOR EACH ROW EXECUTE FUNCTION updated_at();
+CREATE TRIGGER asset_metadata_audit AFTER DELETE ON asset_metadata REFERENCING OLD TABLE AS gone FOR EACH STATEMENT WHEN ((pg_trigger_depth() = 0)) EXECUTE FUNCTION asset_metadata_audit();
 CREATE TRIGGER asset_metadata_updated_at BEFORE UPDATE ON asset_metadata FOR EACH ROW EXECUTE FUNCTION updated_at();
 CREATE TRIGGER "person_updatedAt" BEFORE UPDATE ON person FOR EACH ROW EXECUTE FUNCTION updated_at();
 CREATE TRIGGER "tag_updatedAt" BEFORE UPDATE ON tag FOR EACH ROW EXECUTE FUNCTION updated_at();

@@ -1,0 +1,531 @@
+"""Whole runs in invented time: who is to blame for a failure, and what it costs the others."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import servers
+from hours import DAY, Hours, Run, with_health
+from servers import CUT, RESET, Exchange, FakeOllama, Reply
+from worlds import CHATS, World, asked_about, failure_notes, fill, shown
+
+HOUR = 3600.0
+POISON = servers.own_picture(1000)
+ONE = ["--max-concurrent", "1"]
+SELDOM = ["--api-poll-interval", "900"]
+
+
+@pytest.fixture
+def hosts() -> Iterator[Callable[[int], list[FakeOllama]]]:
+    """Makes so many model hosts."""
+    with ExitStack() as stack:
+        made: list[FakeOllama] = []
+
+        def make(number: int) -> list[FakeOllama]:
+            made.extend(stack.enter_context(FakeOllama()) for _ in range(number))
+            return made
+
+        yield make
+    for host in made:
+        host.check()
+
+
+# --- Replies ---------------------------------------------------------------------------------
+
+
+def only(picture: bytes, reply: Any) -> Callable[[Exchange], Any]:
+    """For `script`: this reply to one picture, the usual one to others."""
+
+    def choose(exchange: Exchange) -> Any:
+        if shown(exchange) != picture:
+            return None
+        return reply(exchange) if callable(reply) else reply
+
+    return choose
+
+
+def says(text: str, finish: str = "stop") -> Reply:
+    """An answer of Ollama."""
+    message = {"role": "assistant", "content": text}
+    return Reply(200, {"model": "m", "message": message, "done": True, "done_reason": finish})
+
+
+# --- A sick picture costs no host, and is not asked about all day -----------------------------
+
+SICK: dict[str, Any] = {
+    "500": Reply(500, {"error": "out of memory"}),
+    "400": Reply(400, {"error": "Failed to load image"}),
+    "422": Reply(422, {"error": "unprocessable"}),
+    "not JSON": Reply(200, b'{"message": '),
+    "a page": Reply(200, "<html><body>Sign in</body></html>"),
+    "an error in a 200": Reply(200, {"error": "llama runner process has terminated"}),
+    "empty": says(""),
+    "junk": says("a red square and " * 200),
+    "cut answer": says("A red", "length"),
+    "cut connection": CUT,
+    "closed connection": RESET,
+    "silence": Hours.hang,
+}
+
+
+def sick(name: str, hours: Hours) -> Any:
+    reply = SICK[name]
+    return hours.hang if reply is Hours.hang else reply
+
+
+@pytest.mark.parametrize(
+    ("trouble", "number"),
+    [(name, 1 + n % 3) for n, name in enumerate(SICK)] + [("500", n) for n in (2, 3, 4)],
+)
+def test_a_service_asks_about_a_sick_picture_three_times_a_day(hours, api, hosts, trouble, number):
+    models, wanted = hosts(number), fill(api, 8)
+    sick_one = api.add("poison.jpg", picture=POISON)
+    for host in models:
+        host.script(*CHATS, only(POISON, sick(trouble, hours)), forever=True)
+    with hours.service(api, *models, *SELDOM) as run:
+        run.until(HOUR)
+        assert len(asked_about(POISON, *models)) == 3
+        run.until(0.95 * DAY)
+    assert len(asked_about(POISON, *models)) == 3
+    assert (run.counts, run.fatal) == ({"described": 8, "failed": 1}, "")
+    assert api.texts() == wanted | {sick_one: ""}
+    assert len(run.lines("poison.jpg")) == 1
+    assert trouble == "silence" or not any(run.complaints(host) for host in models)
+    assert failure_notes(api).keys() == {sick_one}
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_on_the_next_day_a_sick_picture_is_tried_three_times_more(hours, api, hosts, number):
+    models = hosts(number)
+    fill(api, 3)
+    api.add(picture=POISON)
+    for host in models:
+        host.script(*CHATS, only(POISON, SICK["500"]), forever=True)
+    with hours.service(api, *models, *SELDOM) as run:
+        run.until(1.95 * DAY)
+    assert len(asked_about(POISON, *models)) == 6
+    assert failure_notes(api).popitem()[1]["tries"] == 2
+
+
+def test_between_two_looks_for_arrivals_a_sick_picture_is_left_alone(hours, library, hosts):
+    models = hosts(2)
+    for host in models:
+        host.script(*CHATS, only(POISON, SICK["500"]), forever=True)
+    with hours.service(library, *models) as run:
+        run.at(60, lambda: (fill(library, 3), library.add("poison.jpg", picture=POISON)))
+        run.until(1800)
+    assert len(asked_about(POISON, *models)) == 3
+    assert run.counts == {"described": 3, "failed": 1}
+    assert len(run.lines("poison.jpg")) == 1
+
+
+IMMICH_FAILS = {
+    "500": Reply(500, {"message": "Internal server error"}),
+    "404": servers.recorded("immich-3.1.0", "thumbnail-preview-of-broken.jpg"),
+    "a page": Reply(200, "<html>", {"Content-Type": "text/html"}),
+}
+
+
+@pytest.mark.parametrize("trouble", IMMICH_FAILS)
+@pytest.mark.parametrize(("lasting", "most"), [(10, 40), (40, 80), (600, HOUR + 300)])
+def test_a_photo_that_immich_fails_on_for_a_while_is_taken_again(
+    hours, api, immich, ollama, trouble, lasting, most
+):
+    fill(api, 2)
+    passing = hours.between(100, 100 + lasting, IMMICH_FAILS[trouble])
+    ids: list[str] = []
+
+    def arrive() -> None:
+        ids.append(api.add("late.jpg", picture=servers.picture()))
+        immich.script("GET", f"{ids[0]}/thumbnail", passing, forever=True)
+
+    with hours.service(api, ollama) as run:
+        run.at(100, arrive)
+        run.until(100 + most)
+        assert api.texts()[ids[0]] == servers.told(servers.picture())
+        assert run.counts["described"] == 3
+    assert len(run.lines("late.jpg")) <= 1
+    assert failure_notes(api) == {}
+
+
+def test_a_run_that_described_nothing_notes_no_failure(hours, library, ollama):
+    pictures = [servers.own_picture(n) for n in range(5)]
+    ids = [library.add(picture=picture) for picture in pictures]
+    script = lambda chat: SICK["500"] if shown(chat) in pictures else None  # noqa: E731
+    ollama.script(*CHATS, script, forever=True)
+    with hours.batch(library, ollama) as run:
+        pass
+    assert (run.counts, run.code) == ({"failed": 5}, 1)
+    assert failure_notes(library) == {}
+    good = library.add(picture=POISON)
+    with hours.batch(library, ollama) as run:
+        pass
+    assert (run.counts, run.code) == ({"failed": 5, "described": 1}, 1)
+    assert failure_notes(library).keys() == set(ids)
+    assert library.texts()[good]
+
+
+# --- A sick host costs no photo --------------------------------------------------------------
+
+STATES = {
+    "no model is loaded": (400, "No models loaded. Please load a model in the developer page."),
+    "the model crashed": (400, "The model has crashed without additional information."),
+    "a proxy": (407, "Proxy Authentication Required"),
+    "too large": (413, "Payload Too Large"),
+    "unprocessable": (422, "Unprocessable Entity"),
+    "upgrade": (426, "Upgrade Required"),
+    "for legal reasons": (451, "Unavailable For Legal Reasons"),
+    "a teapot": (418, "I'm a teapot"),
+    "failed": (500, "llama runner process has terminated"),
+    "not implemented": (501, "Not Implemented"),
+}
+
+
+def assert_all_well(run: Run, library: World, wanted: dict[str, str]) -> None:
+    """Each photo was described, once, and nothing is noted but that."""
+    assert (run.counts, run.code) == ({"described": len(wanted)}, 0)
+    assert library.texts() == wanted
+    assert sorted(library.writes()) == sorted(wanted.items())
+    assert failure_notes(library) == {}
+
+
+@pytest.mark.parametrize("seconds", [2, 100])
+@pytest.mark.parametrize("state", STATES)
+def test_a_host_in_trouble_for_a_while_costs_one_line_and_no_photo(
+    hours, api, ollama, state, seconds
+):
+    wanted = fill(api, 60)
+    status, why = STATES[state]
+    trouble = hours.between(4, 4 + seconds, Reply(status, {"error": why}))
+    ollama.script(*CHATS, trouble, forever=True)
+    hours.pace(ollama)
+    with hours.batch(api, ollama, "--unavailable-duration", "10") as run:
+        pass
+    assert_all_well(run, api, wanted)
+    assert len(run.complaints(ollama)) == 1
+    assert len(run.lines(level="ERROR")) == 0
+    assert run.ended < 15 + seconds + 20
+
+
+@pytest.mark.parametrize(
+    "trouble", ["cut connection", "closed connection", "not JSON", "a page", "empty"]
+)
+def test_a_host_that_gives_no_answers_for_a_while_costs_no_photo(hours, library, ollama, trouble):
+    wanted = fill(library, 40)
+    ollama.script(*CHATS, hours.between(3, 30, SICK[trouble]), forever=True)
+    hours.pace(ollama)
+    with hours.batch(library, ollama, "--unavailable-duration", "5") as run:
+        pass
+    assert_all_well(run, library, wanted)
+    assert len(run.complaints(ollama)) == 1
+
+
+def test_the_other_host_does_the_work_meanwhile(hours, api, hosts):
+    models, wanted = hosts(2), fill(api, 60)
+    trouble = Reply(400, {"error": STATES["no model is loaded"][1]})
+    models[1].script(*CHATS, hours.between(2, 4000, trouble), forever=True)
+    hours.pace(*models)
+    with hours.batch(api, *models) as run:
+        pass
+    assert_all_well(run, api, wanted)
+    assert len(run.complaints(models[1])) == 1
+    assert len(models[1].find(*CHATS)) < 30
+
+
+# The context
+
+
+def too_large(exchange: Exchange) -> Reply | None:
+    """What llama.cpp says to a picture of more pixels than a small plain one has."""
+    width, height = servers.Image.open(servers.io.BytesIO(shown(exchange))).size
+    if width * height <= 448 * 448:
+        return None
+    why = "request (5431 tokens) exceeds the available context size (4096 tokens)"
+    error = {"code": 400, "message": why, "type": "exceed_context_size_error"}
+    return Reply(400, {"error": error | {"n_prompt_tokens": 5431, "n_ctx": 4096}})
+
+
+def large(number: int, size: tuple[int, int] = (640, 480)) -> bytes:
+    """A picture that is larger than the plain one, of its own look."""
+    jpeg, comment = servers.picture("blue", size=size), str(number).encode()
+    return jpeg[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2) + comment + jpeg[2:]
+
+
+def test_a_context_too_small_for_all_photos_is_the_hosts_fault(hours, api, llamacpp):
+    pictures = [large(n) for n in range(30)]
+    wanted = {api.add(picture=picture): servers.told(picture) for picture in pictures}
+    llamacpp.script(*CHATS, hours.between(0, 60, too_large), forever=True)
+    hours.pace(llamacpp)
+    with hours.batch(api, llamacpp, "--unavailable-duration", "10") as run:
+        pass
+    assert_all_well(run, api, wanted)
+    assert len(run.complaints(llamacpp)) == 1
+
+
+def test_a_context_too_small_for_one_photo_costs_only_that(hours, api, llamacpp):
+    wanted = fill(api, 60)
+    panorama = api.add("panorama.jpg", picture=large(1, (2000, 300)))
+    llamacpp.script(*CHATS, too_large, forever=True)
+    hours.pace(llamacpp)
+    with hours.batch(api, llamacpp, "--unavailable-duration", "10") as run:
+        pass
+    assert (run.counts, run.code) == ({"described": 60, "failed": 1}, 1)
+    assert api.texts() == wanted | {panorama: ""}
+    assert len(run.lines("panorama.jpg")) == 1
+
+
+# Hosts that need a person
+
+HOPELESS = {
+    "401": Reply(401, {"error": "unauthorized"}),
+    "402": Reply(402, {"error": "this model requires a subscription"}),
+    "403": Reply(403, {"error": "forbidden"}),
+    "no model": Reply(404, {"error": "model 'tiny-vlm' not found"}),
+    "cannot see": Reply(500, {"error": servers.NO_VISION}),
+}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("trouble", HOPELESS)
+def test_a_batch_ends_when_its_last_host_needs_a_person(hours, api, hosts, trouble, number):
+    models = hosts(number)
+    fill(api, 60)
+    for begin, host in enumerate(models, 3):
+        host.script(*CHATS, hours.between(begin, DAY, HOPELESS[trouble]), forever=True)
+    hours.pace(*models)
+    with hours.batch(api, *models) as run:
+        pass
+    assert run.code == 2
+    assert run.ended < 60
+    assert [len(run.complaints(host)) for host in models] == [1] * number
+    assert failure_notes(api) == {}
+    assert run.counts.get("failed", 0) == 0
+
+
+@pytest.mark.parametrize("mode", ["combined", "monitor"])
+@pytest.mark.parametrize("trouble", HOPELESS)
+def test_a_service_waits_until_its_last_host_is_well_again(hours, api, ollama, trouble, mode):
+    ollama.script(*CHATS, hours.between(3, 9000, HOPELESS[trouble]), forever=True)
+    hours.pace(ollama)
+    wanted: dict[str, str] = {}
+    options = ["--mode", mode, *SELDOM, *with_health()]
+    with hours.service(api, ollama, *options) as run:
+        run.at(1, lambda: wanted.update(fill(api, 40)))
+        run.until(5000)
+        assert run.ended is None
+        assert run.health()[0] == 503
+        run.until(13000)
+        assert run.health()[0] == 200
+    assert (run.counts, run.fatal) == ({"described": 40}, "")
+    assert (api.texts(), failure_notes(api)) == (wanted, {})
+    assert len(run.complaints(ollama)) == 1
+    waited = [hours.since_begin(chat) for chat in ollama.find(*CHATS)]
+    assert 2 <= len([time for time in waited if 2000 < time < 9000]) <= 6
+
+
+@pytest.mark.parametrize("trouble", ["401", "403", "402"])
+def test_a_host_that_needs_a_person_is_left_out(hours, api, hosts, trouble):
+    models, wanted = hosts(2), fill(api, 40)
+    models[0].script(*CHATS, hours.between(3, DAY, HOPELESS[trouble]), forever=True)
+    hours.pace(*models)
+    with hours.batch(api, *models) as run:
+        pass
+    assert_all_well(run, api, wanted)
+    assert len(run.complaints(models[0])) == 1
+    assert len([c for c in models[0].find(*CHATS) if c.status != 200]) <= 6
+
+
+# --- A picture that makes a host say what only sick hosts say ---------------------------------
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("status", [502, 503, 504, 403, 401, 402])
+def test_one_picture_that_makes_hosts_look_sick_fails_alone(hours, api, hosts, status, number):
+    models = hosts(number)
+    hours.pace(*models)
+    fill(api, 59)
+    usual = 15  # seconds, at four a second
+    poison = api.add("poison.jpg", picture=POISON)
+    for host in models:
+        host.script(*CHATS, only(POISON, Reply(status, {"error": "no"})), forever=True)
+    with hours.batch(api, *models, "--unavailable-duration", "60") as run:
+        pass
+    assert (run.counts, run.code, run.fatal) == ({"described": 59, "failed": 1}, 1, "")
+    assert len(asked_about(POISON, *models)) == 3
+    assert max(hours.written(api).values()) <= usual + 10
+    assert len(run.lines("poison.jpg")) == 1
+    assert failure_notes(api).keys() == {poison}
+
+
+@pytest.mark.parametrize("status", [503, 403])
+def test_a_service_outlives_a_picture_that_makes_its_host_look_sick(hours, api, ollama, status):
+    api.add("poison.jpg", picture=POISON)
+    ollama.script(*CHATS, only(POISON, Reply(status, {"error": "no"})), forever=True)
+    fill(api, 5)
+    with hours.service(api, ollama, *with_health()) as run:
+        run.until(300)
+        assert run.counts == {"described": 5, "failed": 1}
+        assert run.health()[0] == 200
+        late = api.add(picture=servers.picture())
+        run.until(330)
+        assert api.texts()[late] == servers.told(servers.picture())
+    assert (run.fatal, len(asked_about(POISON, ollama))) == ("", 3)
+
+
+@pytest.mark.parametrize(
+    "meanwhile", [Reply(503, {"error": "Loading model"}), RESET], ids=["loading", "closed"]
+)
+def test_a_picture_that_kills_the_server_three_times_fails(hours, api, ollama, meanwhile):
+    wanted = fill(api, 20)
+    poison = api.add("poison.jpg", picture=POISON)
+    killed: list[float] = []
+
+    def serve(exchange: Exchange) -> Any:
+        if killed and hours.time < killed[-1] + 15:
+            return meanwhile
+        if exchange.path == "/api/chat" and shown(exchange) == POISON:
+            killed.append(hours.time)
+            return RESET
+        return None
+
+    ollama.script(".*", "", serve, forever=True)
+    hours.pace(ollama)
+    with hours.batch(api, ollama, "--unavailable-duration", "10") as run:
+        pass
+    assert (run.counts, run.code) == ({"described": 20, "failed": 1}, 1)
+    assert api.texts() == wanted | {poison: ""}
+    assert 1 <= len(killed) <= 3
+    assert failure_notes(api).keys() == {poison}
+
+
+# --- One text for all pictures ---------------------------------------------------------------
+
+BLIND = "Please provide the image you would like me to describe."
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_one_text_for_all_pictures_shows_that_a_host_is_blind(hours, library, ollama, most):
+    fill(library, 40)
+    ollama.answer = lambda *_: BLIND
+    hours.pace(ollama)
+    with hours.batch(library, ollama, "--max-concurrent", str(most)) as run:
+        pass
+    assert (run.code, run.counts.get("failed", 0)) == (2, 0)
+    texts = Counter(library.texts().values())
+    assert texts.keys() == {BLIND, ""}
+    assert 1 <= texts[BLIND] <= 1 + most
+    assert len(run.complaints(ollama)) == 1
+    assert failure_notes(library) == {}
+
+
+def test_a_blind_host_is_left_out_beside_one_that_sees(hours, api, hosts):
+    seeing, blind = hosts(2)
+    wanted = fill(api, 40)
+    blind.answer = lambda *_: BLIND
+    hours.pace(seeing, blind)
+    with hours.batch(api, seeing, blind) as run:
+        pass
+    assert (run.code, run.counts) == (0, {"described": 40})
+    wrong = [id for id, text in api.texts().items() if text != wanted[id]]
+    assert {api.texts()[id] for id in wrong} <= {BLIND}
+    assert len(wrong) <= 5
+    assert [len(run.complaints(host)) for host in (seeing, blind)] == [0, 1]
+
+
+def test_a_service_whose_only_host_is_blind_goes_on_waiting(hours, api, ollama):
+    fill(api, 20)
+    ollama.answer = lambda *_: BLIND
+    hours.pace(ollama)
+    with hours.service(api, ollama, *SELDOM, *with_health()) as run:
+        run.until(2 * HOUR + 100)
+        assert run.ended is None
+        assert run.health()[0] == 503
+    assert Counter(api.texts().values())[BLIND] <= 5
+    assert len(run.complaints(ollama)) == 1
+
+
+@pytest.mark.parametrize("different", [1, 2])
+def test_a_series_that_rightly_gets_one_text_is_described_whole(hours, library, ollama, different):
+    ids = [library.add(picture=servers.own_picture(n, "red")) for n in range(40)]
+    pictures = {servers.own_picture(n, "red"): n for n in range(40)}
+
+    def answer(image: bytes, _: str) -> str:
+        return f"A red square, {pictures[image] % different}." if image in pictures else "A wall."
+
+    ollama.answer = answer
+    hours.pace(ollama)
+    with hours.batch(library, ollama) as run:
+        pass
+    assert (run.code, run.counts) == (0, {"described": 40})
+    assert library.texts() == {id: f"A red square, {n % different}." for n, id in enumerate(ids)}
+    plain = [chat for chat in ollama.find(*CHATS) if shown(chat) not in pictures]
+    assert len(plain) == different
+    assert run.complaints(ollama) == []
+
+
+# --- Hosts that can never answer -------------------------------------------------------------
+
+NEVER: dict[str, Any] = {
+    "busy": Reply(503, {"error": "server overloaded"}),
+    "loading": Reply(503, {"error": "Loading model"}, {"Retry-After": "5"}),
+    "a page": Reply(200, "<html><body>Sign in</body></html>"),
+    "too big": Reply(500, {"error": "model requires more system memory (9 GiB) than is available"}),
+    "no model is loaded": Reply(400, {"error": "No models loaded"}),
+    "silence": Hours.hang,
+    "closed": RESET,
+}
+
+
+@pytest.mark.parametrize("trouble", NEVER)
+@pytest.mark.parametrize(("begin", "number"), [(0, 1), (5, 2)], ids=["never", "not any more"])
+def test_a_batch_ends_when_no_host_was_usable_for_long_enough(
+    hours, api, hosts, trouble, begin, number
+):
+    models, reply = hosts(number), NEVER[trouble]
+    reply = hours.hang if reply is Hours.hang else reply
+    fill(api, 60)
+    for host in models:
+        host.script(*CHATS, hours.between(begin, 10 * DAY, reply), forever=True)
+    hours.pace(*models)
+    with hours.batch(api, *models, "--wait-timeout", "300", "--timeout", "30") as run:
+        pass
+    assert run.code == 2
+    last = max(hours.written(api).values(), default=0)
+    assert last + 290 <= run.ended <= last + 400
+    assert len(run.lines(level="CRITICAL")) == 1
+    assert (run.counts.get("failed", 0), failure_notes(api)) == (0, {})
+
+
+def test_with_no_limit_a_batch_waits_for_its_host(hours, api, ollama):
+    wanted = fill(api, 10)
+    ollama.script(*CHATS, hours.between(0, DAY / 2, NEVER["busy"]), forever=True)
+    with hours.batch(api, ollama, "--wait-timeout", "0") as run:
+        run.end(DAY)
+    assert_all_well(run, api, wanted)
+    assert DAY / 2 <= run.ended <= DAY / 2 + 100
+
+
+# --- A host that hangs -----------------------------------------------------------------------
+
+
+def test_a_host_that_hangs_costs_the_photos_in_its_hands_one_timeout(hours, api, hosts):
+    good, stuck = hosts(2)
+    wanted = fill(api, 40)
+    stuck.script(*CHATS, hours.between(3, DAY, hours.hang), forever=True)
+    hours.pace(good, stuck)
+    with hours.batch(api, good, stuck, "--timeout", "20", "--max-concurrent", "8") as run:
+        pass
+    assert_all_well(run, api, wanted)
+    ids = {
+        picture: id for id, picture in zip(wanted, map(servers.own_picture, range(40)), strict=True)
+    }
+    waited = [
+        hours.written(api)[ids[shown(chat)]] - hours.since_begin(chat)
+        for chat in stuck.find(*CHATS)
+        if chat.answered is None and shown(chat) in ids
+    ]
+    assert 1 <= len(waited) <= 4
+    assert max(waited) <= 20 + 5
+    assert len(run.complaints(stuck)) == 1
