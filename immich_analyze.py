@@ -1592,7 +1592,7 @@ class Ai:
             ):
                 check()
                 doubtful = tries.doubtful(url)
-                if not doubtful:
+                if not (doubtful or tries.over()):  # it may count by now
                     try:
                         return self._described(url, picture, number, body)
                     except AnalyzeError as error:
