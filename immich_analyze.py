@@ -3081,8 +3081,8 @@ class News:
         return self._arrived.pop() if self._arrived else None
 
     def seconds_left(self) -> float:
-        """Until the next look."""
-        return max(0.0, min(self._next, self._next_prompt) - time.monotonic())
+        """Until the next look or sweep."""
+        return max(0.0, min(self._next, self._next_prompt, self._next_sweep) - time.monotonic())
 
     def _look(self, *, prompt: bool) -> bool:
         """Find what arrived since the last look; whether there was anything."""
@@ -3109,12 +3109,13 @@ class News:
 
     def sweep(self) -> Iterator[Photo | None] | None:
         """Each hour, the listing of the uploads of two days; each day, of all."""
-        if time.monotonic() < self._next_sweep or not self._mark:
+        if time.monotonic() < self._next_sweep:
             return None
         self._next_sweep = time.monotonic() + SWEEP_INTERVAL
+        if not self._mark:
+            return None
         self._sweeps += 1
-        whole = self._sweeps % WHOLE_SWEEP == 0
-        if whole:
+        if whole := self._sweeps % WHOLE_SWEEP == 0:
             self._run.taken.forget_failures()
         bounds = (self._started, None if whole else self._mark - SWEEP_SPAN)
         return listing(self._run, max(filter(None, bounds), default=None), counts=False)

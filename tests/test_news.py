@@ -337,3 +337,14 @@ def test_the_next_page_is_fetched_while_one_is_worked_through(hours, api, immich
     chats = [hours.since_begin(chat) for chat in ollama.find(*CHATS)]
     assert chats == [15 + 10 * n for n in range(9)]  # the model never waits
     assert run.counts == {"described": 9}
+
+
+def test_sweeps_are_hourly_however_seldom_it_looks(hours, api, immich, ollama):
+    with hours.service(api, ollama, "--api-poll-interval", "100000") as run:
+        run.until(5 * HOUR + 60)
+    sweeps = [
+        hours.since_begin(search)
+        for search in immich.find("POST", "/search/metadata")
+        if "createdAfter" in search.json and search.json["visibility"] == "timeline"
+    ]
+    assert sweeps == [hour * HOUR for hour in range(1, 6)]
