@@ -728,7 +728,7 @@ def has_ours(photo: Photo) -> bool:
 def left_alone(photo: Photo, config: Config) -> str:
     """Why a photo is not to be described, as a key; "" if it is, or if its note must tell."""
     note, policy = photo.note, config.policy
-    same = note is not None and (note.model, note.prompt) == (config.model_name, config.prompt_id)
+    same = note and note.model == config.model_name and note.prompt == config.prompt_id
     if note and same and gave_up(note, config):
         return "failed_before"
     if not photo.description.strip():
@@ -1716,7 +1716,7 @@ NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")
 
 Version = tuple[int, int, int]
 Cursor = Any  # where a listing stands; only the library that made it looks inside
-Page = tuple[list[Photo], Cursor | None]  # and where it goes on; None at its end
+Page = tuple[Iterable[Photo], Cursor | None]  # and where it goes on; None at its end
 
 
 class Library(Protocol):
@@ -1906,11 +1906,10 @@ class ApiLibrary:
 
     def page(self, cursor: Walk | None, since: datetime | None = None) -> Page:
         """A page by date of uploads, newest first."""
-        return self._page(cursor, {"createdAfter": iso(since)} if since else {})
+        return self._page(cursor or Walk(), {"createdAfter": iso(since)} if since else {})
 
-    def _page(self, cursor: Walk | None, bounds: dict[str, str]) -> Page:
+    def _page(self, walk: Walk, bounds: dict[str, str]) -> Page:
         """POST /search/metadata, in the flat shape that all releases understand."""
-        walk = cursor or Walk()
         number, visibility = self._parts[walk.part]
         query = {"size": PAGE, "page": walk.page, "order": "desc", "withExif": True} | bounds
         if walk.before:
@@ -1920,16 +1919,16 @@ class ApiLibrary:
             told = self._call(number, "POST", "/search/metadata", assets_found, json=body)
         except Skip:  # with its key: on to the next one
             told = {}
+        note, source = UNREAD if self._keeps_notes() else None, str(number)
         items = [i for i in dig_list(told, "items") if isinstance(dig(i, "id"), str)]
         listed: dict[str, datetime] = {}
         date = walk.before or FAR_FUTURE
         for item in items:
-            date = moment(item.get("fileCreatedAt")) or date
-            listed[item["id"]] = date
-        fresh = (item for item in items if item["id"] not in walk.seen)
-        note = UNREAD if self._keeps_notes() else None
-        found = ((item, photo_listed(item, str(number), note)) for item in fresh)
-        photos = [photo for item, photo in found if photo and self._owns(number, item)]
+            listed[item["id"]] = date = moment(item.get("fileCreatedAt")) or date
+        # made while the next page is fetched, but where whose they are is asked
+        made = list if self._accounts[number].user_id is None else iter
+        fresh = ((i, photo_listed(i, source, note)) for i in items if i["id"] not in walk.seen)
+        photos = made(photo for item, photo in fresh if photo and self._owns(number, item))
         more, stable = dig(told, "nextPage") is not None, self._server.version >= (3, 1, 0)
         step = onward(walk, listed, more, stable)
         if step is None and walk.part + 1 < len(self._parts):
@@ -1948,7 +1947,8 @@ class ApiLibrary:
         A key without user.read does not know its user; then one photo of each owner
         tells, since only its owner may update it. The update is empty.
         """
-        owner, account = dig(item, "ownerId"), self._accounts[number]
+        owner: Any = item.get("ownerId")
+        account = self._accounts[number]
         if account.user_id is None and owner not in account.strangers:
             path = f"/assets/{item['id']}"
             ask = functools.partial(self._call, number, path=path, read=Reply.json)
@@ -1978,12 +1978,10 @@ class ApiLibrary:
         return [photo for photo in self._updated(since, uploaded) if photo.ready]
 
     def _updated(self, since: datetime, bounds: dict[str, str]) -> Iterator[Photo]:
-        cursor = None
-        while True:
-            photos, cursor = self._page(cursor, {"updatedAfter": iso(since)} | bounds)
+        walk: Walk | None = Walk()
+        while walk:
+            photos, walk = self._page(walk, {"updatedAfter": iso(since)} | bounds)
             yield from photos
-            if not cursor:
-                return
 
     def watch(self, event: Callable[[], None], cooldown: float) -> None:
         """Nothing to watch: Immich tells of uploads only to keys that may do everything."""
@@ -2045,7 +2043,7 @@ class ApiLibrary:
         """POST /search/metadata for many that were updated, GET /assets/{id} for each other."""
         stored: dict[str, str] = {}
         if len(photos) > len(self._parts):  # else these are fewer requests
-            since = self.clock() - timedelta(seconds=age + 10)
+            since = self.clock() - timedelta(seconds=age + 2)  # the clock has whole seconds
             stored = {photo.id: photo.description for photo in self._updated(since, {})}
         for photo in photos:
             if photo.id not in stored:
@@ -2491,11 +2489,7 @@ class DbLibrary:
     def write(self, photo: Photo, text: str, note: Note | None) -> bool:
         """UPDATE the row if it still holds what was listed, lock the property, keep the note."""
         values = {"id": photo.id, "text": text, "listed": photo.description}
-        if self._rows(
-            "write" if note else "forget",
-            note=note,
-            **values,
-        ):
+        if self._rows("write" if note else "forget", note=note, **values):
             return True
         stored = self.look(photo)
         if not stored.ready:
@@ -2992,17 +2986,23 @@ class Run:
 # --- Which photo is next ---
 
 
-def wanted(photo: Photo, run: Run, *, counts: bool = False) -> bool:
-    """Whether a photo is for this run, as far as its listing tells; if so, it is taken."""
+def wanted(photos: Iterable[Photo], run: Run, *, counts: bool = False) -> Iterator[Photo]:
+    """The listed photos that are for this run, as far as the listing tells; they are taken."""
     number, shards = run.config.shard
-    if zlib.crc32(photo.id.encode()) % shards != number - 1:
-        return False
-    reason = left_alone(photo, run.config)
-    if counts:
-        run.tally.listed += 1
-        if reason or not photo.ready:
-            run.tally.add(Outcome.SKIPPED if reason else Outcome.NOT_READY, reason)
-    return photo.ready and not reason and run.taken.take(photo)
+    left: Counter[str] = Counter()  # counted together, as most photos have a description
+    try:
+        for photo in photos:
+            if zlib.crc32(photo.id.encode()) % shards != number - 1:
+                continue
+            run.tally.listed += counts
+            reason = left_alone(photo, run.config)
+            if reason or not photo.ready:
+                left[reason] += 1
+            elif run.taken.take(photo):
+                yield photo
+    finally:
+        for reason, many in left.items() if counts else ():
+            run.tally.add(Outcome.SKIPPED if reason else Outcome.NOT_READY, reason, many)
 
 
 def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterator[Photo | None]:
@@ -3021,7 +3021,7 @@ def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterato
                 yield None
             photos, cursor = page.result()
             page = fetch(cursor) if cursor else None
-            yield from (photo for photo in photos if wanted(photo, run, counts=counts))
+            yield from wanted(photos, run, counts=counts)
 
 
 def fetched(library: Library, cursor: Cursor | None, since: datetime | None, run: Run) -> Page:
@@ -3100,7 +3100,7 @@ class News:
                 log.warning("%s", t("look_failed", why=error))
             self._complained = True
             return False
-        fresh = [photo for photo in news if wanted(photo, run)]
+        fresh = list(wanted(news, run))
         self._arrived += reversed(fresh)
         self._complained = False
         if not prompt:
@@ -3359,9 +3359,9 @@ def lost(written: Written, text: str | None) -> AnalyzeError | None:
     added = written.added and written.added in text and written.added not in before
     if text.strip() == written.stored.strip() or added:
         return None
-    return (
-        Permanent("not_kept") if text.strip() in ("", before.strip()) else Skip("has_description")
-    )
+    if text.strip() in ("", before.strip()):
+        return Permanent("not_kept")
+    return Skip("has_description")
 
 
 def note_after(written: Written, text: str | None, trouble: AnalyzeError | None) -> Note | None:

@@ -66,7 +66,7 @@ def walk(library):
     cursor = None
     for _ in range(1000):
         assets, cursor = library.page(cursor)
-        yield assets, cursor
+        yield [*assets], cursor
         if cursor is None:
             return
     pytest.fail("the listing does not end")
@@ -248,7 +248,7 @@ def test_an_odd_field_costs_only_itself(fake, opened, fields):
     server.add_many(3)
     library = opened(server)
     altered(server, library, lambda assets: assets["items"][1].update(fields))
-    assets = library.page(None)[0]
+    assets = [*library.page(None)[0]]
     assert sorted(ids(assets)) == sorted(server.assets)
     assert [asset.description for asset in assets] == [""] * 3
     assert all(isinstance(asset.name, str) and asset.ready for asset in assets)
@@ -300,8 +300,8 @@ def test_a_page_without_items_costs_only_that_page(fake, opened, monkeypatch, it
     server.script(*SEARCH, Reply(200, {"assets": {"items": items, "nextPage": "2"}}))
     empty, cursor = library.page(cursor)
     later, _ = library.page(cursor)
-    assert (len(first), empty) == (10, [])
-    assert len(later) >= 9
+    assert (len([*first]), [*empty]) == (10, [])
+    assert len([*later]) >= 9
 
 
 def test_what_the_search_should_not_have_found_is_left_out(fake, opened):
