@@ -607,11 +607,11 @@ def multiply_assets(server: FakeImmich, number: int) -> None:
 def test_described_photos_take_no_memory_and_few_requests(library, ollama):
     library.add(picture=servers.picture(), description="By a person.")
     few = peak(*library.argv, *asking(ollama))
-    multiply(library, 100_000)
-    assert peak(*library.argv, *asking(ollama)) < few + 30
+    multiply(library, 30_000)
+    assert peak(*library.argv, *asking(ollama)) < few + 15  # a leak of half a kB a photo shows
     assert ollama.count(*CHATS) == 0
     if isinstance(library, ApiWorld):
         listed = listings(library.server)
-        assert listed["timeline"] <= 1 + 100_000 / 990 + 2
+        assert listed["timeline"] <= 1 + 30_000 / 990 + 2
         assert listed["archive"] <= 1 + 2
         assert len(library.server.find("GET|PUT", "/api/assets/")) <= 2
