@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import difflib
 import errno
 import functools
 import io
@@ -91,9 +92,11 @@ def catalogue(language: str) -> dict[str, str]:
 
 
 def use_language(code: str) -> None:
-    """Choose the language of all texts; called by main before any thread."""
+    """Choose the language of all texts, if it can be written; called by main before any thread."""
     global _language
-    _language = code
+    with suppress(UnicodeEncodeError):
+        catalogue(code)["photos"].encode(sys.stdout.encoding or "utf-8")
+        _language = code
 
 
 def t(key: str, **fields: object) -> str:
@@ -206,7 +209,11 @@ PROMPT = (
     " The format must be correct."
     " If in doubt, name the most likely option and don't think too long."
 )
-INTERFACES = ("ollama", "llamacpp")
+INTERFACES = ("ollama", "llamacpp", "openrouter")
+USUAL_HOSTS = {"openrouter": "https://openrouter.ai/api"}  # else on this machine
+SIZES = ("preview", "thumbnail", "fullsize")  # of a picture, as Immich calls them
+PAUSES = ("unavailable_duration", "wait_retry_interval", "file_check_interval")
+SHORTEST_PAUSE = 0.5  # seconds, for those of 0
 CONFIG_FILES = ("/etc/immich-analyze.conf", "~/.config/immich-analyze.conf")
 DB_KEYWORDS = {  # Immich's own variables: keyword of libpq and default
     "DB_HOSTNAME": ("host", "database"),
@@ -216,8 +223,12 @@ DB_KEYWORDS = {  # Immich's own variables: keyword of libpq and default
     "DB_DATABASE_NAME": ("dbname", "immich"),
     "DB_SSL_MODE": ("sslmode", ""),
 }
+OURS = ("IMMICH_", "DB_")  # how the names of variables begin
 # In logging's numbers; `warn` and `trace` as in RUST_LOG.
 LOG_LEVELS = {"error": 40, "warning": 30, "warn": 30, "info": 20, "debug": 10, "trace": 10}
+Header = tuple[str, str]  # name and value
+HEADER = r"(?!content-length|transfer-enc)([\w!#-'*+.^`|~-]+)[ \t]*:[ \t]*([!-~][\t -~]*)"
+NOT_UTF8 = "[\ud800-\udfff]"  # how Python reads other bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,16 +242,21 @@ class Config:
     undo: bool
     dry_run: bool
     access: Access
-    access_ambiguous: bool  # both libraries were given, the database was taken
+    access_ambiguous: bool  # both libraries were given, and nothing said which to take
+    notices: tuple[AnalyzeError, ...]  # what is odd about the settings, for people to know
     immich_root: Path
     postgres_url: str = field(repr=False)
     immich_api_url: str = field(repr=False)
     immich_api_keys: tuple[str, ...] = field(repr=False)
+    immich_header: tuple[Header, ...] = field(repr=False)
+    thumbnail_size: str
     api_poll_interval: float
     interface: str
     model_name: str
     hosts: tuple[str, ...] = field(repr=False)
     api_key: str = field(repr=False)
+    host_header: tuple[Header, ...] = field(repr=False)
+    preflight_model_check: bool
     prompt: str
     think: bool
     max_tokens: int
@@ -280,26 +296,21 @@ def language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
     return next((code for code in (chosen, locale[:2]) if code in LANGUAGES), "en")
 
 
-def number(least: float, *, whole: bool = False, above: bool = False) -> Callable[[str], float]:
-    """Converter for a finite number from `least` on (or strictly above it)."""
+def number(
+    least: float, most: float = math.inf, *, whole: bool = False, above: bool = False
+) -> Callable[[str], float]:
+    """Converter for a finite number from `least` on (or strictly above it), a port's to `most`."""
     key = "not_a_whole_number" if whole else "not_above" if above else "not_a_number"
+    key = key if most == math.inf else "not_a_port"
 
     def convert(text: str) -> float:
         with suppress(ValueError, OverflowError):
             value = int(text) if whole else float(text)
-            if math.isfinite(value) and (value > least if above else value >= least):
+            if math.isfinite(value) and (least < value if above else least <= value <= most):
                 return value if whole else min(value, threading.TIMEOUT_MAX)
         raise argparse.ArgumentTypeError(t(key, value=text, least=f"{least:g}"))
 
     return convert
-
-
-def port(text: str) -> int:
-    """Converter for a TCP port, 0 for none."""
-    value = int(number(0, whole=True)(text))
-    if value > 65535:
-        raise argparse.ArgumentTypeError(t("not_a_port", value=text))
-    return value
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -311,15 +322,38 @@ def shard(text: str) -> tuple[int, int]:
     return which, count
 
 
-def one_of(names: Iterable[str]) -> Callable[[str], str]:
-    """Converter for one of a few words, in any case."""
+def one_of(names: Iterable[str], **others: str) -> Callable[[str], str]:
+    """Converter for one of a few words, in any case, or another word for one of them."""
 
     def convert(text: str) -> str:
-        if text.lower() not in names:
+        word = others.get(text.lower(), text.lower())
+        if word not in names:
             raise argparse.ArgumentTypeError(t("not_one_of", value=text, names=", ".join(names)))
-        return text.lower()
+        return word
 
     return convert
+
+
+def unicode_text(text: str) -> str:
+    """Converter for any text; bytes that are not UTF-8 would fail with each photo."""
+    if re.search(NOT_UTF8, text):
+        raise argparse.ArgumentTypeError(t("not_utf8"))
+    return text
+
+
+def plain(text: str) -> str:
+    """A value without what came along from a file: line ends around it, and quotes."""
+    quoted = re.fullmatch(r"""\s*(["'])((?:(?!\1).)*)\1\s*""", text, re.S)
+    return quoted[2] if quoted else text.strip("\r\n")
+
+
+def headers(text: str) -> tuple[Header, ...]:
+    """Converter for lines of `Name: value`, which are never quoted, as they are secrets."""
+    lines = filter(None, (plain(line.strip()) for line in text.splitlines()))
+    found = [re.fullmatch(HEADER, line, re.ASCII | re.IGNORECASE) for line in lines]
+    if not all(found):
+        raise Fatal("bad_header")
+    return tuple((match[1], match[2]) for match in found if match)
 
 
 def public(url: str) -> str:
@@ -333,6 +367,7 @@ def public(url: str) -> str:
 
 def web_address(text: str) -> str:
     """Converter for an http(s) address; `http://` may be left out."""
+    unicode_text(text)
     url = text.strip() if "://" in text else f"http://{text.strip()}"
     try:
         parts = urlsplit(url)
@@ -352,13 +387,21 @@ def without_end(url: str, end: str) -> str:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Converter for a comma-separated list; repeats are dropped."""
-    return tuple(dict.fromkeys(word for part in text.split(",") if (word := part.strip())))
+    """Converter for a list, separated by commas or lines."""
+    return tuple(filter(None, (part.strip(" \t\r\"'") for part in re.split("[,\n]", text))))
 
 
 def web_addresses(text: str) -> tuple[str, ...]:
-    """Converter for a comma-separated list of addresses, one at least."""
-    return tuple(dict.fromkeys(map(web_address, words(text) or ("",))))
+    """Converter for a list of addresses, one at least."""
+    return tuple(map(web_address, words(text) or ("",)))
+
+
+LISTS: dict[str, Callable[[str], Any]] = {  # what adds up when it is repeated, and its converter
+    "hosts": web_addresses,
+    "immich_api_keys": words,
+    "immich_header": headers,
+    "host_header": headers,
+}
 
 
 def opposite(switch: str) -> str:
@@ -371,30 +414,36 @@ class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
     """`key = value` lines, lists as [a, b]; errors quote no line, as it may hold a secret."""
 
     def parse(self, stream: Any) -> dict[str, str]:
+        read, settings = super().parse, dict[str, str]()
         try:
-            items = super().parse(stream)
+            items = [item for line in stream for item in read([line]).items()]
         except (configargparse.ConfigFileParserException, UnicodeDecodeError) as error:
             raise Fatal("bad_config_file", file=stream.name) from error
-        settings = {}
-        for name, value in items.items():
+        for name, value in items:
             key = name.lstrip("-")
-            text = ",".join(map(str, value)) if isinstance(value, list) else value
+            text = "\n".join(map(str, value)) if isinstance(value, list) else value
             if key.startswith("no-") and opposite(text) != text:
                 key, text = key.removeprefix("no-"), opposite(text)
-            settings[key] = text
+            adds_up = key in settings and key.replace("-", "_") in LISTS
+            settings[key] = f"{settings[key]}\n{text}" if adds_up else text
         return settings
 
 
 def open_config(file: str) -> IO[str]:
     """Open a configuration file; Fatal if that cannot be done."""
     try:
-        return open(file, encoding="utf-8")
+        return open(file, encoding="utf-8-sig")
     except OSError as error:
         raise Fatal("unreadable_file", file=file, why=error.strerror) from error
 
 
 class Parser(configargparse.ArgumentParser):  # type: ignore[misc]
     """Reports a wrong setting as Fatal, in one line."""
+
+    def _option_strings_that_override(self, action: argparse.Action) -> list[str]:
+        """The flags that win over a variable; a policy's has another name, but goes beside it."""
+        flags: list[str] = super()._option_strings_that_override(action)
+        return flags + ["-o", "--overwrite-existing", "--no-overwrite-existing"] * ("-O" in flags)
 
     def error(self, message: str) -> NoReturn:
         if isinstance(cause := sys.exception(), Fatal):
@@ -438,6 +487,15 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
         text += f" [{variable}]" if variable else ""
         group.add_argument(*flags, env_var=variable, help=text, **more)
 
+    def secret(group: Any, flag: str, env: str | None = None, **more: Any) -> None:
+        """Add an option, and its twin that names a file which holds the same."""
+        convert, twins = LISTS.get(flag[2:].replace("-", "_")), group.add_mutually_exclusive_group()
+        several = {"action": "extend", "type": convert} if convert else {}
+        add(twins, flag, env=env, **several, **more)
+        files = {"action": "append" if convert else "store", "type": str, "metavar": "FILE"}
+        add(twins, f"{flag}-file", env=env and f"{env}_FILE", **files)
+
+    parser.register("type", None, unicode_text)  # of options that name no other
     switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     seconds = number(0, above=True)
 
@@ -447,9 +505,8 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     for flag, value in (("-m", Mode.MONITOR), ("-c", Mode.COMBINED)):
         more = {"const": value.value, "default": argparse.SUPPRESS}
         add(mode, f"--{value}", flag, env="", action="store_const", dest="mode", **more)
-    overwrite = work.add_mutually_exclusive_group()
-    add(overwrite, "--overwrite-policy", "-O", type=one_of(list(Policy)), metavar="POLICY")
-    add(overwrite, "--overwrite-existing", "-o", default=False, **switch)
+    add(work, "--overwrite-policy", "-O", type=one_of(list(Policy)), metavar="POLICY")
+    add(work, "--overwrite-existing", "-o", default=False, **switch)
     add(work, "--preserve-human", "-p", default=False, **switch)
     add(work, "--disable-ai-wrapper", default=False, **switch)
     add(work, "--retry-failed", default=False, **switch)
@@ -461,25 +518,24 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     library = parser.add_argument_group(t("help_group_library"))
     add(library, "--data-access-mode", "-d", type=one_of(list(Access)), metavar="ACCESS")
     add(library, "--immich-root", type=Path, default=Path("/var/lib/immich"), metavar="FOLDER")
-    url = library.add_mutually_exclusive_group()
-    add(url, "--postgres-url", metavar="URL")
-    add(url, "--postgres-url-file", metavar="FILE")
+    secret(library, "--postgres-url", metavar="URL")
     add(library, "--immich-api-url", env="IMMICH_API_URL", type=web_address, metavar="URL")
-    keys = library.add_mutually_exclusive_group()
-    add(keys, "--immich-api-keys", env="IMMICH_API_KEY", metavar="KEYS")
-    add(keys, "--immich-api-keys-file", env="IMMICH_API_KEY_FILE", metavar="FILE")
+    secret(library, "--immich-api-keys", "IMMICH_API_KEY", metavar="KEYS")
+    secret(library, "--immich-header", metavar="HEADER")
+    add(library, "--thumbnail-size", type=one_of(SIZES), default=SIZES[0], metavar="SIZE")
     add(library, "--api-poll-interval", type=seconds, default=10.0, metavar="S")
     add(library, "--wait-for-immich", default=True, **switch)
     add(library, "--wait-timeout", type=number(0), default=120.0, metavar="S")
-    add(library, "--wait-retry-interval", type=seconds, default=5.0, metavar="S")
+    add(library, "--wait-retry-interval", type=number(0), default=5.0, metavar="S")
 
     model = parser.add_argument_group(t("help_group_model"))
-    add(model, "--interface", type=one_of(INTERFACES), default=INTERFACES[0], metavar="NAME")
-    add(model, "--hosts", type=web_addresses, default="http://localhost:11434", metavar="URLS")
+    speaks = one_of(INTERFACES, openai="llamacpp")
+    add(model, "--interface", type=speaks, default="ollama", metavar="NAME")
+    add(model, "--hosts", type=web_addresses, action="extend", metavar="URLS")
     add(model, "--model-name", default="qwen3-vl:4b-thinking-q4_K_M", metavar="NAME")
-    key = model.add_mutually_exclusive_group()
-    add(key, "--api-key", metavar="KEY")
-    add(key, "--api-key-file", metavar="FILE")
+    secret(model, "--api-key", metavar="KEY")
+    secret(model, "--host-header", metavar="HEADER")
+    add(model, "--preflight-model-check", default=True, **switch)
     add(model, "--max-concurrent", type=number(1, whole=True), default=4, metavar="N")
     add(model, "--timeout", type=seconds, default=300.0, metavar="S")
     add(model, "--max-tokens", type=number(1, whole=True), default=4096, metavar="N")
@@ -487,24 +543,24 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     add(model, "--max-image-size", type=number(0, whole=True), default=0, metavar="PIXELS")
     add(model, "--max-retries", type=number(0, whole=True), default=0, metavar="N")
     add(model, "--retry-delay-seconds", type=number(0), default=5.0, metavar="S")
-    add(model, "--unavailable-duration", type=seconds, default=60.0, metavar="S")
+    add(model, "--unavailable-duration", type=number(0), default=60.0, metavar="S")
 
     files = parser.add_argument_group(t("help_group_files"))
-    add(files, "--file-write-timeout", type=seconds, default=30.0, metavar="S")
-    add(files, "--file-check-interval", type=seconds, default=500.0, metavar="MS")
+    add(files, "--file-write-timeout", type=number(0), default=30.0, metavar="S")
+    add(files, "--file-check-interval", type=number(0), default=500.0, metavar="MS")
     add(files, "--event-cooldown", type=number(0), default=2.0, metavar="S")
 
     health = parser.add_argument_group(t("help_group_health"))
-    add(health, "--health-port", type=port, default=0, metavar="PORT")
+    add(health, "--health-port", type=number(0, 65535, whole=True), default=0, metavar="PORT")
     add(health, "--health-host", default="127.0.0.1", metavar="HOST")
     add(health, "--healthcheck", env="", action="store_true")
 
     output = parser.add_argument_group(t("help_group_output"))
-    add(output, "--lang", type=one_of(LANGUAGES), metavar="LANG")
+    add(output, "--lang", metavar="LANG")
     add(output, "--log-level", type=one_of(LOG_LEVELS), metavar="LEVEL")
     add(output, "--final-output", default=True, **switch)
     add(output, "--grace", type=number(0), default=30.0, metavar="S")
-    add(output, "--config", env="", is_config_file=True, metavar="FILE")
+    add(output, "--config", env="", type=str, is_config_file=True, metavar="FILE")
     add(output, "--help", "-h", env="", action="help")
     add(output, "--version", "-V", env="", action="version", version=f"%(prog)s {__version__}")
     return parser
@@ -512,9 +568,9 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
 
 def is_blank(name: str, value: str) -> bool:
     """Whether a variable says nothing: it is empty, or names a file that is."""
-    if name.startswith(("IMMICH_", "DB_")) and name.endswith("_FILE"):
-        with suppress(OSError, UnicodeDecodeError):  # complained about where it is read
-            return not Path(value).read_text(encoding="utf-8").strip()
+    if name.startswith(OURS) and name.endswith("_FILE"):
+        with suppress(Fatal):  # complained about where it is read
+            return not read_text(value).strip()
     return not value.strip()
 
 
@@ -526,13 +582,13 @@ def rust_log_level(text: str) -> str:
 
 
 # Variables of earlier tools and releases: the one that each stands for, and how its text reads
-# there. Those for one interface's hosts count with that interface only.
+# there. What comes first wins.
 OLDER_NAMES: dict[str, tuple[str, Callable[[str], str]]] = {
     "IMMICH_ANALYZE_IMMICH_API_URL": ("IMMICH_API_URL", str),
     "IMMICH_ANALYZE_IMMICH_API_KEYS": ("IMMICH_API_KEY", str),
     "IMMICH_ANALYZE_IMMICH_API_KEYS_FILE": ("IMMICH_API_KEY_FILE", str),
+    "IMMICH_ANALYZE_LLAMACPP_HOSTS": ("IMMICH_ANALYZE_HOSTS", str),  # with that interface only
     "IMMICH_ANALYZE_OLLAMA_HOSTS": ("IMMICH_ANALYZE_HOSTS", str),
-    "IMMICH_ANALYZE_LLAMACPP_HOSTS": ("IMMICH_ANALYZE_HOSTS", str),
     "IMMICH_ANALYZE_NO_FINAL_OUTPUT": ("IMMICH_ANALYZE_FINAL_OUTPUT", opposite),
     "RUST_LOG": ("IMMICH_ANALYZE_LOG_LEVEL", rust_log_level),
 }
@@ -540,13 +596,14 @@ OLDER_NAMES: dict[str, tuple[str, Callable[[str], str]]] = {
 
 def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, str]:
     """The environment without empty variables, and with older names translated."""
-    known = {name: value for name, value in environ.items() if not is_blank(name, value)}
-    others = {f"IMMICH_ANALYZE_{name}_HOSTS".upper() for name in INTERFACES if name != interface}
+    plainly = ((n, plain(text) if n.startswith(OURS) else text) for n, text in environ.items())
+    known = {name: text for name, text in plainly if not is_blank(name, text)}
+    others = {
+        f"IMMICH_ANALYZE_{name}_HOSTS".upper() for name in INTERFACES[1:] if name != interface
+    }
     for older, (name, read) in OLDER_NAMES.items():
         if older not in others and (text := read(known.get(older, ""))):
             known.setdefault(name, text)
-    if "IMMICH_ANALYZE_OVERWRITE_POLICY" in known:  # beside what was all there was
-        known.pop("IMMICH_ANALYZE_OVERWRITE_EXISTING", None)
     return known
 
 
@@ -566,18 +623,27 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         found = (re.match(r"(?!.*=true$)(--[^=]+|-.)", word, re.S) for word in unknown)
         names = [match[0] for match in found if match]
         raise Fatal("unknown_option", option=names[0]) if names else Fatal("unknown_word")
+    variables = [*OLDER_NAMES, *(action.env_var for action in parser._actions if action.env_var)]
+    strange = sorted(n for n in known if n.startswith("IMMICH_ANALYZE_") and n not in variables)
+    near = (f"{n} ({difflib.get_close_matches(n, variables, 1, 0.0)[0]}?)" for n in strange)
+    options.notices = [AnalyzeError("unknown_variables", names=", ".join(near))] if strange else []
+    if options.lang is not None and options.lang.lower() not in LANGUAGES:
+        options.notices.append(AnalyzeError("unknown_language", value=options.lang))
     return config_from(options, known)
 
 
 def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Config:
     """Apply the rules that span several options; Fatal where they contradict each other."""
     given = vars(options)
-    url, database_url = secret(given, "postgres_url").strip(), postgres_url_from(environ)
-    keys = words(secret(given, "immich_api_keys").replace("\n", ","))
-    api_url = options.immich_api_url or ""
-    database_given, api_given = bool(url or database_url), bool(api_url or keys)
-    usual = Access.API if api_given and not database_given else Access.DATABASE
-    access = options.data_access_mode or usual
+    for name in ("postgres_url", "api_key", *LISTS):
+        convert, files = LISTS.get(name, str.strip), given.get(f"{name}_file") or []
+        for file in [files] if isinstance(files, str) else files:
+            given[name] = (given[name] or convert("")) + convert(read_text(file))
+    given |= {name: tuple(dict.fromkeys(given[name] or ())) for name in LISTS}
+    url, (database_url, named) = (options.postgres_url or "").strip(), database(environ)
+    api_url, keys = options.immich_api_url or "", options.immich_api_keys
+    wanted = (api_url and keys) or ((api_url or keys) and not named)
+    access = options.data_access_mode or (Access.API if wanted and not url else Access.DATABASE)
     if access == Access.API and not (api_url and keys):
         raise Fatal("api_key_missing" if api_url else "api_url_missing")
     policy = Policy(options.overwrite_policy or ("all" if options.overwrite_existing else "none"))
@@ -593,25 +659,25 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         "preserve_human": preserve,
         "retry_failed": options.retry_failed or options.undo,
         "access": Access(access),
-        "access_ambiguous": database_given and api_given and not options.data_access_mode,
+        "access_ambiguous": bool((url or named) and keys and not options.data_access_mode),
+        "notices": tuple(options.notices),
         "postgres_url": url or database_url or "host=localhost user=postgres dbname=immich",
         "immich_api_url": api_url and without_end(api_url, "/api") + "/api",
         "immich_api_keys": tuple(header_safe(key, "--immich-api-keys") for key in keys),
-        "api_key": header_safe(secret(given, "api_key").strip(), "--api-key"),
+        "api_key": header_safe((options.api_key or "").strip(), "--api-key"),
+        "hosts": options.hosts or (USUAL_HOSTS.get(options.interface, "http://localhost:11434"),),
         "file_check_interval": options.file_check_interval / 1000,
-        "lang": options.lang or language((), environ),
+        "lang": language([f"--lang={options.lang}"] if options.lang else [], environ),
         "log_level": LOG_LEVELS.get(options.log_level),
     }
+    given |= {name: given[name] or SHORTEST_PAUSE for name in PAUSES}
     return Config(**{name: given[name] for name in Config.__slots__})
 
 
-def secret(given: Mapping[str, str | None], name: str, twin: str = "_file") -> str:
-    """A setting given directly, or by the file that its twin names; "" for neither."""
-    file = given.get(name + twin)
-    if not file:
-        return given.get(name) or ""
+def read_text(file: str) -> str:
+    """What a file that holds a setting says; Fatal if it cannot be read."""
     try:
-        return Path(file).read_text(encoding="utf-8").strip("\r\n")
+        return plain(Path(file).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
         raise Fatal("unreadable_file", file=file, why=why) from error
@@ -624,14 +690,19 @@ def header_safe(key: str, option: str) -> str:
     return key
 
 
-def postgres_url_from(environ: Mapping[str, str]) -> str:
-    """The connection in Immich's own DB_* variables or DB_*_FILE, for libpq; "" without any."""
-    names = ("DB_URL", *DB_KEYWORDS)
-    given = {name: text for name in names if (text := secret(environ, name, "_FILE"))}
-    if not given or "DB_URL" in given:
-        return given.get("DB_URL", "")
-    parts = {keyword: given.get(name, usual) for name, (keyword, usual) in DB_KEYWORDS.items()}
-    return psycopg2.extensions.make_dsn(**{name: text for name, text in parts.items() if text})
+def database(environ: Mapping[str, str]) -> tuple[str, bool]:
+    """The database in Immich's own DB_* variables or DB_*_FILE, for libpq, and if it is named."""
+    given: dict[str, str] = {}
+    for name in ("DB_URL", *DB_KEYWORDS):
+        file = environ.get(f"{name}_FILE")
+        given[name] = read_text(file) if file else environ.get(name, "")
+        if re.search(NOT_UTF8, given[name]):
+            raise Fatal("bad_setting", problem=f"{name}: {t('not_utf8')}")
+    named = any(given[name] for name in ("DB_URL", "DB_HOSTNAME", "DB_USERNAME"))
+    if given["DB_URL"] or not any(given.values()):
+        return given["DB_URL"], named
+    parts = {keyword: given[name] or usual for name, (keyword, usual) in DB_KEYWORDS.items()}
+    return psycopg2.extensions.make_dsn(**{k: text for k, text in parts.items() if text}), named
 
 
 # ------------------------------------------------------------------------------
@@ -920,6 +991,8 @@ def dig_list(data: object, *path: str | int) -> list[Any]:
 
 CONNECT_TIMEOUT = 10.0
 LONGEST_TIMEOUT = 2e6  # sockets count milliseconds in 31 bits
+# A name for this machine, which no proxy knows.
+LOOPBACK = r"(.*\.|ip6-)?localhost(\.localdomain)?\.?|(::ffff:)?127\.[\d.]+|0\.0\.0\.0|::1?"
 JSON_BODY = {"Content-Type": "application/json"}  # where the JSON is made by us
 REPLY_LIMIT = 64 * 2**20  # bytes; a page of 1,000 photos has about 1.3 MB
 
@@ -961,11 +1034,14 @@ class Session(requests.Session):
     POST would arrive as a GET, and the key at another server.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, headers: Iterable[Header] = ()) -> None:
         super().__init__()
         self._settings: dict[str, Any] = {}
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         self.headers["User-Agent"] = f"immich-analyze/{__version__}"
+        self.headers.update(headers)
+        if "Authorization" in self.headers:
+            self.auth = lambda request: request  # else .netrc or the address would outrank it
 
     def merge_environment_settings(self, url: Any, *given: Any) -> Any:
         """The proxy and certificates that the environment names, looked up once a server."""
@@ -973,10 +1049,14 @@ class Session(requests.Session):
         server = "/".join(str(url).split("/", 3)[:3])
         if server not in self._settings:
             self._settings[server] = super().merge_environment_settings(url, *given)
+            if re.fullmatch(LOOPBACK, urlsplit(str(url)).hostname or ""):
+                self._settings[server]["proxies"] = {"no_proxy": "*"}
         return dict(self._settings[server])
 
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        """Nowhere, which is how requests is kept from following redirects."""
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """Nowhere, so no redirect is followed, but where Immich has the full size of a picture."""
+        target = resp.headers.get("Location", "")
+        return target if re.match(r"(original|thumbnail)\?", target) else None
 
 
 def http(
@@ -993,7 +1073,7 @@ def http(
 
     A status other than 2xx is raised as the error that `blame` makes of it.
     """
-    shown = public(url)
+    shown = shown_with_proxy(session, url)
     limits = (min(timeout, CONNECT_TIMEOUT), min(timeout, LONGEST_TIMEOUT))
     try:
         with session.request(method, url, timeout=limits, stream=True, **options) as response:
@@ -1017,8 +1097,25 @@ def http(
     if 200 <= reply.status < 300:
         return reply
     if 300 <= reply.status < 400:
-        raise Unexpected("redirected", url=shown, target=public(reply.headers.get("Location", "")))
+        raise redirected(url, shown, reply.headers.get("Location", ""))
     raise blame(reply)
+
+
+def shown_with_proxy(session: requests.Session, url: str) -> str:
+    """A URL as it may be shown, and the proxy that it is asked through."""
+    with suppress(ValueError):
+        proxies = session.merge_environment_settings(url, {}, True, None, None)["proxies"]
+        if proxy := requests.utils.select_proxy(url, proxies):
+            return t("through_proxy", url=public(url), proxy=proxy.rpartition("@")[2])
+    return public(url)
+
+
+def redirected(url: str, shown: str, location: str) -> AnalyzeError:
+    """What moved to another host keeps its path; to a page behind one leads a login."""
+    target = public(location)
+    moved = urlsplit(target).path.endswith(urlsplit(url).path)
+    login = not moved and re.search(r"//[^/?]*(/?\?|/.)", location)
+    return Unexpected("login_page" if login else "redirected", url=shown, target=target)
 
 
 def connection_error(error: OSError, shown: str) -> AnalyzeError:
@@ -1105,7 +1202,7 @@ def immich_error(reply: Reply) -> AnalyzeError:
             return Unavailable("immich_failed", pause=retry_after(reply), url=url, status=status)
         case status if status >= 500:  # its database, a proxy, one photo
             return Retryable("immich_failed", url=url, status=status)
-        case status if status in (401, 403, 404, 405):
+        case status if status in (401, 403, 404, 405, 407):
             return Unexpected("immich_wrong", url=url, status=status)
         case status:
             return Permanent("immich_refused", status=status, why=why)
@@ -1153,14 +1250,26 @@ def database_error(error: psycopg2.Error) -> AnalyzeError:
 
 
 def postgres_url(url: str) -> str:
-    """Check a connection string, as libpq's own complaints could quote the password."""
+    """A connection string for libpq, checked here, as its complaints could quote the password.
+
+    Immich takes more than libpq: socket://user:password@/folder?db=name, and no-verify.
+    """
     try:
+        if url.startswith("socket:"):
+            address = urlsplit(url)
+            query = re.sub("(^|&)db=", r"\1dbname=", address.query)
+            url = f"postgresql://{address.netloc}/?host={address.path}&{query}".rstrip("&")
+        url = re.sub(r"\bsslmode=no-verify\b", "sslmode=require", url)
+        url = re.sub("([?&])encoding=", r"\1client_encoding=", url)
         parts = psycopg2.extensions.parse_dsn(url)
-    except psycopg2.ProgrammingError as error:
-        raise Fatal("bad_postgres_url") from error
+    except (psycopg2.ProgrammingError, ValueError) as error:  # ValueError: not UTF-8
+        named = re.search(r'invalid (?:connection|URI query) \w+:? "([a-z_]+)"', str(error), re.I)
+        unknown = named[1] if named and "@" not in url.rpartition(named[1])[2] else ""
+        shown = t("unknown_keyword", keyword=unknown) if unknown else ""  # no part of a password
+        raise Fatal("bad_postgres_url", unknown=shown) from error
     ports = str(parts.get("port", "")).replace(",", "")
     if "@" in parts.get("host", "") + parts.get("dbname", "") or not (ports or "1").isdecimal():
-        raise Fatal("bad_postgres_url")
+        raise Fatal("bad_postgres_url", unknown="")
     return url
 
 
@@ -1193,6 +1302,7 @@ class Dialect:
     finish: tuple[str | int, ...]  # where it says why it ended; "length" = cut
     sees: Callable[[Callable[..., Any], str], bool | None]  # is the model there, and can it see?
     alive: str  # a path that is answered whenever the server is up
+    headers: tuple[Header, ...] = ()  # that it wants to know who asks by
 
 
 # What stands for the picture in a question.
@@ -1263,6 +1373,17 @@ DIALECTS = {
         finish=("choices", 0, "finish_reason"),
         sees=openai_sees,
         alive="/health",
+    ),
+    "openrouter": Dialect(
+        root="/v1",
+        chat="/v1/chat/completions",
+        question=openai_question,
+        thinking=lambda think: {"reasoning": {"enabled": think}},
+        text=("choices", 0, "message", "content"),
+        finish=("choices", 0, "finish_reason"),
+        sees=openai_sees,
+        alive="/v1/key",
+        headers=(("HTTP-Referer", "http://localhost"), ("X-Title", "immich-analyze")),
     ),
 }
 
@@ -1563,14 +1684,8 @@ class Ai:
         self._dialect = DIALECTS[config.interface]
         self._hosts = hosts
         self._stop = stop
-        self._session = Session()
-        if config.api_key:
-            # as a function, since .netrc would outrank a plain header
-            self._session.auth = self._sign
-
-    def _sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Bearer {self._config.api_key}"
-        return request
+        key = [("Authorization", f"Bearer {config.api_key}")] if config.api_key else []
+        self._session = Session([*self._dialect.headers, *key, *config.host_header])
 
     def describe(self, picture: Picture, check: Callable[[], None]) -> str:
         """Have a picture described by a host that is well; waits for one.
@@ -1812,6 +1927,7 @@ class Server:
 
     version: Version  # which may grow: each look at the clock tells
     accounts: Sequence[Account]
+    size: str = SIZES[0]  # of the pictures to ask for
 
 
 @dataclass(frozen=True, slots=True)
@@ -1864,8 +1980,8 @@ def onward(walk: Walk, listed: Mapping[str, datetime], more: bool, stable: bool)
 class Immich(Session):
     """A session with Immich's REST interface at one address."""
 
-    def __init__(self, url: str) -> None:
-        super().__init__()
+    def __init__(self, url: str, headers: Iterable[Header] = ()) -> None:
+        super().__init__(headers)
         self.url = url
 
     def call(self, key: str, method: str, path: str, **options: Any) -> Reply:
@@ -2010,11 +2126,14 @@ class ApiLibrary:
     def preview(self, photo: Photo) -> bytes | None:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
         ask = functools.partial(self._call, int(photo.source), limit=PREVIEW_LIMIT)
-        query = {"size": "preview", "edited": "true"}
-        try:
-            return ask("GET", f"/assets/{photo.id}/thumbnail", no_web_page, params=query)
-        except Missing:
-            return None
+        data = None
+        with suppress(Missing):
+            for size in dict.fromkeys((self._server.size, "preview")):  # an original may be a GIF
+                query = {"size": size, "edited": "true"}
+                data = ask("GET", f"/assets/{photo.id}/thumbnail", no_web_page, params=query)
+                if picture_type(data)[0]:
+                    break
+        return data
 
     def write(self, photo: Photo, text: str, note: Note | None) -> bool:
         """GET and PUT /assets/{id}: there is no write on condition, so read just before.
@@ -2133,7 +2252,7 @@ def open_api(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]
     url = config.immich_api_url
     accounts: dict[str, Account] = {}  # by user, as two keys may be of one
     refused: list[Fatal] = []
-    with closing(Immich(url)) as immich:
+    with closing(Immich(url, config.immich_header)) as immich:
         _, version = immich_version(immich)
         for number, key in enumerate(config.immich_api_keys, 1):
             try:
@@ -2149,9 +2268,9 @@ def open_api(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]
         log.error("%s", trouble)
     if config.policy is Policy.OUTDATED and version < (2, 5, 0):
         raise Fatal("notes_needed")
-    server = Server(version, list(accounts.values()))
+    server = Server(version, list(accounts.values()), config.thumbnail_size)
     return (
-        lambda: ApiLibrary(Immich(url), server),
+        lambda: ApiLibrary(Immich(url, config.immich_header), server),
         lambda: not refused and not any(account.refused for account in server.accounts),
     )
 
@@ -3472,7 +3591,9 @@ def set_up_logging(config: Config | None = None) -> None:
     if os.environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}":
         form = "<%(priority)d>%(message)s"
     handler = Lines()
-    handler.secrets = (config.api_key, *config.immich_api_keys) if config else ()
+    if config:  # a header's value can also be a short word such as `https`
+        sent = [value for _, value in config.immich_header + config.host_header if len(value) > 7]
+        handler.secrets = (config.api_key, *config.immich_api_keys, *sent)
     handler.setFormatter(logging.Formatter(form))
     log.handlers[:] = [handler]
     log.propagate = False
@@ -3698,10 +3819,10 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
     if config.health_port:
         serve_health(status, config.health_host, config.health_port)
     if config.access_ambiguous:
-        log.warning("%s", t("both_given"))
+        log.info("%s", t("both_given_api" if config.access is Access.API else "both_given"))
     library_wait = at_start(longest if config.wait_for_immich else 0.0)
     new_library, complete = library_wait(lambda: open_library(config))
-    if not config.undo:
+    if config.preflight_model_check and not config.undo:
         with closing(Ai(config, hosts, stop)) as ai:
             at_start(longest if service else 0.0)(ai.check)
     status.ready = True
@@ -3715,6 +3836,10 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is one of those at the top of this file."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - closed by the caller
+    sys.stdout = sys.stdout or sys.stderr
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # letters that the locale has not
     stop = Stop()
     signals = Signals(stop)
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -3725,6 +3850,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(arguments, os.environ)
         use_language(config.lang)
         set_up_logging(config)
+        for notice in config.notices:
+            log.warning("%s", notice)
         signals.grace = config.grace
         if config.healthcheck:
             return ask_health(config)
@@ -3740,7 +3867,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         code = 2
     if config.final_output:
-        level = logging.WARNING if code or config.undo else logging.INFO
+        left_out = tally.reasons[Outcome.SKIPPED, "failed_before"]
+        level = logging.WARNING if code or config.undo or left_out else logging.INFO
         spent = timedelta(seconds=round(time.monotonic() - began))
         log.log(level, "%s", t("tally_time", tally=tally, time=spent))
     return signals.exit_code(config.mode) if signals.number else code

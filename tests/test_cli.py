@@ -416,8 +416,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     [
         (["--max-concurrent", "0"], ["--max-concurrent", "0"]),
         (["--timeout", "nan"], ["--timeout", "nan"]),
-        (["--lang", "xx"], ["--lang", "xx", "en", "ru"]),
-        (["--lang", "\x1b[2J\nxx"], ["--lang", "xx"]),
+        (["--interface", "\x1b[2J\nxx"], ["--interface", "xx"]),
         (["--mode", "sometimes"], ["--mode", "sometimes", "batch"]),
         (["-m", "-c"], ["--combined", "--monitor"]),
         (["--hosts", f"http://me:{SECRET}@[host"], ["--hosts"]),

@@ -66,15 +66,20 @@ DEFAULTS = {
     "dry_run": False,
     "access": ia.Access.DATABASE,
     "access_ambiguous": False,
+    "notices": (),
     "immich_root": Path("/var/lib/immich"),
     "postgres_url": "host=localhost user=postgres dbname=immich",
     "immich_api_url": "",
     "immich_api_keys": (),
+    "immich_header": (),
+    "thumbnail_size": "preview",
     "api_poll_interval": 10.0,
     "interface": "ollama",
     "model_name": "qwen3-vl:4b-thinking-q4_K_M",
     "hosts": ("http://localhost:11434",),
     "api_key": "",
+    "host_header": (),
+    "preflight_model_check": True,
     "prompt": PROMPT,
     "think": False,
     "max_tokens": 4096,
@@ -130,6 +135,7 @@ def whole(flag: str, field: str) -> Option:
 
 
 ONE, TWO = "http://one:1", "http://two:2"
+PAIR, OTHER_PAIR = (("X-One", "1: a"),), (("cookie", "b=c; d"),)
 OPTIONS = [
     Option(
         *("--mode", "IMMICH_ANALYZE_MODE", "mode"),
@@ -160,6 +166,15 @@ OPTIONS = [
         Option("--immich-api-keys", name, "immich_api_keys", "a, b,,", ("a", "b"), "c", ("c",), DB)
         for name in ("IMMICH_API_KEY", "IMMICH_ANALYZE_IMMICH_API_KEYS")
     ],
+    *[
+        Option(flag, f"IMMICH_ANALYZE_{field.upper()}", field, "X-One: 1: a", PAIR, *other)
+        for flag, field in (("--immich-header", "immich_header"), ("--host-header", "host_header"))
+        for other in [("cookie:b=c; d", OTHER_PAIR)]
+    ],
+    Option(
+        *("--thumbnail-size", "IMMICH_ANALYZE_THUMBNAIL_SIZE", "thumbnail_size"),
+        *("fullsize", "fullsize", "Thumbnail", "thumbnail"),
+    ),
     seconds("--api-poll-interval", "api_poll_interval"),
     Option(
         *("--model-name", "IMMICH_ANALYZE_MODEL_NAME", "model_name"),
@@ -168,6 +183,10 @@ OPTIONS = [
     Option(
         *("--interface", "IMMICH_ANALYZE_INTERFACE", "interface"),
         *("llamacpp", "llamacpp", "Ollama", "ollama"),
+    ),
+    Option(
+        *("--interface", "IMMICH_ANALYZE_INTERFACE", "interface"),
+        *("OpenRouter", "openrouter", "openai", "llamacpp"),
     ),
     Option(
         *("--hosts", "IMMICH_ANALYZE_HOSTS", "hosts"),
@@ -235,6 +254,7 @@ SWITCHES = [
     ("retry-failed", "retry_failed", True, False),
     ("think", "think", True, False),
     ("wait-for-immich", "wait_for_immich", True, False),
+    ("preflight-model-check", "preflight_model_check", True, False),
     ("final-output", "final_output", True, False),
 ]
 ON, OFF = ("true", "yes", "on", "1", "TRUE"), ("false", "no", "off", "0", "False")
@@ -268,6 +288,11 @@ def test_a_switch_can_be_set_back(settings, name, field, on, off):
         (["-o"], {}, "", "policy", ia.Policy.ALL),
         (["-O", "missing-ai"], {}, "", "policy", ia.Policy.MISSING_AI),
         (["-O", "none"], {}, "overwrite-existing", "policy", ia.Policy.NONE),
+        (["-O", "none", "-o"], {}, "", "policy", ia.Policy.NONE),
+        (["-o", "-O", "outdated"], {}, "", "policy", ia.Policy.OUTDATED),
+        (["-po", "--overwrite-policy=missing-ai"], {}, "", "policy", ia.Policy.MISSING_AI),
+        ([], {}, "overwrite-existing\noverwrite-policy = none", "policy", ia.Policy.NONE),
+        (["-o"], {}, "overwrite-policy = none", "policy", ia.Policy.ALL),
         (
             [],
             {
@@ -366,8 +391,24 @@ def test_every_option_with_a_value_has_a_variable_and_a_row_here():
         (
             ["--interface", "llamacpp"],
             {"IMMICH_ANALYZE_OLLAMA_HOSTS": "old:1"},
-            ("http://localhost:11434",),
+            ("http://old:1",),
         ),
+        (
+            ["--interface", "openai"],
+            {"IMMICH_ANALYZE_OLLAMA_HOSTS": "a:1", "IMMICH_ANALYZE_LLAMACPP_HOSTS": "b:2"},
+            ("http://b:2",),
+        ),
+        (
+            [],
+            {"IMMICH_ANALYZE_OLLAMA_HOSTS": "a:1", "IMMICH_ANALYZE_LLAMACPP_HOSTS": "b:2"},
+            ("http://a:1",),
+        ),
+        ([], {"IMMICH_ANALYZE_LLAMACPP_HOSTS": "b:2"}, ("http://localhost:11434",)),
+        (["--interface", "openrouter"], {}, ("https://openrouter.ai/api",)),
+        (["--hosts", "a:1", "--hosts=b:2,a:1"], {}, ("http://a:1", "http://b:2")),
+        (["--hosts", "c:3"], {"IMMICH_ANALYZE_HOSTS": "a:1"}, ("http://c:3",)),
+        ([], {"IMMICH_ANALYZE_HOSTS": "a:1\nb:2"}, ("http://a:1", "http://b:2")),
+        ([], {"IMMICH_ANALYZE_HOSTS": '"a:1,b:2"'}, ("http://a:1", "http://b:2")),
         (["--hosts", "new:1"], {"IMMICH_ANALYZE_OLLAMA_HOSTS": "old:1"}, ("http://new:1",)),
         (
             [],
@@ -426,8 +467,18 @@ URL, KEY = ({name: API[name]} for name in API)
         ([], {"DB_URL": "postgresql://h/d"}, ia.Access.DATABASE, False),
         (["--postgres-url", "host=h"], {}, ia.Access.DATABASE, False),
         ([], API, ia.Access.API, False),
-        ([], API | DB, ia.Access.DATABASE, True),
+        ([], API | DB, ia.Access.API, True),
+        ([], API | {"DB_USERNAME": "u", "DB_PASSWORD": "x"}, ia.Access.API, True),
+        ([], API | {"DB_URL": "postgresql://h/d"}, ia.Access.API, True),
+        ([], API | {"DB_PASSWORD": "x"}, ia.Access.API, False),
+        ([], API | {"DB_PORT": "1", "DB_DATABASE_NAME": "d"}, ia.Access.API, False),
+        ([], URL | DB, ia.Access.DATABASE, False),
+        ([], URL | {"DB_USERNAME": "u"}, ia.Access.DATABASE, False),
+        ([], KEY | DB, ia.Access.DATABASE, True),
+        (["--postgres-url", "host=h"], URL, ia.Access.DATABASE, False),
         (["--postgres-url", "host=h"], API, ia.Access.DATABASE, True),
+        ([], API | DB | {"IMMICH_ANALYZE_POSTGRES_URL": "host=h"}, ia.Access.DATABASE, True),
+        (["-d", "immich-api", "--postgres-url", "host=h"], API, ia.Access.API, False),
         (["-d", "immich-api"], API | DB, ia.Access.API, False),
         (["-d", "database"], API | DB, ia.Access.DATABASE, False),
         (["-d", "database"], API, ia.Access.DATABASE, False),
@@ -447,6 +498,8 @@ def test_the_library_whose_settings_are_given_is_used(config, argv, environ, acc
     [
         ([], URL, "api_key_missing"),
         ([], KEY, "api_url_missing"),
+        ([], URL | {"DB_PASSWORD": "x"}, "api_key_missing"),
+        ([], KEY | {"DB_PASSWORD": "x", "DB_PORT": "1"}, "api_url_missing"),
         (["-d", "immich-api"], {}, "api_url_missing"),
         (["-d", "immich-api"], URL | DB, "api_key_missing"),
         (["-d", "immich-api"], KEY | DB, "api_url_missing"),
@@ -500,12 +553,22 @@ def test_a_whole_address_beats_its_parts(config, argv, environ, url):
     assert config(*argv, environ=environ).postgres_url == url
 
 
+KEYS = ("immich_api_keys", ("one", "two", "three"))
+LINES = (("A", "b"), ("C", "d"))
 TWINS = [
     ("--api-key", "IMMICH_ANALYZE_API_KEY", "api_key", SECRET),
     ("--immich-api-keys", "IMMICH_API_KEY", "immich_api_keys", (SECRET,)),
     ("--immich-api-keys", "IMMICH_ANALYZE_IMMICH_API_KEYS", "immich_api_keys", (SECRET,)),
     ("--postgres-url", "IMMICH_ANALYZE_POSTGRES_URL", "postgres_url", SECRET),
 ]
+EDITORS = {  # how a text ends up in a file
+    "a byte order mark": b"\xef\xbb\xbf%s",
+    "CRLF": b"%s\r\n",
+    "old line ends": b"\r%s\r",
+    "quotes": b'"%s"\n',
+    "single quotes": b"'%s'",
+    "all of it": b"\xef\xbb\xbf\r\n '%s' \r\n\r\n",
+}
 
 
 @pytest.mark.parametrize(("flag", "variable", "field", "value"), TWINS)
@@ -519,6 +582,105 @@ def test_a_secret_may_be_in_a_file(settings, tmp_path, flag, variable, field, va
         settings(**DB, file=f"{flag[2:]}-file = {path}"),
     ):
         assert getattr(made, field) == value
+
+
+@pytest.mark.parametrize(("flag", "variable", "field", "value"), TWINS)
+@pytest.mark.parametrize("left", EDITORS.values(), ids=EDITORS)
+def test_what_an_editor_leaves_in_a_file_does_no_harm(
+    settings, tmp_path, flag, variable, field, value, left
+):
+    path, config = tmp_path / "secret", tmp_path / "my.conf"
+    path.write_bytes(left % SECRET.encode())
+    config.write_bytes(left.replace(b"%s", f"{flag[2:]} = %s".encode()) % SECRET.encode())
+    given = [(f"{flag}-file", str(path))]
+    given += [] if b"'%s" in left or b'"%s' in left else [("--config", str(config))]
+    for argv in given:
+        assert getattr(settings(*argv, **DB), field) == value
+    variables = settings(**DB, **{variable: (left % SECRET.encode()).decode().lstrip("\ufeff")})
+    assert getattr(variables, field) == value
+
+
+@pytest.mark.parametrize("name", [*ia.DB_KEYWORDS, "DB_URL"])
+@pytest.mark.parametrize("left", EDITORS.values(), ids=EDITORS)
+def test_nor_in_immichs_own_variables(config, tmp_path, name, left):
+    path, text = tmp_path / "value", left % b"a word"
+    path.write_bytes(text)
+    kept = text.decode().lstrip("\ufeff")  # by docker --env-file
+    assert config(environ={f"{name}_FILE": str(path)}) == config(environ={name: "a word"})
+    assert config(environ={name: kept}) == config(environ={name: "a word"})
+
+
+@pytest.mark.parametrize(
+    ("flag", "content", "field", "value"),
+    [
+        ("--immich-api-keys", b"\xef\xbb\xbf'one'\r\n\r\n'two', three\r\n", *KEYS),
+        ("--immich-api-keys", b'"one","two"\rthree', *KEYS),
+        ("--immich-header", b"\xef\xbb\xbf\r\n'A: b'\r\n C :d \r\n", "immich_header", LINES),
+        ("--host-header", b'"A: b"\nC:\td', "host_header", LINES),
+    ],
+)
+def test_a_file_of_several_is_read_line_by_line(settings, tmp_path, flag, content, field, value):
+    path = tmp_path / "several"
+    path.write_bytes(content)
+    assert getattr(settings(f"{flag}-file", str(path), **DB), field) == value
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "first", "second", "field", "value"),
+    [
+        ("--hosts", "IMMICH_ANALYZE_HOSTS", ONE, f"{TWO},{ONE}", "hosts", (ONE, TWO)),
+        ("--immich-api-keys", "IMMICH_API_KEY", "one,two", "three", *KEYS),
+        ("--immich-header", "IMMICH_ANALYZE_IMMICH_HEADER", "A: b", "C: d", "immich_header", LINES),
+        ("--host-header", "IMMICH_ANALYZE_HOST_HEADER", "A: b", "C: d", "host_header", LINES),
+    ],
+)
+def test_a_list_adds_up(settings, tmp_path, flag, variable, first, second, field, value):
+    files = [tmp_path / "first", tmp_path / "second"]
+    for path, text in zip(files, (first, second), strict=True):
+        path.write_text(text)
+    name = flag[2:]
+    ways = [
+        settings(flag, first, f"{flag}={second}", **{variable: "c:3"}, **DB),
+        settings(**{variable: f"{first}\n{second}"}, **DB),
+        settings(file=f"{name} = {first}\nthink\n--{name}: {second}", **DB),
+    ]
+    if flag != "--hosts":
+        by_file = [word for path in files for word in (f"{flag}-file", str(path))]
+        ways.append(settings(*by_file, **{variable: "c:3"}, **DB))
+    assert [getattr(made, field) for made in ways] == [value] * len(ways)
+
+
+@pytest.mark.parametrize(
+    ("flag", "field", "value"),
+    [("--max-tokens", "max_tokens", 2), ("--api-key", "api_key", "2"), ("--prompt", "prompt", "2")],
+)
+def test_what_is_no_list_is_what_was_said_last(settings, flag, field, value):
+    for made in (
+        settings(flag, "1", flag, "2"),
+        settings(file=f"{flag[2:]} = 1\n{flag[2:]} = 2"),
+    ):
+        assert getattr(made, field) == value
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *(SECRET, f": {SECRET}", "X-A:", "X-A: ", f"X A: {SECRET}", f"X-A: {SECRET}\x00"),
+        *(f"X-Ä: {SECRET}", f"X-A: {SECRET}ключ", f"X(A): {SECRET}", f"X-A: {SECRET}\x7f"),
+        *(f"X-A: ok\n{SECRET}", f"Content-Length: {SECRET}", f"transfer-encoding: {SECRET}"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--immich-header", "--host-header"])
+def test_a_header_that_cannot_be_sent_is_not_quoted(refused, tmp_path, flag, header):
+    path = tmp_path / "headers"
+    path.write_text(header)
+    variable = f"IMMICH_ANALYZE{flag[1:].replace('-', '_').upper()}"
+    for error in (
+        refused(flag, header),
+        refused(f"{flag}-file", str(path)),
+        refused(**{variable: header}),
+    ):
+        assert error.key == "bad_header"
 
 
 @pytest.mark.parametrize(("flag", "variable", "field", "value"), TWINS)
@@ -656,6 +818,8 @@ def test_a_named_file_beats_the_users_which_beats_the_systems(settings, tmp_path
 
 # What is wrong
 
+NOT_UTF8 = "Опиши снимок".encode("cp1251").decode("utf-8", "surrogateescape")
+
 
 @pytest.mark.parametrize(
     ("argv", "more", "named"),
@@ -678,8 +842,6 @@ def test_a_named_file_beats_the_users_which_beats_the_systems(settings, tmp_path
         (["--wait-timeout", "-1"], {}, "--wait-timeout"),
         ([], {"IMMICH_ANALYZE_TIMEOUT": "soon"}, "--timeout"),
         ([], {"file": "timeout = soon"}, "--timeout"),
-        (["--lang", "de"], {}, "--lang"),
-        ([], {"IMMICH_ANALYZE_LANG": "de"}, "--lang"),
         (["-O", "some"], {}, "--overwrite-policy"),
         *(
             (["--shard", text], {}, "--shard")
@@ -690,7 +852,17 @@ def test_a_named_file_beats_the_users_which_beats_the_systems(settings, tmp_path
         ([], {"IMMICH_ANALYZE_MODE": "once"}, "--mode"),
         (["-m", "-c"], {}, "--combined"),
         (["-m", "--mode", "batch"], {}, "--mode"),
-        (["--interface", "openai"], {}, "--interface"),
+        (["--interface", "claude"], {}, "--interface"),
+        (["--thumbnail-size", "huge"], {}, "--thumbnail-size"),
+        (["--unavailable-duration", "-1"], {}, "--unavailable-duration"),
+        (["--prompt", NOT_UTF8], {}, "--prompt"),
+        ([f"--model-name={NOT_UTF8}"], {}, "--model-name"),
+        (["--hosts", NOT_UTF8], {}, "--hosts"),
+        ([], {"IMMICH_ANALYZE_PROMPT": NOT_UTF8}, "--prompt"),
+        ([], {"IMMICH_ANALYZE_HEALTH_HOST": NOT_UTF8}, "--health-host"),
+        ([], {"IMMICH_API_URL": NOT_UTF8}, "--immich-api-url"),
+        ([], {"DB_PASSWORD": NOT_UTF8}, "DB_PASSWORD"),
+        ([], {"DB_URL": NOT_UTF8}, "DB_URL"),
         (["-d", "api"], {}, "--data-access-mode"),
         (["--log-level", "loud"], {}, "--log-level"),
         ([], {"IMMICH_ANALYZE_THINK": "maybe"}, "IMMICH_ANALYZE_THINK"),
@@ -729,7 +901,11 @@ def test_a_wrong_setting_is_named(refused, argv, more, named):
             *(["--max-concurrent", "0"], {}, "--max-concurrent"),
             *("not_a_whole_number", {"value": "0", "least": "1"}),
         ),
-        (["--lang", "de"], {}, "--lang", "not_one_of", {"value": "de", "names": "en, ru"}),
+        (
+            *(["--thumbnail-size", "l"], {}, "--thumbnail-size"),
+            *("not_one_of", {"value": "l", "names": "preview, thumbnail, fullsize"}),
+        ),
+        (["--prompt", NOT_UTF8], {}, "--prompt", "not_utf8", {}),
         (["--hosts", "11434"], {}, "--hosts", "not_an_address", {"value": "11434"}),
         (["--hosts", "http://u:p@:1"], {}, "--hosts", "not_an_address", {"value": ":1"}),
         (["--timeout"], {}, "--timeout", "value_missing", {}),
@@ -824,6 +1000,8 @@ WITH_SECRETS = [
     ([], {"DB_PASSWORD": SECRET}),
     ([], {"DB_URL": f"postgresql://u:{SECRET}@h/d"}),
     ([], {"IMMICH_ANALYZE_API_KEY": SECRET}),
+    (["--immich-header", f"X-A: {SECRET}"], {}),
+    ([], {"IMMICH_ANALYZE_HOST_HEADER": f"X-A: {SECRET}"}),
     ([], API | {"IMMICH_API_KEY": SECRET}),
 ]
 
@@ -838,7 +1016,7 @@ def test_a_config_does_not_show_its_secrets(config, argv, environ):
 
 @pytest.mark.parametrize(("argv", "environ"), WITH_SECRETS)
 @pytest.mark.parametrize(
-    "wrong", [["--timeout", "x"], ["--nonsense"], ["-d", "immich-api", "--immich-api-keys", ","]]
+    "wrong", [["--timeout", "x"], ["--nonsense"], ["--dry-run"], ["--immich-header", "x"]]
 )
 def test_another_mistake_does_not_show_them_either(refused, argv, environ, wrong):
     refused(*argv, *wrong, **environ)
@@ -887,6 +1065,140 @@ def test_a_wrong_database_address_is_not_quoted(config, url):
     error = caught.value
     assert error.key == "bad_postgres_url"
     assert SECRET not in f"{error} {error!r} {error.fields}"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(f"postgresql://u:{SECRET}%def@h/d", f"postgresql://u:{SECRET}100%@h/d"),
+        *(f"postgresql://u:{SECRET}%zz@h/d", f"postgresql://u:{SECRET}%00@h/d"),
+        *(f"socket://u:{SECRET}%ff@/run?db=d", f"socket:///run?db={SECRET}%e", "socket://[u/run"),
+        *(f"postgresql://u:pa/{SECRET}?wo=rd@h/d", f"host=h password={NOT_UTF8}"),
+    ],
+)
+def test_an_escape_that_is_none_is_one_line(url):
+    with pytest.raises(ia.Fatal) as caught:
+        ia.postgres_url(url)
+    error = caught.value
+    assert (error.key, error.fields["unknown"]) == ("bad_postgres_url", "")
+    assert SECRET not in f"{error} {error!r} {error.fields}"
+
+
+@pytest.mark.parametrize(
+    ("url", "keyword"),
+    [
+        (f"postgresql://u:{SECRET}@h/d?schema=public", "schema"),
+        (f"postgresql://u:{SECRET}@h/d?sslmode=require&sslMod=x", "sslMod"),
+        (f"host=h password={SECRET} pasword=x", "pasword"),
+        (f"socket://u:{SECRET}@/run?db=d&pool=5", "pool"),
+    ],
+)
+def test_a_keyword_that_libpq_does_not_know_is_named(url, keyword):
+    with pytest.raises(ia.Fatal) as caught:
+        ia.postgres_url(url)
+    assert str(caught.value).endswith(ia.t("unknown_keyword", keyword=keyword))
+    assert SECRET not in f"{caught.value} {caught.value.fields}"
+
+
+URI = {"user": "u", "password": "p@ss", "dbname": "d", "host": "h"}
+SOCKET = URI | {"host": "/run/postgresql"}
+
+
+@pytest.mark.parametrize(
+    ("url", "parts"),
+    [
+        ("?sslmode=require&sslmode=no-verify", {"sslmode": "require"}),
+        ("?sslmode=no-verify", {"sslmode": "require"}),
+        ("?sslmode=no-verify&sslmode=disable", {"sslmode": "disable"}),
+        (
+            "?sslmode=verify-full&encoding=utf8",
+            {"sslmode": "verify-full", "client_encoding": "utf8"},
+        ),
+    ],
+)
+def test_an_address_as_immich_documents_it_works(config, url, parts):
+    made = config(environ={"DB_URL": f"postgresql://u:p%40ss@h/d{url}"}).postgres_url
+    assert psycopg2.extensions.parse_dsn(ia.postgres_url(made)) == URI | parts
+
+
+@pytest.mark.parametrize(
+    ("url", "parts"),
+    [
+        ("socket://u:p%40ss@/run/postgresql?db=d", SOCKET),
+        (
+            "socket://u:p%40ss@/run/postgresql?encoding=utf8&db=d",
+            SOCKET | {"client_encoding": "utf8"},
+        ),
+        (
+            "socket://u:@/run/postgresql?db=d",
+            {"user": "u", "host": "/run/postgresql", "dbname": "d"},
+        ),
+        ("socket:///run/postgresql?db=d", {"host": "/run/postgresql", "dbname": "d"}),
+        ("socket:/run/postgresql?db=d", {"host": "/run/postgresql", "dbname": "d"}),
+        ("socket:/run/postgresql", {"host": "/run/postgresql"}),
+    ],
+)
+def test_the_address_of_a_socket_works(config, url, parts):
+    made = config(environ={"DB_URL": url}).postgres_url
+    assert psycopg2.extensions.parse_dsn(ia.postgres_url(made)) == parts
+
+
+def test_immichs_other_word_for_the_ssl_mode_works_alone(config):
+    made = ia.postgres_url(config(environ={"DB_SSL_MODE": "no-verify"}).postgres_url)
+    assert psycopg2.extensions.parse_dsn(made)["sslmode"] == "require"
+
+
+@pytest.mark.parametrize(
+    ("flag", "field", "value"),
+    [
+        ("--unavailable-duration", "unavailable_duration", 0.5),
+        ("--wait-retry-interval", "wait_retry_interval", 0.5),
+        ("--file-check-interval", "file_check_interval", 0.5),
+        ("--file-write-timeout", "file_write_timeout", 0.0),
+    ],
+)
+def test_a_pause_of_0_is_a_short_one_and_a_limit_of_0_one_look(config, flag, field, value):
+    assert getattr(config(flag, "0"), field) == value
+    assert getattr(config(flag, "0.1"), field) in (0.1, 0.0001)
+
+
+# What is odd
+
+
+@pytest.mark.parametrize(
+    ("environ", "names"),
+    [
+        ({"IMMICH_ANALYZE_HOST": "x"}, ["IMMICH_ANALYZE_HOST (IMMICH_ANALYZE_HOSTS?)"]),
+        (
+            {"IMMICH_ANALYZE_MODEL_NAMES": SECRET, "IMMICH_ANALYZE_IMMICH_API_KEY": SECRET},
+            [
+                "IMMICH_ANALYZE_IMMICH_API_KEY (IMMICH_ANALYZE_IMMICH_API_KEYS?)",
+                "IMMICH_ANALYZE_MODEL_NAMES (IMMICH_ANALYZE_MODEL_NAME?)",
+            ],
+        ),
+        ({"IMMICH_ANALYZE_HOST": "", "IMMICH_HOST": "x", "DB_HOST": "x"}, []),
+        ({"IMMICH_ANALYZE_LLAMACPP_HOSTS": "x", "IMMICH_ANALYZE_OLLAMA_HOSTS": "x"}, []),
+    ],
+)
+def test_an_unknown_variable_is_named_with_the_nearest(config, environ, names):
+    notices = [(n.key, n.fields["names"]) for n in config(environ=environ).notices]
+    assert notices == ([("unknown_variables", ", ".join(names))] if names else [])
+
+
+@pytest.mark.parametrize(
+    ("argv", "more"),
+    [
+        (["--lang", "de"], {}),
+        (["--lang", ""], {}),
+        (["--lang=de_DE.UTF-8"], {}),
+        ([], {"IMMICH_ANALYZE_LANG": "de"}),
+        ([], {"file": "lang = de"}),
+    ],
+)
+@pytest.mark.parametrize(("locale", "lang"), [("ru_RU.UTF-8", "ru"), ("fr_FR.UTF-8", "en")])
+def test_an_unknown_language_is_the_locales_and_told(settings, argv, more, locale, lang):
+    made = settings(*argv, **more, LANG=locale)
+    assert (made.lang, [n.key for n in made.notices]) == (lang, ["unknown_language"])
 
 
 @pytest.mark.parametrize(
