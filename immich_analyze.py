@@ -1135,7 +1135,8 @@ def innermost(error: BaseException) -> str:
     seen = [error]
     while (inner := seen[-1].__cause__ or seen[-1].__context__) and inner not in seen:
         seen.append(inner)
-    reasons = (getattr(e, "verify_message", getattr(e, "strerror", None)) for e in reversed(seen))
+    reasons = [getattr(e, "verify_message", getattr(e, "strerror", None)) for e in reversed(seen)]
+    reasons += [str(e) for e in seen if type(e) is OSError]  # of a proxy that makes no tunnel
     return next((reason for reason in reasons if isinstance(reason, str)), type(error).__name__)
 
 

@@ -244,6 +244,46 @@ def test_a_netrc_does_not_replace_the_key(fake, make):
     assert [e.headers["Authorization"] for e in fake.exchanges] == ["Bearer k3y"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "sent"),
+    [
+        (["--host-header", "X-Login: s3cret"], {"X-Login": "s3cret"}),
+        (
+            ["--host-header", "authorization: Basic abc", "--api-key", "k3y"],
+            {"Authorization": "Basic abc"},
+        ),
+        (
+            ["--host-header", "Cookie: a=b", "--api-key", "k"],
+            {"Cookie": "a=b", "Authorization": "Bearer k"},
+        ),
+    ],
+)
+def test_headers_for_a_login_go_with_each_request(fake, make, argv, sent):
+    model = make(fake, argv=argv)
+    model.check()
+    model.describe()
+    assert model._probe(fake.url)
+    assert len(fake.exchanges) >= 3
+    for exchange in fake.exchanges:
+        assert sent.items() <= {name: exchange.headers.get(name) for name in sent}.items()
+
+
+def test_openrouter_is_asked_as_it_wants_to_be(make, config):
+    with servers.FakeLlamaCpp(prefix="/api", models=["google/gemma:free", "tiny-vlm"]) as server:
+        server.interface = "openrouter"
+        server.script("GET", "/v1/key", Reply(200, {"data": {}}))
+        model = make(server, at=f"{server.url}/v1", argv=["--api-key", "sk-or-1"])
+        model.check()
+        assert model.describe() == servers.told(JPEG)
+        assert model._probe(f"{server.url}/v1")
+        for exchange in server.exchanges:
+            assert exchange.headers["Authorization"] == "Bearer sk-or-1"
+            assert exchange.headers["X-Title"] == "immich-analyze"
+            assert exchange.headers["HTTP-Referer"].startswith("http://localhost")
+        [chat] = chats(server)
+        assert chat.json["reasoning"] == {"enabled": False}
+
+
 @pytest.mark.parametrize("written", ["{url}", "{url}/", "{url}{root}", "{url}{root}/"])
 def test_an_address_may_end_in_the_interfaces_own_path(fake, make, written):
     root = {"ollama": "/api", "llamacpp": "/v1"}[fake.interface]

@@ -710,6 +710,70 @@ def test_a_write_that_timed_out_but_was_done_is_not_repeated(fake, opened, monke
     assert server.count(*WRITE) == 1
 
 
+HEADERS = ("CF-Access-Client-Id: 1.access", "CF-Access-Client-Secret: s3cret-of-access")
+
+
+def test_headers_for_a_login_go_with_each_request(fake, config):
+    server = fake()
+    server.add_many(2)
+    argv = [word for header in HEADERS for word in ("--immich-header", header)]
+    given = config("--immich-api-url", server.url, "--immich-api-keys", "alice-key", *argv)
+    new_library, _ = ia.open_library(given)
+    with closing(new_library()) as library:
+        asset = listing(library)[0]
+        library.preview(asset)
+        library.claim(asset)
+        library.write(asset, "A text.", NOTE)
+        library.clock()
+    assert len(server.exchanges) > 6
+    for exchange in server.exchanges:
+        for header in HEADERS:
+            name, _, value = header.partition(": ")
+            assert exchange.headers[name] == value
+
+
+ORIGINAL = servers.own_picture(7)
+GIF = b"GIF89a" + bytes(20)
+
+
+@pytest.mark.parametrize(
+    ("size", "location", "original", "asked"),
+    [
+        ("preview", "", b"", ["preview"]),
+        ("thumbnail", "", b"", ["thumbnail"]),
+        ("fullsize", "original?edited=true", ORIGINAL, ["fullsize", "original"]),
+        ("fullsize", "original?edited=true", GIF, ["fullsize", "original", "preview"]),
+        ("fullsize", "thumbnail?edited=true&size=preview", b"", ["fullsize", "preview"]),
+    ],
+)
+def test_the_picture_has_the_size_asked_for(
+    fake, config, size, location, original, asked, monkeypatch
+):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # which is not asked on the way either
+    server = fake()
+    photo = server.add(preview=servers.own_picture(1))
+    given = config(
+        *("--immich-api-url", server.url, "--immich-api-keys", "alice-key"),
+        *("--thumbnail-size", size, "--immich-header", "X-Login: let me in"),
+    )
+    new_library, _ = ia.open_library(given)
+    if location:
+        server.script("GET", "/thumbnail", Reply(302, "", {"Location": location}))
+    server.script("GET", "/original", Reply(200, original, {"Content-Type": "image/jpeg"}))
+    with closing(new_library()) as library:
+        [asset] = listing(library)
+        data = library.preview(asset)
+    small = {"thumbnail": servers.SMALL_PICTURE}.get(size, photo.preview)
+    assert data == (ORIGINAL if original == ORIGINAL else small)
+    seen = server.find("GET", "/thumbnail|/original")
+    assert [x.query.get("size", "original") for x in seen] == asked
+    assert {x.headers["x-api-key"] for x in seen} == {"alice-key"}
+    assert {x.headers["X-Login"] for x in seen} == {"let me in"}
+    assert {x.query["edited"] for x in seen} == {"true"}
+    assert all("/original" in problem for problem in server.problems)  # not in the contract here
+    server.problems.clear()
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_redirects_are_named_and_not_followed(fake, opened, status):
     server, other = fake(), fake(keys={"alice-key": "alice"})

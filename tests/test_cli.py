@@ -186,6 +186,92 @@ def test_settings_for_both_libraries_mean_the_database_and_one_line(database, ap
     assert api.server.exchanges == []
 
 
+SHARED = {"DB_HOSTNAME": "127.0.0.1", "DB_PORT": "9", "DB_USERNAME": "u", "DB_PASSWORD": SECRET}
+
+
+def test_immichs_own_shared_variables_do_not_take_the_api_away(api, ollama, command):
+    wanted = fill(api, 2)
+    given = {"IMMICH_API_URL": api.server.url, "IMMICH_API_KEY": api.server.key}
+    code, shown = on_terminal(*asking(ollama), **SHARED, **given)
+    assert (code, api.texts()) == (0, wanted)
+    assert shown.count(ia.t("both_given_api")) == 1
+    done = command(*asking(ollama), **SHARED, **given)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = command(*asking(ollama), "-d", "database", "--no-wait-for-immich", **SHARED, **given)
+    assert_refused(done, "127.0.0.1", "refused")
+
+
+def test_odd_settings_are_a_line_each_and_the_work_is_done(api, ollama, command):
+    wanted = fill(api, 1)
+    odd = {"IMMICH_ANALYZE_HOST": SECRET, "IMMICH_ANALYZE_MODE_": SECRET, "LANG": "C.UTF-8"}
+    done = command(*api.argv, *asking(ollama), "--lang", "de", **odd)
+    assert (done.returncode, api.texts()) == (0, wanted)
+    variables, language = done.stderr.splitlines()
+    assert "IMMICH_ANALYZE_HOST (IMMICH_ANALYZE_HOSTS?)" in variables
+    assert "IMMICH_ANALYZE_MODE_ (IMMICH_ANALYZE_MODE?)" in variables
+    assert language == ia.t("unknown_language", value="de")
+    assert SECRET not in done.stderr
+
+
+def test_a_prompt_that_is_not_utf8_is_sent_with_no_photo(api, ollama, process):
+    fill(api, 2)
+    prompt = os.fsdecode("Опиши снимок".encode("cp1251"))
+    for argv, environ in ((["--prompt", prompt], {}), ([], {"IMMICH_ANALYZE_PROMPT": prompt})):
+        assert_refused(process(*api.argv, *asking(ollama), *argv, **environ), "--prompt", "UTF-8")
+    assert ollama.exchanges == api.server.exchanges == []
+
+
+def test_what_the_last_run_gave_up_is_said_in_the_next_also_under_cron(library, ollama, process):
+    library.add("bad.jpg", picture=b"not a picture at all")
+    for n in range(3):
+        library.add(picture=servers.own_picture(n))
+        assert process(*library.argv, *asking(ollama)).returncode == 1
+    for more in ([], ["--log-level", "warning"]):
+        done = process(*library.argv, *asking(ollama), *more)
+        [line] = done.stderr.splitlines()
+        assert done.returncode == 0
+        assert ia.t("tally_failed_before", number=1) in line
+    quiet = process(*library.argv, *asking(ollama), "--log-level", "error")
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("variable", ["IMMICH_ANALYZE_IMMICH_HEADER", "IMMICH_ANALYZE_HOST_HEADER"])
+def test_a_header_that_a_server_repeats_is_in_no_line(api, ollama, command, variable):
+    fill(api, 1)
+    refusal = Reply(
+        403, {"message": f"permission: {SECRET}-{SECRET}", "error": f"{SECRET}-{SECRET}"}
+    )
+    for server in (api.server, ollama):
+        server.script(".*", "", refusal, forever=True)
+    given = {variable: f"X-Short: status\nX-Long: {SECRET}-{SECRET}"}
+    argv = api.argv if "IMMICH_H" in variable else ["--no-preflight-model-check", *api.argv]
+    done = command(*argv, *asking(ollama), "--log-level", "debug", "--no-wait-for-immich", **given)
+    assert done.returncode == 2
+    assert SECRET not in done.stderr
+    assert done.stderr
+
+
+def test_no_model_host_is_asked_before_the_first_photo_if_that_is_not_wanted(api, ollama, command):
+    wanted = fill(api, 1)
+    done = command(*api.argv, *asking(ollama), "--no-preflight-model-check")
+    assert (done.returncode, api.texts()) == (0, wanted)
+    assert [(x.method, x.path) for x in ollama.exchanges] == [("POST", "/api/chat")]
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("how", ["well", "failing", "wrong"])
+def test_closed_streams_do_no_harm(api, ollama, closed, how):
+    wanted = fill(api, 2)
+    if how == "failing":
+        api.add("bad.jpg", picture=b"not a picture at all")
+    argv = [*api.argv, *asking(ollama), *(["--nonsense"] if how == "wrong" else [])]
+    run = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, str(ROOT / "immich_analyze.py")]
+    done = subprocess.run([*run, *argv], stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == ({"well": 0, "failing": 1, "wrong": 2}[how], b"")
+    if how != "wrong":
+        assert {id: api.texts()[id] for id in wanted} == wanted
+
+
 def test_a_name_cannot_steer_the_terminal(api, ollama, command):
     name = "\x1b[2J\x07\x9b31mevil\r\n.jpg"
     id = api.add(name, picture=b"not a picture at all")
@@ -239,6 +325,20 @@ def test_help_is_in_the_language_of_its_reader(command, argv, environ, language)
     shown = " ".join(done.stdout.split())
     assert ia.catalogue(language)["help_description"] in shown
     assert ia.catalogue(language)["help_group_work"] in shown
+
+
+@pytest.mark.parametrize(
+    ("encoding", "language"),
+    [("koi8-r", "ru"), ("cp1251", "ru"), ("latin-1", "en"), ("ascii", "en"), ("utf-8", "ru")],
+)
+def test_help_is_readable_in_a_locale_of_another_encoding(tmp_path, encoding, language):
+    argv = [sys.executable, str(ROOT / "immich_analyze.py"), "--help", "--lang", "ru"]
+    environ = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(argv, env=environ, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    shown = " ".join(done.stdout.decode(encoding).split())
+    assert ia.catalogue(language)["help_description"] in shown
+    assert shown.count("?") < 40
 
 
 @pytest.mark.parametrize(

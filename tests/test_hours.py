@@ -237,3 +237,55 @@ def test_who_never_lets_time_go_on_is_found_out(hours):
 
     with pytest.raises(AssertionError, match="spinning"):
         together(spin)
+
+
+# --- A pause of 0 spins nowhere --------------------------------------------------------------
+
+NO_PAUSES = [
+    "--unavailable-duration",
+    "0",
+    "--wait-retry-interval",
+    "0",
+    "--file-check-interval",
+    "0",
+]
+
+
+@pytest.mark.parametrize("trouble", [Reply(503, {"error": "busy"}), Reply(500, {"error": "sick"})])
+def test_a_host_in_trouble_is_asked_twice_a_second_at_most(hours, api, ollama, trouble):
+    wanted = fill(api, 2)
+    ollama.script(*CHATS, hours.between(0, 20, trouble), forever=True)
+    with hours.batch(
+        api, ollama, *NO_PAUSES, "--max-concurrent", "1", "--retry-delay-seconds", "0"
+    ) as run:
+        pass
+    assert (run.counts, api.texts()) == ({"described": 2}, wanted)
+    early = [time for time in times(hours, ollama.find(*CHATS)) if time < 20]
+    assert 10 < len(early) <= 2 * 42  # a request, and one about a plain picture
+    assert 20 <= run.ended < 23
+
+
+def test_an_immich_that_is_away_is_asked_twice_a_second_at_most(hours, api, ollama):
+    wanted = fill(api, 2)
+    away = hours.between(0, 20, Reply(502, "<html>"))
+    api.server.script("GET", "/server/version", away, forever=True)
+    with hours.service(api, ollama, *NO_PAUSES) as run:
+        run.until(25)
+    early = [t for t in times(hours, api.server.find("GET", "/server/version")) if t < 20]
+    assert 30 < len(early) <= 42
+    assert api.texts() == wanted
+
+
+@pytest.mark.parametrize(("seconds", "looks"), [("0", 1), ("10", 21)])
+def test_a_preview_that_is_being_written_is_read_twice_a_second_at_most(
+    hours, api, ollama, seconds, looks
+):
+    id = api.add(picture=servers.picture()[:-200])
+    grow = iter(range(1, 1000))
+    whole = servers.picture()
+    half = lambda _: Reply(200, whole[: 200 + next(grow)], {"Content-Type": "image/jpeg"})  # noqa: E731
+    api.server.script("GET", "/thumbnail", half, forever=True)
+    with hours.batch(api, ollama, *NO_PAUSES, "--file-write-timeout", seconds) as run:
+        pass
+    assert (run.counts, api.texts()[id]) == ({"failed": 1}, "")
+    assert len(api.server.find("GET", "/thumbnail")) == looks

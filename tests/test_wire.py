@@ -7,6 +7,7 @@ import ssl
 import struct
 import threading
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psycopg2
 import pytest
@@ -422,6 +423,147 @@ def test_a_redirect_is_reported_and_not_followed(ask, server, status, location, 
     assert found == (ia.Unexpected, "redirected")
     assert other.exchanges == []
     assert target is None or error.fields["target"] == target.format(**names)
+
+
+LOGINS = [
+    "https://auth.invalid/?rd=https%3A%2F%2Fphotos%2Fapi&token=s3cret",
+    "https://me:s3cret@team.invalid/cdn-cgi/access/login/photos?kid=s3cret",
+    "https://auth.invalid/application/o/authorize/",
+    "http://127.0.0.1:1/login",
+    "//auth.invalid/realms/home/protocol/openid-connect/auth?state=s3cret",
+]
+
+
+@pytest.mark.parametrize("location", LOGINS)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_redirect_to_a_login_is_called_that(ask, server, location, method):
+    server.script(method, "/x", servers.Reply(302, "<html>", {"Location": location}))
+    found, error = blamed(ask, f"{server.url}/x", method)
+    assert found == (ia.Unexpected, "login_page")
+    assert error.fields["target"] == ia.public(location)
+    assert "--immich-header" in str(error)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["https://photos.invalid/sub/x?a=b", "https://photos.invalid/", "https://photos.invalid"],
+)
+def test_an_address_that_moved_is_no_login(ask, server, location):
+    server.script("GET", "/x", servers.Reply(301, "", {"Location": location}))
+    assert blamed(ask, f"{server.url}/x?a=b")[0] == (ia.Unexpected, "redirected")
+
+
+AUTHORIZATION = [
+    ([("authorization", f"Basic {SECRET}")], f"Basic {SECRET}"),
+    ([("Cookie", "a=b; c=d")], None),
+]
+
+
+@pytest.mark.parametrize(("headers", "sent"), AUTHORIZATION)
+def test_headers_go_with_each_request(server, headers, sent):
+    (Path.home() / ".netrc").write_text("default login me password other\n" if sent else "")
+    server.script(
+        "POST", "/headers", servers.Reply(200, None, {"Set-Cookie": "a=stale"}), forever=True
+    )
+    before = server.count("POST", "/headers")
+    with ia.Session([*headers, ("X-Two", "2"), ("x-two", "3")]) as session:
+        for more in ({}, {"headers": {"x-api-key": "k"}}):
+            url = f"{server.url}/headers"
+            ia.http(session, "POST", url, blame=MODEL, timeout=servers.PATIENCE, **more)
+    for exchange in server.find("POST", "/headers")[before:]:
+        assert exchange.headers.get("Authorization") == sent
+        assert exchange.headers["X-Two"] == "3"
+        name, value = headers[0]
+        assert exchange.headers[name] == value
+
+
+# Proxies
+
+AWAY = "http://immich.invalid/api/x"  # of no address, so only a proxy can answer
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    """Sets the proxy of the environment, and gives its place as messages show it."""
+
+    def use(place, scheme="http://"):
+        for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, f"{scheme}user:{SECRET}@{place}")
+        return place
+
+    return use
+
+
+def assert_named(error, place, url):
+    shown = ia.t("through_proxy", url=url, proxy=place)
+    assert shown in str(error)
+    assert "NO_PROXY" in str(error)
+    assert SECRET not in str(error)
+
+
+@pytest.mark.parametrize("url", [AWAY, AWAY.replace("http:", "https:")])
+@pytest.mark.parametrize("scheme", ["http://", "https://", "", "socks5://", "nonsense://"])
+def test_a_proxy_that_cannot_be_reached_is_named(ask, proxy, url, scheme):
+    place = proxy(f"127.0.0.1:{closed_port()}", scheme)
+    found, error = blamed(ask, url, timeout=2)
+    assert issubclass(found[0], ia.Unavailable | ia.Fatal)
+    assert_named(error, place, url)
+
+
+@pytest.mark.parametrize("status", [403, 407, 502, 503])
+@pytest.mark.parametrize("blame", [MODEL, IMMICH])
+def test_a_proxy_that_refuses_is_named(ask, proxy, status, blame):
+    with servers.FakeServer() as server:
+        server.script("GET", "", servers.Reply(status, PAGE), forever=True)
+        place = proxy(server.url.removeprefix("http://"))
+        assert_named(blamed(ask, AWAY, blame=blame)[1], place, AWAY)
+
+
+def test_a_proxy_that_makes_no_tunnel_is_named_with_its_reason(ask, proxy):
+    url = AWAY.replace("http:", "https:")
+    with saying(b"HTTP/1.1 403 Forbidden\r\n\r\n") as place:
+        found, error = blamed(ask, url, timeout=2) if proxy(place) else None
+    assert found == (ia.Unavailable, "unreachable")
+    assert_named(error, place, url)
+    assert "403 Forbidden" in str(error)
+
+
+@pytest.mark.parametrize("no_proxy", [None, "elsewhere.invalid"])
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_this_machine_is_never_asked_through_a_proxy(
+    ask, proxy, monkeypatch, server, name, no_proxy
+):
+    proxy(f"127.0.0.1:{closed_port()}")
+    monkeypatch.setenv("ALL_PROXY", f"http://127.0.0.1:{closed_port()}")
+    if no_proxy:
+        monkeypatch.setenv("NO_PROXY", no_proxy)
+    url = server.url.replace("127.0.0.1", name)
+    server.script("GET", "/here", servers.Reply(200))
+    assert ask(f"{url}/here").status == 200
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1]:1/x",
+        "http://[::ffff:127.0.0.1]/",
+        "http://LOCALHOST./",
+        "http://127.0.0.2:1/",
+        "http://a.localhost/",
+    ],
+)
+def test_whatever_it_is_called(proxy, url):
+    proxy("127.0.0.1:1")
+    with ia.Session() as session:
+        assert ia.shown_with_proxy(session, url) == url
+        assert ia.shown_with_proxy(session, "http://localhost.invalid/") != url
+
+
+def test_what_no_proxy_lists_is_asked_directly(ask, proxy, monkeypatch):
+    proxy(f"127.0.0.1:{closed_port()}")
+    monkeypatch.setenv("NO_PROXY", "immich.invalid")
+    error = blamed(ask, AWAY)[1]
+    assert error.fields["url"] == AWAY
 
 
 def test_cookies_are_not_kept(ask, server):
