@@ -95,7 +95,7 @@ def use_language(code: str) -> None:
     """Choose the language of all texts, if it can be written; called by main before any thread."""
     global _language
     with suppress(UnicodeEncodeError):
-        catalogue(code)["photos"].encode(sys.stdout.encoding or "utf-8")
+        catalogue(code).get("photos", "").encode(sys.stdout.encoding or "utf-8")
         _language = code
 
 
@@ -296,21 +296,26 @@ def language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
     return next((code for code in (chosen, locale[:2]) if code in LANGUAGES), "en")
 
 
-def number(
-    least: float, most: float = math.inf, *, whole: bool = False, above: bool = False
-) -> Callable[[str], float]:
-    """Converter for a finite number from `least` on (or strictly above it), a port's to `most`."""
+def number(least: float, *, whole: bool = False, above: bool = False) -> Callable[[str], float]:
+    """Converter for a finite number from `least` on (or strictly above it)."""
     key = "not_a_whole_number" if whole else "not_above" if above else "not_a_number"
-    key = key if most == math.inf else "not_a_port"
 
     def convert(text: str) -> float:
         with suppress(ValueError, OverflowError):
             value = int(text) if whole else float(text)
-            if math.isfinite(value) and (least < value if above else least <= value <= most):
+            if math.isfinite(value) and (value > least if above else value >= least):
                 return value if whole else min(value, threading.TIMEOUT_MAX)
         raise argparse.ArgumentTypeError(t(key, value=text, least=f"{least:g}"))
 
     return convert
+
+
+def port(text: str) -> int:
+    """Converter for a TCP port, 0 for none."""
+    value = int(number(0, whole=True)(text))
+    if value > 65535:
+        raise argparse.ArgumentTypeError(t("not_a_port", value=text))
+    return value
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -551,7 +556,7 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     add(files, "--event-cooldown", type=number(0), default=2.0, metavar="S")
 
     health = parser.add_argument_group(t("help_group_health"))
-    add(health, "--health-port", type=number(0, 65535, whole=True), default=0, metavar="PORT")
+    add(health, "--health-port", type=port, default=0, metavar="PORT")
     add(health, "--health-host", default="127.0.0.1", metavar="HOST")
     add(health, "--healthcheck", env="", action="store_true")
 
@@ -1251,12 +1256,9 @@ def database_error(error: psycopg2.Error) -> AnalyzeError:
 
 
 def postgres_url(url: str) -> str:
-    """A connection string for libpq, checked here, as its complaints could quote the password.
-
-    Immich takes more than libpq: socket://user:password@/folder?db=name, and no-verify.
-    """
+    """A connection string, checked here, as libpq's complaints could quote the password."""
     try:
-        if url.startswith("socket:"):
+        if url.startswith("socket:"):  # which Immich takes, and no-verify
             address = urlsplit(url)
             query = re.sub("(^|&)db=", r"\1dbname=", address.query)
             url = f"postgresql://{address.netloc}/?host={address.path}&{query}".rstrip("&")
