@@ -1041,19 +1041,20 @@ class Session(requests.Session):
 
     def __init__(self, headers: Iterable[Header] = ()) -> None:
         super().__init__()
+        self.trust_env = False  # .netrc would outrank a key, and looking for it takes long
         self._settings: dict[str, Any] = {}
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         self.headers["User-Agent"] = f"immich-analyze/{__version__}"
         self.headers.update(headers)
         if "Authorization" in self.headers:
-            self.auth = lambda request: request  # else .netrc or the address would outrank it
+            self.auth = lambda request: request  # else the address would outrank it
 
     def merge_environment_settings(self, url: Any, *given: Any) -> Any:
         """The proxy and certificates that the environment names, looked up once a server."""
         # requests searches all variables, which takes longer than the rest of a request
         server = "/".join(str(url).split("/", 3)[:3])
         if server not in self._settings:
-            self._settings[server] = super().merge_environment_settings(url, *given)
+            self._settings[server] = requests.Session().merge_environment_settings(url, *given)
             if re.fullmatch(LOOPBACK, urlsplit(str(url)).hostname or ""):
                 self._settings[server]["proxies"] = {"no_proxy": "*"}
         return dict(self._settings[server])
@@ -3750,9 +3751,9 @@ def ask_health(config: Config) -> int:
         return Retryable("unhealthy", why=reply.body.decode("utf-8", "replace").strip())
 
     with closing(Session()) as session:
-        session.trust_env = False  # no proxy stands between
         try:
-            http(session, "GET", url, timeout=10.0, blame=unhealthy)
+            direct = {"no_proxy": "*"}
+            http(session, "GET", url, timeout=10.0, blame=unhealthy, proxies=direct)
         except AnalyzeError as error:
             log.critical("%s", error)
             return 1
