@@ -461,7 +461,7 @@ AUTHORIZATION = [
 
 @pytest.mark.parametrize(("headers", "sent"), AUTHORIZATION)
 def test_headers_go_with_each_request(server, headers, sent):
-    (Path.home() / ".netrc").write_text("default login me password other\n" if sent else "")
+    (Path.home() / ".netrc").write_text("default login me password other\n")
     server.script(
         "POST", "/headers", servers.Reply(200, None, {"Set-Cookie": "a=stale"}), forever=True
     )
