@@ -1084,7 +1084,7 @@ def http(
     try:
         with session.request(method, url, timeout=limits, stream=True, **options) as response:
             body = bytearray()
-            for chunk in response.iter_content(2**16):
+            for chunk in response.iter_content(2**20):  # a preview in one piece
                 body += chunk
                 if len(body) > limit:
                     raise Retryable("reply_too_large", url=shown)
