@@ -113,10 +113,13 @@ def t(key: str, **fields: object) -> str:
 class AnalyzeError(Exception):
     """Anything that went wrong, as a message key with its fields."""
 
-    def __init__(self, key: str, *, pause: float | None = None, **fields: Any) -> None:
+    def __init__(
+        self, key: str, *, pause: float | None = None, words: str = "", **fields: Any
+    ) -> None:
         super().__init__(key)
         self.key = key
         self.pause = pause  # seconds for which the server asks to be left alone
+        self.words = words  # all that the server said
         self.fields = fields
 
     def __str__(self) -> str:
@@ -260,6 +263,8 @@ class Config:
     prompt: str
     think: bool
     max_tokens: int
+    context_length: int  # tokens, 0 = the server's
+    model_options: dict[str, Any]  # further parameters of the model
     max_image_size: int  # pixels of the longer side, 0 = as Immich made it
     max_concurrent: int
     shard: tuple[int, int]  # which, from 1 on, of how many
@@ -283,8 +288,9 @@ class Config:
 
     @property
     def prompt_id(self) -> str:
-        """What notes call the prompt: the first 12 hex digits of its SHA-256."""
-        return sha256(self.prompt.encode()).hexdigest()[:12]
+        """What notes call the prompt, with the options: 12 hex digits of their SHA-256."""
+        options = json.dumps(self.model_options, sort_keys=True) if self.model_options else ""
+        return sha256((self.prompt + options).encode()).hexdigest()[:12]
 
 
 def language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
@@ -325,6 +331,15 @@ def shard(text: str) -> tuple[int, int]:
     if not 1 <= which <= count:
         raise argparse.ArgumentTypeError(t("not_a_shard", value=text))
     return which, count
+
+
+def model_options(text: str) -> dict[str, Any]:
+    """Converter for further parameters of the model: a JSON object, without what is ours."""
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, dict) and not value.keys() & {"model", "messages", "stream"}:
+            return value
+    raise argparse.ArgumentTypeError(t("not_model_options", value=text))
 
 
 def one_of(names: Iterable[str], **others: str) -> Callable[[str], str]:
@@ -544,6 +559,8 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     add(model, "--max-concurrent", type=number(1, whole=True), default=4, metavar="N")
     add(model, "--timeout", type=seconds, default=300.0, metavar="S")
     add(model, "--max-tokens", type=number(1, whole=True), default=4096, metavar="N")
+    add(model, "--context-length", type=number(0, whole=True), default=0, metavar="N")
+    add(model, "--model-options", type=model_options, default="{}", metavar="JSON")
     add(model, "--think", default=False, **switch)
     add(model, "--max-image-size", type=number(0, whole=True), default=0, metavar="PIXELS")
     add(model, "--max-retries", type=number(0, whole=True), default=0, metavar="N")
@@ -962,15 +979,20 @@ def description_in(answer: object) -> str:
     """The description in a model's answer.
 
     Raises Retryable when there is none: empty, a web page, a bare number (Immich would
-    store 1.50 as 1.5), or one phrase again and again, which shows in how well it compresses.
+    store 1.50 as 1.5), or one phrase again and again.
     """
     text = clean(answer) if isinstance(answer, str) else ""
     if not any(c.isalpha() for c in text) or HTML.match(text):
         raise Retryable("answer_empty")
-    data = text.encode()
-    if len(data) > 200 and len(data) > 6 * len(zlib.compress(data)):
+    if repeats(text):
         raise Retryable("answer_repeats")
     return text
+
+
+def repeats(text: str) -> bool:
+    """Whether a text says one thing again and again, which shows in how well it compresses."""
+    data = text.encode()
+    return len(data) > 200 and len(data) > 6 * len(zlib.compress(data))
 
 
 def dig(data: object, *path: str | int) -> Any:
@@ -1021,15 +1043,27 @@ class Reply:
     def complaint(self) -> str:
         """What the server says is wrong: one line, "" if it says nothing to people."""
         text = self.body[:4000].decode("utf-8", "replace").strip()
-        for _ in range(3):  # Ollama hands on llama.cpp's JSON as a string in its own
-            try:
-                said = json.loads(text)
-            except (ValueError, RecursionError):
-                break
-            paths = (("error", "message"), ("message",), ("error",), ("detail",))
-            inner = next((found for path in paths if (found := dig(said, *path))), "")
-            text = "; ".join(map(str, inner)) if isinstance(inner, list) else str(inner or "")
+        with suppress(RecursionError):
+            text = words_in(text)
         return "" if text.startswith("<") else " ".join(text.split())[:300]
+
+
+def words_in(said: object) -> str:
+    """The words in JSON that says what is wrong; Ollama nests it in a string."""
+    if isinstance(said, str):
+        try:
+            inner = json.loads(said)
+        except ValueError:
+            return said
+        return said if isinstance(inner, int | float) else words_in(inner)
+    if isinstance(said, list):
+        return "; ".join(words_in(one) or str(one) for one in said)
+    if not isinstance(said, dict):
+        return str(said or "")
+    inner = said.get("error")
+    ways = [inner if isinstance(inner, dict | list) else None, said.get("message"), inner]
+    ways += [said.get("detail"), said.get("errors")]
+    return next(filter(None, map(words_in, ways)), "")
 
 
 class Session(requests.Session):
@@ -1073,33 +1107,32 @@ def http(
     blame: Callable[[Reply], AnalyzeError],
     timeout: float,
     limit: int = REPLY_LIMIT,
+    watch: Callable[[bytearray], None] | None = None,
     **options: Any,
 ) -> Reply:
     """Send one request and read the answer, `limit` bytes at most.
 
-    A status other than 2xx is raised as the error that `blame` makes of it.
+    A status other than 2xx is raised as the error that `blame` makes of it. `watch` sees the
+    body of any other answer as it grows; what it raises ends the request, also for the server.
     """
-    shown = shown_with_proxy(session, url)
+    shown, body = shown_with_proxy(session, url), bytearray()
     limits = (min(timeout, CONNECT_TIMEOUT), min(timeout, LONGEST_TIMEOUT))
     try:
         with session.request(method, url, timeout=limits, stream=True, **options) as response:
-            body = bytearray()
-            for chunk in response.iter_content(2**20):  # a preview in one piece
-                body += chunk
+            # of a body without chunks, a piece comes only once it has its size
+            for piece in response.iter_content(2**10 if watch else 2**20):
+                body += piece
                 if len(body) > limit:
                     raise Retryable("reply_too_large", url=shown)
+                if watch and response.ok:
+                    watch(body)
             reply = Reply(shown, response.status_code, response.headers, bytes(body))
-    except requests.exceptions.ReadTimeout as error:
-        raise Retryable("timed_out", url=shown, seconds=f"{timeout:g}") from error
-    except requests.exceptions.SSLError as error:
-        kind = Unavailable if "EOF" in str(error) else Unexpected  # hung up on, or no such thing
-        raise kind("tls_failed", url=shown, why=innermost(error)) from error
     except requests.exceptions.InvalidHeader as error:  # in a broken answer
         raise Retryable("connection_cut", url=shown) from error
     except ValueError as error:  # an address that neither requests nor urllib3 can read
         raise Fatal("not_an_address", value=shown) from error
     except OSError as error:  # everything else that requests raises
-        raise connection_error(error, shown) from error
+        raise connection_error(error, shown, timeout, silent=bool(watch) and not body) from error
     if 200 <= reply.status < 300:
         return reply
     if 300 <= reply.status < 400:
@@ -1124,15 +1157,20 @@ def redirected(url: str, shown: str, location: str) -> AnalyzeError:
     return Unexpected("login_page" if login else "redirected", url=shown, target=target)
 
 
-def connection_error(error: OSError, shown: str) -> AnalyzeError:
+def connection_error(error: OSError, shown: str, timeout: float, *, silent: bool) -> AnalyzeError:
     """Unavailable if no connection was made; a cut one, Retryable, may be the picture's doing."""
     if not isinstance(error, requests.exceptions.RequestException):
         return Fatal("tls_failed", url=shown, why=error)  # REQUESTS_CA_BUNDLE names no file
+    if isinstance(error, requests.exceptions.SSLError):
+        kind = Unavailable if "EOF" in str(error) else Unexpected  # hung up on, or no such thing
+        return kind("tls_failed", url=shown, why=innermost(error))
     cause = error.args[0] if error.args else None
     if isinstance(error, requests.exceptions.ConnectTimeout) or hasattr(cause, "reason"):
         return Unavailable("unreachable", url=shown, why=innermost(error))
-    if "timed out" in str(error):  # while the body was read
-        return Retryable("timed_out_reading", url=shown)
+    if isinstance(error, requests.exceptions.ReadTimeout) or "timed out" in str(error):
+        silent |= isinstance(error, requests.exceptions.ReadTimeout)  # headers are no answer yet
+        key = "timed_out" if silent else "timed_out_reading"
+        return Retryable(key, url=shown, seconds=f"{timeout:g}")
     return Retryable("connection_cut", url=shown)
 
 
@@ -1161,28 +1199,42 @@ def date_in(header: str) -> datetime:
 
 
 BUSY = {408, 429, 502, 503, 504}
-NO_MODEL = re.compile(r"model\b.*\b(not found|not exist)|no such model", re.I)
+# What model servers say, in all words that were seen.
+BUSY_WORDS = re.compile(r"server busy|overloaded|rate.?limit|loading model", re.I)
 CANNOT_SEE = re.compile(r"image input is not supported|missing data required for image input", re.I)
+CONTEXT = re.compile(r"available context|exceed_context_size|context[ _](length|size|window)", re.I)
+HTTPS = re.compile(r"plain HTTP request was sent to|HTTP request to an HTTPS|speaking plain HTTP")
+NO_MODEL = re.compile(r"model_not_found|model\b.*\b(not found|not exist)|no such model", re.I)
+PROMPT_TOKENS = re.compile(r"(?:n_prompt_tokens\D+|request \()(\d+)")
+THINKING = re.compile(r"thinking|reasoning", re.I)
 
 
 def model_host_error(reply: Reply) -> AnalyzeError:
-    """What a model host's status says; mostly not whether the host or the picture is to blame."""
-    url, status, why = reply.url, reply.status, reply.complaint()
+    """What a model host's status says; mostly not whether the host or the picture is to blame.
+
+    An error in an answer of status 200 is judged by its words.
+    """
+    status, why, words = reply.status, reply.complaint(), reply.body.decode("utf-8", "replace")
+    hints = {413: "hint_too_large", 504: "hint_too_slow"}
+    hint = t(hints.get(status, "")) if status in hints else ""
+    fields: dict[str, Any] = {"url": reply.url, "status": status, "words": words}
+    fields["why"] = f"{hint} {why}".strip()
     match status:
         case _ if CANNOT_SEE.search(why):
-            return Fatal("model_blind", url=url)
+            return Fatal("model_blind", **fields)
+        case _ if HTTPS.search(words):
+            return Fatal("https_needed", **fields)
         case 401 | 402 | 403:
-            return Fatal("host_key_refused", url=url, status=status)
-        case 400 | 404 if NO_MODEL.search(why):
-            return Fatal("model_missing", url=url, why=why)
+            return Fatal("host_key_refused", **fields)
+        case 200 | 400 | 404 if NO_MODEL.search(why):
+            return Fatal("model_missing", **fields)
         case 404 | 405:
-            return Unexpected("host_wrong", url=url, status=status)
-        case _ if status in BUSY:
-            pause = retry_after(reply)
-            return Unavailable("host_busy", pause=pause, url=url, status=status, why=why)
+            return Unexpected("host_wrong", **fields)
+        case _ if status in BUSY or (status == 200 and BUSY_WORDS.search(why)):
+            return Unavailable("host_busy", pause=retry_after(reply), **fields)
         case _:
-            key = "host_failed" if status >= 500 else "picture_refused"
-            return Retryable(key, url=url, status=status, why=why)
+            key = "host_failed" if status == 200 or status >= 500 else "picture_refused"
+            return Retryable(key, **fields)
 
 
 def immich_error(reply: Reply) -> AnalyzeError:
@@ -1281,17 +1333,51 @@ def postgres_url(url: str) -> str:
 # 6 AI: who describes. Knows nothing of Immich.
 # ------------------------------------------------------------------------------
 
-ANSWER_LIMIT = 4 * 2**20  # bytes
+ANSWER_LIMIT = 4 * 2**20  # bytes, and for long answers
+TOKEN_LIMIT = 2**10  # bytes a token, with all that a server says with it
+LEAST_CONTEXT = 256  # tokens
+CONTEXT_STEP = 4096  # a server reloads its model for each other size
+CHECK_STEP = 400  # characters between two looks at an answer that is being made
 CHECK_TIMEOUT = 15.0
 PICTURE_TRIES = 3  # of one photo, at hosts that are well
 STRUCK_OFF = 3600.0  # seconds until a host that needs a person is asked again
 PROBE_INTERVAL = 0.5  # seconds between two probes of a host, while no host is available
 PROBE_TIMEOUT = 1.0
+GROWTH = 20  # answers after which a host with a queue gets one request more at a time
 QUIET = 600.0  # seconds between two lines about a host that is unavailable for moments
 TEXTS = 1000  # answers of a host that are remembered
-THINK_REFUSED = re.compile(r"think|chat_template_kwargs", re.I)
 TIMED_OUT = ("timed_out", "timed_out_reading")
 SEES, BLIND = 0, -1  # in Host.texts: no hash of a picture, but what a plain one showed
+CUT = ("answer_cut", "context_full")
+# Parts of a question that some hosts refuse; for the last they take another name.
+REFUSABLE = ("think", "chat_template_kwargs", "reasoning_effort", "stream_options", "max_tokens")
+# Where an answer, or a piece of one, has its message, why it ended, and the tokens of both sides.
+MESSAGE = (("message",), ("choices", 0, "delta"), ("choices", 0, "message"), ("choices", 0))
+FINISH = (("done_reason",), ("choices", 0, "finish_reason"))
+TOKENS = (("eval_count",), ("usage", "completion_tokens"))
+PROMPT_SIZE = (("prompt_eval_count",), ("usage", "prompt_tokens"))
+TEXT_IN = (("content",), ("text",))
+THOUGHTS_IN = (("thinking",), ("reasoning_content",), ("reasoning",))
+
+
+def first(data: object, paths: Iterable[tuple[str | int, ...]]) -> Any:
+    """What is at the first of these paths that leads to anything; None without any."""
+    return next(filter(None, (dig(data, *path) for path in paths)), None)
+
+
+def text_of(found: object) -> str:
+    """A text, or those of the parts that it comes in."""
+    if isinstance(found, list):
+        return "".join(part for one in found if isinstance(part := dig(one, "text"), str))
+    return found if isinstance(found, str) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a host wants to be asked, as it told by refusing another way."""
+
+    context: int = 0  # tokens; 0 = as the server has it
+    refused: frozenset[str] = frozenset()  # of REFUSABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -1300,12 +1386,11 @@ class Dialect:
 
     root: str  # what its paths begin with; people often give it with the address
     chat: str
-    question: Callable[[str, str, str, int], dict[str, Any]]  # model, prompt, MIME type, tokens
+    question: Callable[[Config, str, int], dict[str, Any]]  # with MIME type and context
     thinking: Callable[[bool], dict[str, Any]]  # the switch to add to a question
-    text: tuple[str | int, ...]  # where the answer is
-    finish: tuple[str | int, ...]  # where it says why it ended; "length" = cut
     sees: Callable[[Callable[..., Any], str], bool | None]  # is the model there, and can it see?
     alive: str  # a path that is answered whenever the server is up
+    takes_context: bool = False
     headers: tuple[Header, ...] = ()  # that it wants to know who asks by
 
 
@@ -1313,43 +1398,68 @@ class Dialect:
 PICTURE = "immich-analyze puts the picture here"
 
 
-def ollama_question(model: str, prompt: str, _: str, tokens: int) -> dict[str, Any]:
+def ollama_question(config: Config, _: str, context: int) -> dict[str, Any]:
     """Body of POST /api/chat; images are bare base64 there."""
-    message = {"role": "user", "content": prompt, "images": [PICTURE]}
-    options = {"num_predict": tokens}
-    return {"model": model, "messages": [message], "stream": False, "options": options}
+    message = {"role": "user", "content": config.prompt, "images": [PICTURE]}
+    options = {"num_predict": config.max_tokens} | ({"num_ctx": context} if context else {})
+    options |= config.model_options
+    beside = {"keep_alive": options.pop("keep_alive")} if "keep_alive" in options else {}
+    question = {"model": config.model_name, "messages": [message], "stream": True}
+    return question | beside | {"options": options}
 
 
 def ollama_sees(ask: Callable[..., Any], model: str) -> bool | None:
     """POST /api/show is 404 for a model that is not there; `capabilities` are newer."""
-    capabilities = dig(ask("POST", "/api/show", json={"model": model}), "capabilities")
+    try:
+        capabilities = dig(ask("POST", "/api/show", json={"model": model}), "capabilities")
+    except Fatal as error:
+        if error.key == "model_missing":
+            with suppress(AnalyzeError):
+                rows = dig_list(ask("GET", "/api/tags"), "models")
+                error.fields["why"] += nearest(model, [str(dig(row, "name")) for row in rows])
+        raise
     return "vision" in capabilities if isinstance(capabilities, list) else None
 
 
-def openai_question(model: str, prompt: str, mime: str, tokens: int) -> dict[str, Any]:
+def nearest(model: str, names: Iterable[str]) -> str:
+    """A question whether the name like it was meant, tags aside; "" if there is none."""
+    by_base = {name.lower().partition(":")[0]: name for name in names}
+    found = difflib.get_close_matches(model.lower().partition(":")[0], by_base, 1)
+    return " " + t("did_you_mean", name=by_base[found[0]]) if found else ""
+
+
+def openai_question(config: Config, mime: str, _: int) -> dict[str, Any]:
     """Body of POST /v1/chat/completions."""
     image = {"url": f"data:{mime};base64,{PICTURE}"}
-    content = [{"type": "text", "text": prompt}, {"type": "image_url", "image_url": image}]
+    content = [{"type": "text", "text": config.prompt}, {"type": "image_url", "image_url": image}]
     message = {"role": "user", "content": content}
-    return {"model": model, "messages": [message], "stream": False, "max_tokens": tokens}
+    question = {"model": config.model_name, "messages": [message], "stream": True}
+    question |= {"stream_options": {"include_usage": True}, "max_tokens": config.max_tokens}
+    return question | config.model_options
+
+
+def openai_thinking(think: bool) -> dict[str, Any]:
+    """The switch of llama.cpp and vLLM, and the one of Ollama and others, which has no "on"."""
+    switch = {"chat_template_kwargs": {"enable_thinking": think}}
+    return switch if think else switch | {"reasoning_effort": "none"}
 
 
 def openai_sees(ask: Callable[..., Any], model: str) -> bool | None:
     """GET /v1/models lists the models; llama.cpp answers by any name if it serves one.
 
     Only llama.cpp tells whether a model can see: `input_modalities`, in older builds
-    `modalities` of GET /props.
+    `modalities` of GET /props. Ollama lists names with their tag, llama-swap no aliases.
     """
     listed = dig_list(ask("GET", "/v1/models"), "data")
-    models = {str(dig(entry, "id")): entry for entry in listed}
-    alone = len(models) == 1 and dig(listed, 0, "owned_by") == "llamacpp"
-    if alone:
-        known = dig(listed, 0)
-    else:
-        aliased = (m for m in models.values() if model in dig_list(m, "aliases"))
-        known = models.get(model) or next(aliased, None)
-        if models and not known:
-            raise Fatal("model_not_listed", model=model, models=", ".join(sorted(models)[:10]))
+    models = {str(dig(entry, "id")).removesuffix(":latest"): entry for entry in listed}
+    for entry in listed:
+        names = dig_list(entry, "aliases") + dig_list(entry, "meta", "llamaswap", "aliases")
+        models |= {name: entry for name in names if isinstance(name, str) and name not in models}
+    alone = len(listed) == 1 and dig(listed, 0, "owned_by") == "llamacpp"
+    known = dig(listed, 0) if alone else models.get(model.removesuffix(":latest"))
+    if models and not known:
+        some = ", ".join(sorted(models)[:10]) + "." + nearest(model, models)
+        raise Retryable("model_not_listed", model=model, models=some)
     modalities = dig(known, "architecture", "input_modalities")
     if isinstance(modalities, list):
         return "image" in modalities
@@ -1357,39 +1467,53 @@ def openai_sees(ask: Callable[..., Any], model: str) -> bool | None:
     return vision if isinstance(vision, bool) else None
 
 
+LIKE_OPENAI = Dialect(
+    root="/v1",
+    chat="/v1/chat/completions",
+    question=openai_question,
+    thinking=openai_thinking,
+    sees=openai_sees,
+    alive="/health",
+)
 DIALECTS = {
     "ollama": Dialect(
         root="/api",
         chat="/api/chat",
         question=ollama_question,
         thinking=lambda think: {"think": think},
-        text=("message", "content"),
-        finish=("done_reason",),
         sees=ollama_sees,
         alive="/api/version",
+        takes_context=True,
     ),
-    "llamacpp": Dialect(
-        root="/v1",
-        chat="/v1/chat/completions",
-        question=openai_question,
-        thinking=lambda think: {"chat_template_kwargs": {"enable_thinking": think}},
-        text=("choices", 0, "message", "content"),
-        finish=("choices", 0, "finish_reason"),
-        sees=openai_sees,
-        alive="/health",
-    ),
-    "openrouter": Dialect(
-        root="/v1",
-        chat="/v1/chat/completions",
-        question=openai_question,
+    "llamacpp": LIKE_OPENAI,
+    "openrouter": replace(
+        LIKE_OPENAI,
         thinking=lambda think: {"reasoning": {"enabled": think}},
-        text=("choices", 0, "message", "content"),
-        finish=("choices", 0, "finish_reason"),
-        sees=openai_sees,
         alive="/v1/key",
         headers=(("HTTP-Referer", "http://localhost"), ("X-Title", "immich-analyze")),
     ),
 }
+
+
+def lacks_context(error: AnalyzeError) -> bool:
+    """Whether a host says that picture, prompt and answer do not fit into its context."""
+    return error.key == "context_full" or bool(CONTEXT.search(error.words))
+
+
+def adapted(manner: Manner, error: AnalyzeError, config: Config) -> Manner | None:
+    """How else to ask a host, by what it said to a question; None if it knows no other way."""
+    dialect = DIALECTS[config.interface]
+    if lacks_context(error):
+        told = PROMPT_TOKENS.search(error.words)
+        prompt = int(told[1]) if told else error.fields.get("prompt", 0)
+        tokens = -(-(prompt + config.max_tokens) // CONTEXT_STEP) * CONTEXT_STEP
+        larger = dialect.takes_context and prompt and tokens > manner.context
+        return replace(manner, context=tokens) if larger else None
+    refused = {name for name in REFUSABLE if re.search(rf"\b{name}\b", error.words)}
+    if not refused and THINKING.search(error.words):
+        refused = set(dialect.thinking(False))
+    better = replace(manner, refused=manner.refused | refused)
+    return better if better != manner else None
 
 
 @dataclass(slots=True)
@@ -1408,6 +1532,10 @@ class Host:
     gone: bool = False  # whether the latest probe found nothing
     texts: dict[str, int] = field(default_factory=dict)  # what it said of pictures, by hash
     in_flight: int = 0
+    most: float = math.inf  # requests at a time, once it was found to queue them
+    streak: int = 0  # answers since that changed
+    begun: int = 0  # the latest request that it said something to, and when it last did
+    heard_at: float = -math.inf
     latest: int = 0  # its latest request
     requests: int = 0  # that ended, and the seconds they took, all together
     seconds: float = 0.0
@@ -1421,7 +1549,17 @@ class Host:
     def absent(self) -> bool:
         """Whether nothing answers there: a request that costs nothing tells when it is back."""
         status = self.why and self.why.fields.get("status")
-        return bool(self.why and (self.why.key == "unreachable" or status in (502, 504)))
+        return bool(self.why and (self.why.key == "unreachable" or status == 502))
+
+    @property
+    def overrun(self) -> bool:
+        """Whether it has too much to do, and does not say for how long."""
+        return bool(self.why and self.why.fields.get("status") == 503 and not self.why.pause)
+
+    @property
+    def full(self) -> bool:
+        """Whether it has as many requests as it works on at a time."""
+        return self.in_flight >= self.most
 
     def wait(self, now: float) -> float:
         """Seconds until it can be asked; one that hung or was left out gets one request first."""
@@ -1449,6 +1587,7 @@ class Hosts:
         lasts: bool = False,
     ) -> None:
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)  # a request
         self._places = threading.BoundedSemaphore(places)
         self._testing = threading.Lock()
         self._hosts = {url: Host(url) for url in urls}
@@ -1459,7 +1598,7 @@ class Hosts:
         self._unusable_since = math.inf
         self.retrying = threading.Lock()  # held by the worker that asks about a photo again
         self.moved = time.monotonic()  # when a request last began or ended
-        self.no_switch: set[str] = set()  # hosts that refuse the switch for thinking
+        self.manners: dict[str, Manner] = {}  # of hosts that refused the usual one
 
     @contextmanager
     def place(
@@ -1484,7 +1623,8 @@ class Hosts:
             try:
                 yield host.url, host.latest
             finally:
-                with self._lock:
+                with self._ended:
+                    self._ended.notify_all()
                     self.moved = time.monotonic()
                     host.in_flight -= 1
                     host.requests += 1
@@ -1494,7 +1634,8 @@ class Hosts:
         """The host to ask next, with the request counted; None while none is available."""
         with self._lock:
             now = time.monotonic()
-            available = [host for host in self._hosts.values() if host.wait(now) <= 0]
+            hosts = self._hosts.values()
+            available = [host for host in hosts if host.wait(now) <= 0 and not host.full]
             if not available:
                 return None
             preferred = [host for host in available if host.url not in avoid] or available
@@ -1504,15 +1645,23 @@ class Hosts:
             return host
 
     def _wait(self) -> float:
-        """Seconds until a host may be available; Fatal where none is worth waiting for."""
-        with self._lock:
+        """Seconds until a host may be available; Fatal where none is worth waiting for.
+
+        Where one has all the requests that it takes, waits until one ends.
+        """
+        with self._ended:
             now, hosts = time.monotonic(), self._hosts.values()
             self._check_last()
             left = self._unusable_since + self._wait_timeout - now
             if left <= 0:
                 raise Fatal("no_host", why="; ".join(str(host.why) for host in hosts))
-            pause = PROBE_INTERVAL if any(host.absent for host in hosts) else left
-            return min(left, pause, *(host.wait(now) for host in hosts))
+            soon = any(host.absent or host.overrun for host in hosts)
+            pause = PROBE_INTERVAL if soon else left
+            seconds = min(left, pause, *(host.wait(now) for host in hosts if not host.full))
+            if not any(host.full for host in hosts):
+                return seconds
+            self._ended.wait(min(seconds, QUIET))
+            return 0.0
 
     def _check_last(self) -> None:
         """Fatal if all hosts need a person, unless that is outlasted."""
@@ -1542,6 +1691,9 @@ class Hosts:
         """Leave a host out for a time, and tell people once. Fatal if it was the last."""
         with self._lock:
             host, now = self._hosts[url], time.monotonic()
+            again = host.why and lacks_context(host.why) and lacks_context(error)
+            if again and not host.answered and host.in_flight <= 1:  # it is no single panorama's
+                error, host.told = Fatal("context_small", url=public(url), why=error), False
             if host.why is None:
                 host.failed, host.gone = self._latest, True
             if now >= host.unavailable_until:  # else it is one more request of the same moment
@@ -1567,7 +1719,12 @@ class Hosts:
         with self._lock:
             host = self._hosts[url]
             host.answered = max(host.answered, number)
+            host.streak += 1
+            if host.streak >= GROWTH:
+                host.most, host.streak = host.most + 1, 0
             self._unusable_since = math.inf
+            if host.why and number <= host.failed and host.overrun:
+                host.unavailable_until = 0.0
             if host.why is None or number <= host.failed:
                 return  # an answer to a question of before is no recovery
             host.why, host.pause, host.unavailable_until = None, 0.0, 0.0
@@ -1575,10 +1732,29 @@ class Hosts:
         if told:
             log.info("%s", t("host_back", url=public(url)))
 
+    def heard(self, url: str, number: int) -> None:
+        """Note that a host works on a request."""
+        host = self._hosts[url]
+        host.begun = max(host.begun, number)
+        self.moved = host.heard_at = time.monotonic()
+
     def answered_since(self, url: str, number: int) -> bool:
         """Whether a host described a picture that it was asked about after this request."""
         with self._lock:
             return self._hosts[url].answered > number
+
+    def queued(self, url: str, number: int, seconds: float) -> bool:
+        """Whether a request without a word in so many seconds waited for others at its host.
+
+        It worked on some of before meanwhile, and on none of later. From then on it gets fewer.
+        """
+        with self._lock:
+            host, began = self._hosts[url], time.monotonic() - seconds
+            if host.most <= 1 or host.begun > number or host.heard_at <= began:
+                return False
+            host.most, host.streak = max(1, min(host.most, host.in_flight) - 1), 0
+        log.debug("%s lets requests wait: %d at a time", public(url), host.most)
+        return True
 
     def sees(self, url: str, text: str, picture: Picture, test: Callable[[], bool]) -> bool:
         """Whether a host looks at pictures; once it says the same of two of them, `test` tells."""
@@ -1610,9 +1786,10 @@ class Tries:
     described another picture since.
     """
 
-    def __init__(self, hosts: Hosts, max_retries: int) -> None:
+    def __init__(self, hosts: Hosts, max_retries: int, timeout: float = math.inf) -> None:
         self.error: AnalyzeError = Stopped("stopped")  # of the latest failure
         self._hosts = hosts
+        self._timeout = timeout
         self._most = min(PICTURE_TRIES, (max_retries or math.inf) + 1)
         self._waits = max_retries or math.inf  # that are left
         # host, the request after which it must answer another one, weight
@@ -1622,8 +1799,12 @@ class Tries:
         """Note that request `number`, about the photo, failed.
 
         A host is unavailable if it says that it is away or has too much to do, or is silent to
-        all. Of all else, its next answer tells whose fault it is.
+        all. Of all else, its next answer tells whose fault it is. A cut answer would be cut again.
         """
+        if error.key == "timed_out" and self._hosts.queued(url, number, self._timeout):
+            self._failures.append((url, -1, 0.0))  # which counts, as nothing
+            self.error = error
+            return
         silent = error.key in TIMED_OUT and not self._hosts.answered_since(url, number)
         of_host = error.key == "model_says_the_same"
         if isinstance(error, Unavailable) or silent or of_host:
@@ -1634,11 +1815,13 @@ class Tries:
             refused = again and error.key == "picture_refused"
             after = again[0] if refused else self._hosts.number(url)
             weight = 0.25 if error.fields.get("status") == 429 else 1.0  # mostly it is the others'
+            weight = self._most if error.key in CUT else weight
             self._failures.append((url, after, weight))
             self.error = error
 
     def excuse(self, url: str, error: AnalyzeError) -> None:
         """Note that a host fails on a plain picture too; an outage counts once at all hosts."""
+        self._failures = [(*one[:2], min(one[-1], 1.0)) for one in self._failures]
         waiting = {one[0] for one in self._failures if one[-1] and not self._counts(one)}
         if waiting > {url}:
             kept = [one for one in self._failures if one[0] != url or self._counts(one)]
@@ -1651,6 +1834,11 @@ class Tries:
         self._waits -= 1
         if self._waits < 0:
             raise error.as_kind(Unavailable)
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is asked about when no other such photo is; one time-out is no reason yet."""
+        return len(self._failures) > (self.error.key in TIMED_OUT)
 
     @property
     def hosts(self) -> set[str]:
@@ -1680,6 +1868,100 @@ class Tries:
         return (silent | ({url} if sick else set())) & available.keys()
 
 
+class Answer:
+    """What a host answers, put together while it comes: one JSON object, lines of them, or events.
+
+    What is wrong with it is raised as soon as that shows, so that the rest is not made.
+    """
+
+    def __init__(self, url: str, config: Config, heard: Callable[[], None]) -> None:
+        self._url, self._config, self._tell = public(url), config, heard
+        self._text = self._finish = ""
+        self._counts = [0, 0]  # tokens of the answer and the prompt, where the host tells
+        self._read = 0  # bytes of the body
+        self._events = self._pieces = 0  # and those of them with a token
+        self._streamed = self._over = False
+        self._heard = time.monotonic()
+        self._check_at, self._thinks_at = CHECK_STEP, config.max_tokens / 4
+
+    def listen(self, body: bytearray) -> None:
+        """Take the lines that are there by now."""
+        end, pieces = body.rfind(b"\n", self._read) + 1, self._pieces
+        if end:
+            self._take_lines(bytes(body[self._read : end]))
+            self._read = end
+        if self._pieces > pieces:
+            self._heard = time.monotonic()
+            self._tell()
+            self._check()
+        elif time.monotonic() > self._heard + self._config.timeout:  # only a proxy says "wait"
+            raise Retryable("timed_out", url=self._url, seconds=f"{self._config.timeout:g}")
+
+    def _check(self) -> None:
+        """Raise what is wrong with an answer that is still being made."""
+        most, thinks_at = self._config.max_tokens, self._thinks_at
+        if self._streamed and self._pieces > most:  # which the server ignores
+            raise Retryable("answer_cut", tokens=most)
+        if self._streamed and self._pieces > thinks_at and not self._config.think:
+            self._thinks_at = math.inf
+            if not clean(self._text):
+                raise Retryable("answer_thinks")
+        if len(self._text) >= self._check_at:
+            self._check_at = len(self._text) + CHECK_STEP
+            if repeats(self._text):
+                raise Retryable("answer_repeats")
+
+    def _take_lines(self, data: bytes) -> None:
+        for line in data.splitlines():
+            kind, _, event = line.partition(b":")
+            if kind in (b"data", b"error"):
+                self._streamed, line = True, event.strip()
+                self._over |= line == b"[DONE]"
+            try:
+                said = json.loads(line)
+            except (ValueError, RecursionError):  # a comment, or a part of what is no stream
+                continue
+            self._take(said)
+
+    def _take(self, said: Any) -> None:
+        """Take an event, a line, or the whole."""
+        if isinstance(said, list):
+            for one in said:
+                self._take(one)
+        if dig(said, "error") or dig(said, "object") == "error":
+            code = str(dig(said, "error", "code") or dig(said, "code"))
+            status = int(code) if re.fullmatch(r"[45]\d\d", code) else 200
+            raise model_host_error(Reply(self._url, status, {}, json.dumps(said).encode()))
+        message, done = first(said, MESSAGE), dig(said, "done")
+        text, thought = first(message, TEXT_IN), first(message, THOUGHTS_IN)
+        self._text += text_of(text)
+        self._pieces += bool(text) + bool(thought)
+        self._events += isinstance(said, dict)
+        self._finish = first(said, FINISH) or self._finish
+        found = zip((first(said, TOKENS), first(said, PROMPT_SIZE)), self._counts, strict=True)
+        self._counts = [number if isinstance(number, int) else old for number, old in found]
+        self._over |= done is True or bool(self._finish)
+        self._streamed |= done is False or self._events > 1
+
+    def description(self, reply: Reply) -> str:
+        """The description in it, once all of it is there."""
+        self._take_lines(reply.body[self._read :])
+        if not self._events:
+            self._take(reply.json())
+        if self._streamed and not self._over:
+            raise Retryable("connection_cut", url=self._url)
+        if self._finish == "length":
+            most, (tokens, prompt) = self._config.max_tokens, self._counts
+            if not tokens and self._streamed and 2 * self._pieces < most:
+                tokens = self._pieces
+            if 0 < tokens < most - 1 and not 0 < prompt < LEAST_CONTEXT - tokens:
+                raise Retryable("context_full", url=self._url, tokens=tokens, prompt=prompt)
+            raise Retryable("answer_cut", tokens=most)
+        if self._finish == "content_filter":
+            raise Retryable("answer_withheld")
+        return description_in(self._text)
+
+
 class Ai:
     """Describes pictures; one for each worker, all on the same Hosts."""
 
@@ -1702,18 +1984,18 @@ class Ai:
         sick one costs no photo. Photos are asked about again one at a time, so a photo that
         kills its host takes no other down with it twice.
         """
-        body, tries = self._body(picture), Tries(self._hosts, self._config.max_retries)
+        bodies: dict[Manner, bytes] = {}
+        tries = Tries(self._hosts, self._config.max_retries, self._config.timeout)
         while not tries.over():
-            alone = tries.hosts and tries.error.key not in TIMED_OUT
             with (
-                self._hosts.retrying if alone else nullcontext(),
+                self._hosts.retrying if tries.alone else nullcontext(),
                 self._hosts.place(self._stop, tries.hosts, self._probe) as (url, number),
             ):
                 check()
                 doubtful = tries.doubtful(url)
                 if not (doubtful or tries.over()):  # it may count by now
                     try:
-                        return self._described(url, picture, number, body)
+                        return self._described(url, picture, bodies, number)
                     except AnalyzeError as error:
                         tries.blame(url, number, error)
                         doubtful = tries.doubtful(url)
@@ -1729,54 +2011,55 @@ class Ai:
     def _is_sick(self, url: str, picture: Picture, tries: Tries) -> AnalyzeError | None:
         """Why a host does not describe a plain picture of the same size: then it is unavailable."""
         try:
-            self._described(url, plain_picture(size_of(picture)))
+            self._described(url, plain_picture(size_of(picture)), {})
         except AnalyzeError as error:
             tries.excuse(url, error)
             return error
         return None
 
-    def _described(self, url: str, picture: Picture, number: int = 0, body: bytes = b"") -> str:
+    def _described(
+        self, url: str, picture: Picture, bodies: dict[Manner, bytes], number: int = 0
+    ) -> str:
         """What a host says of a picture; Fatal if it says the same of all."""
         number = number or self._hosts.number(url)
-        text = self._said(url, picture, body)
+        text = self._said(url, picture, bodies, number)
 
         def says_else() -> bool:
             plain = (plain_picture(PLAIN_SIZE, colour) for colour in ("gray", "red"))
-            return any(self._said(url, one) != text for one in plain)
+            return any(self._said(url, one, {}, number) != text for one in plain)
 
         if not self._hosts.sees(url, text, picture, says_else):
             raise Fatal("model_says_the_same", url=public(url))
         self._hosts.answered(url, number)
         return text
 
-    def _said(self, url: str, picture: Picture, body: bytes = b"") -> str:
-        """The description in a host's answer; Retryable if it is none."""
-        answer = self._ask(url, picture, body)
-        if dig(answer, *self._dialect.finish) == "length":
-            raise Retryable("answer_cut", tokens=self._config.max_tokens)
-        return description_in(dig(answer, *self._dialect.text))
+    def _said(self, url: str, picture: Picture, bodies: dict[Manner, bytes], number: int) -> str:
+        """The description in a host's answer, which is asked in another manner if it wants that."""
+        config, hosts = self._config, self._hosts
+        manner = hosts.manners.get(url) or Manner(config.context_length)
+        while True:
+            body = bodies.get(manner) or bodies.setdefault(manner, self._body(picture, manner))
+            answer = Answer(url, config, functools.partial(hosts.heard, url, number))
+            own: dict[str, Any] = {"data": body, "headers": JSON_BODY, "watch": answer.listen}
+            log.debug("asking %s", public(url))
+            try:
+                return answer.description(self._call(url, "POST", self._dialect.chat, **own))
+            except Retryable as error:
+                better = adapted(manner, error, config)
+                if not better:
+                    raise
+                manner = hosts.manners[url] = better
 
-    def _body(self, picture: Picture, *, switch: bool = True) -> bytes:
-        """What is asked, as JSON; without the switch for thinking, which some hosts refuse."""
+    def _body(self, picture: Picture, manner: Manner) -> bytes:
+        """What is asked, as JSON, once for all tries."""
         config, dialect = self._config, self._dialect
-        model, prompt, tokens = config.model_name, config.prompt, config.max_tokens
-        question = dialect.question(model, prompt, picture.mime, tokens)
-        question |= dialect.thinking(config.think) if switch else {}
+        question = dialect.thinking(config.think)
+        question |= dialect.question(config, picture.mime, manner.context)
+        refused = {name: question.pop(name) for name in manner.refused & question.keys()}
+        if "max_tokens" in refused:
+            question["max_completion_tokens"] = refused["max_tokens"]
         # JSON's encoder would take a millisecond for the picture
         return json.dumps(question).encode().replace(PICTURE.encode(), picture.base64)
-
-    def _ask(self, url: str, picture: Picture, body: bytes = b"") -> Any:
-        """One question to one host; asked again without the switch it refuses."""
-        ask = functools.partial(self._call, url, "POST", self._dialect.chat, headers=JSON_BODY)
-        log.debug("asking %s", public(url))
-        if url not in self._hosts.no_switch:
-            try:
-                return ask(data=body or self._body(picture))
-            except Retryable as error:
-                if error.key != "picture_refused" or not THINK_REFUSED.search(str(error)):
-                    raise
-                self._hosts.no_switch.add(url)
-        return ask(data=self._body(picture, switch=False))
 
     def _probe(self, url: str) -> bool:
         """Whether a host that was absent is back, by a request that costs it nothing."""
@@ -1786,10 +2069,11 @@ class Ai:
             return not isinstance(error, Retryable) or error.key in ("not_json", "host_failed")
         return True
 
-    def _call(self, url: str, method: str, path: str, **options: Any) -> Any:
-        own: dict[str, Any] = {"timeout": self._config.timeout, "limit": ANSWER_LIMIT}
+    def _call(self, url: str, method: str, path: str, **options: Any) -> Reply:
+        limit = max(ANSWER_LIMIT, TOKEN_LIMIT * self._config.max_tokens)
+        own: dict[str, Any] = {"timeout": self._config.timeout, "limit": limit}
         address = without_end(url, self._dialect.root) + path
-        return http(self._session, method, address, blame=model_host_error, **own | options).json()
+        return http(self._session, method, address, blame=model_host_error, **own | options)
 
     def check(self) -> None:
         """Ask each host for the model; Unavailable if none is there, Fatal if all need a person."""
@@ -1802,14 +2086,20 @@ class Ai:
 
     def _trouble(self, url: str) -> AnalyzeError | None:
         """Why a host cannot describe photos, as far as it tells; None for one that is loading."""
+
+        def ask(method: str, path: str, **more: Any) -> Any:
+            return self._call(url, method, path, timeout=CHECK_TIMEOUT, **more).json()
+
         try:
-            ask = functools.partial(self._call, url, timeout=CHECK_TIMEOUT)
             if self._dialect.sees(ask, self._config.model_name) is False:
                 return Fatal("model_blind", url=public(url))
         except AnalyzeError as error:
-            if error.key == "picture_refused":  # there is no picture yet: it is about the model
-                why = error.fields["why"]
-                return Fatal("model_missing", url=public(url), why=why)
+            if error.key == "picture_refused":  # there is no picture yet
+                return Fatal("host_refused", **error.fields)
+            says = error.fields.get("why") or error.fields.get("status") == 501
+            if error.key == "model_not_listed" or (error.key == "host_failed" and says):
+                log.warning("%s", t("first_photo_tells", why=error, url=public(url)))
+                return None
             return None if error.key == "host_busy" else error
         return None
 

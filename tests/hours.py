@@ -90,7 +90,7 @@ class Hours:
         self._moves = self._still = 0
         self._overdue = time.monotonic() + LONGEST
         self._broken = ""
-        self._patience = math.inf  # how long the client waits whose turn it is
+        self.patience = math.inf  # how long the client waits whose turn it is
         self._timed_out = False
         self._clock_file: Any = None
         self._put_in_place(patch)
@@ -174,7 +174,7 @@ class Hours:
 
         To be called by a fake server's thread, in the turn of whoever asked.
         """
-        given, gave_up = min(seconds, self._patience), seconds >= self._patience
+        given, gave_up = min(seconds, self.patience), seconds >= self.patience
         self.block(lambda: False, self.time + given)
         self._timed_out = gave_up
         if gave_up or self._broken:
@@ -442,7 +442,7 @@ class Hours:
             if not hours.is_member():
                 return send(adapter, request, stream=stream, timeout=timeout, **more)
             asked = timeout[1] if isinstance(timeout, tuple) else timeout
-            hours._patience = math.inf if asked is None else asked
+            hours.patience = math.inf if asked is None else asked
             hours._timed_out = False
             try:
                 return send(adapter, request, stream=stream, timeout=STUCK, **more)

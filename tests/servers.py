@@ -200,6 +200,15 @@ class Reply:
     witness: Any = MISSING  # what is checked in place of a body that is already rendered
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A body that is sent in pieces, each as soon as it is there."""
+
+    pieces: Iterable[bytes]
+    kind: str
+    chunked: bool = True  # else it ends with the connection
+
+
 class Rendered(tuple[bytes, ...]):
     """JSON text in pieces, so that a thousand photos are not copied for each record."""
 
@@ -284,6 +293,8 @@ class Exchange:
         """The reply's body as a client reads it."""
         if self.answered is None:
             return None
+        if isinstance(self.answered.body, Stream):
+            return self.answered.witness
         kind, pieces = _encoded(self.answered)
         body = b"".join(pieces)
         return json.loads(body) if kind == JSON else body
@@ -329,6 +340,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = _serve
 
     def _write(self, reply: Reply) -> None:
+        if isinstance(reply.body, Stream):
+            self._write_stream(reply, reply.body)
+            return
         kind, pieces = _encoded(reply)
         length = sum(map(len, pieces))
         headers = {"Content-Type": kind} if kind else {}
@@ -342,6 +356,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.flush()
         if reply.cut:
             self.close_connection = True
+
+    def _write_stream(self, reply: Reply, body: Stream) -> None:
+        ends = {"Transfer-Encoding": "chunked"} if body.chunked else {"Connection": "close"}
+        self.send_response(reply.status)
+        for name, value in ({"Content-Type": body.kind} | ends | dict(reply.headers)).items():
+            self.send_header(name, value)
+        self.end_headers()
+        pieces = tuple(body.pieces) if reply.cut else body.pieces
+        for piece in pieces[: len(pieces) // 2] if reply.cut else pieces:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if body.chunked else piece)
+            self.wfile.flush()
+        if body.chunked and not reply.cut:
+            self.wfile.write(b"0\r\n\r\n")
+            self.wfile.flush()
+        self.close_connection = reply.cut or not body.chunked
 
     def date_time_string(self, timestamp: float | None = None) -> str:
         """The Date header, by the server's clock."""
@@ -1637,6 +1666,14 @@ def _limited(answer: Answer, most: int) -> Answer:
     return Answer("".join(text[:left]), "".join(thought[: max(0, room)]), "length")
 
 
+NDJSON, SSE = "application/x-ndjson", "text/event-stream"
+
+
+def _words(text: str) -> list[str]:
+    """A text in pieces, as a model makes them."""
+    return re.findall(r"\s*\S+|\s+$", text)
+
+
 def _fitting(schema: Any, text: str) -> str:
     """An answer as JSON that fits a schema, as constrained sampling makes it."""
     if text.startswith("{"):
@@ -1664,10 +1701,19 @@ NO_PICTURE = "Failed to load image or audio file"
 class _FakeModels(FakeServer):
     """What both model servers share: a voice, a key, and a memory of what was asked."""
 
+    kind: str  # of a stream
+
     def __init__(
-        self, contract: str, answer: Answering, api_key: str | None, **options: Any
+        self,
+        contract: str,
+        answer: Answering,
+        api_key: str | None,
+        *,
+        streams: bool = True,  # where it is asked to; some proxies never do
+        **options: Any,
     ) -> None:
         super().__init__(model_contract(contract), **options)
+        self.streams = streams
         self.answer = answer
         self.api_key = api_key
         self.asked: list[tuple[bytes, str]] = []
@@ -1679,6 +1725,15 @@ class _FakeModels(FakeServer):
         if isinstance(said, dict):
             return Answer(**said)
         return Answer(said) if isinstance(said, str) else said
+
+    def streamed(self, whole: dict[str, Any], events: Sequence[dict[str, Any]]) -> Reply:
+        """An answer in pieces, each held to the contract."""
+        for event in events:
+            self.verify("event", self.contract.component("ChatEvent"), event)
+        lines = tuple(json.dumps(event, separators=(",", ":")).encode() for event in events)
+        if self.kind == SSE:
+            lines = tuple(b"data: " + line + b"\n" for line in (*lines, b"[DONE]"))
+        return Reply(200, Stream(tuple(line + b"\n" for line in lines), self.kind), witness=whole)
 
     def _known_key(self, exchange: Exchange) -> bool:
         return self.api_key is None or self.api_key in (
@@ -1692,6 +1747,8 @@ class FakeOllama(_FakeModels):
 
     Ollama itself knows no keys; `api_key` is that of a proxy in front of it.
     """
+
+    kind = NDJSON
 
     def __init__(
         self,
@@ -1712,9 +1769,22 @@ class FakeOllama(_FakeModels):
         if exchange.operation is None:
             return self._elsewhere(exchange)
         try:
-            return Reply(200, self._answer(exchange, exchange.operation.name))
+            said = self._answer(exchange, exchange.operation.name)
         except Refused as refusal:
             return Reply(refusal.status, {"error": refusal.message})
+        spoken = self.streams and "eval_count" in said
+        if spoken and exchange.json.get("stream", True):
+            return self.streamed(said, self._events(said))
+        return Reply(200, said)
+
+    def _events(self, said: dict[str, Any]) -> list[dict[str, Any]]:
+        """An answer as Ollama streams it: a token a line, the last has the rest."""
+        message = said["message"]
+        pieces = [{"content": "", "thinking": word} for word in _words(message.get("thinking", ""))]
+        pieces += [{"content": word} for word in _words(message["content"])]
+        head = {"model": said["model"], "created_at": said["created_at"]}
+        events = [head | {"message": {"role": "assistant"} | p, "done": False} for p in pieces]
+        return [*events, said | {"message": {"role": "assistant", "content": ""}}]
 
     def _elsewhere(self, exchange: Exchange) -> Reply:
         path = exchange.path.removeprefix(self.prefix)
@@ -1775,8 +1845,6 @@ class FakeOllama(_FakeModels):
             reason = "unload" if request.get("keep_alive") == 0 else "load"
             return self._spoken(request, Answer("", finish=reason))
         _check_ollama_request(request, capabilities)
-        if request.get("stream", True):
-            self._object(exchange, "the fake does not stream")
         images = [image for message in request["messages"] for image in message.get("images", ())]
         if images and "vision" not in capabilities:
             raise Refused(500, _nested(500, NO_VISION, "server_error"))
@@ -1885,6 +1953,8 @@ def _as_asked(answer: Answer, request: dict[str, Any], capabilities: Sequence[st
 class FakeLlamaCpp(_FakeModels):
     """llama.cpp's server: one model that answers to any name, or `models` behind a router."""
 
+    kind = SSE
+
     def __init__(
         self,
         model: str = "/models/tiny-vlm.gguf",
@@ -1905,10 +1975,31 @@ class FakeLlamaCpp(_FakeModels):
 
     def behave(self, exchange: Exchange) -> Reply:
         try:
-            return Reply(200, self._answer(exchange), {"Server": "llama.cpp"})
+            said = self._answer(exchange)
+            if self.streams and "choices" in said and exchange.json.get("stream"):
+                options = exchange.json.get("stream_options", {})
+                return self.streamed(said, self._events(said, options.get("include_usage")))
+            return Reply(200, said, {"Server": "llama.cpp"})
         except Refused as refusal:
             error = {"code": refusal.status, "message": refusal.message, **refusal.more}
             return Reply(refusal.status, {"error": error}, {"Server": "llama.cpp"})
+
+    def _events(self, said: dict[str, Any], counts: bool | None) -> list[dict[str, Any]]:
+        """An answer as llama.cpp streams it: a token an event, then why it ended, and counts."""
+        message, reason = said["choices"][0]["message"], said["choices"][0]["finish_reason"]
+        deltas = [{"role": "assistant", "content": None}]
+        thoughts = _words(message.get("reasoning_content", ""))
+        deltas += [{"reasoning_content": word} for word in thoughts]
+        deltas += [{"content": word} for word in _words(message["content"])]
+        same = ("created", "id", "model", "system_fingerprint")
+        head = {name: said[name] for name in same} | {"object": "chat.completion.chunk"}
+        choices = [{"finish_reason": None, "index": 0, "delta": delta} for delta in deltas]
+        choices.append({"finish_reason": reason, "index": 0, "delta": {}})
+        events = [{"choices": [choice], **head} for choice in choices]
+        numbers = {"timings": said["timings"]}
+        if counts:
+            return [*events, {"choices": [], **head, "usage": said["usage"]} | numbers]
+        return [*events[:-1], events[-1] | numbers]
 
     def known(self, exchange: Exchange, path: str) -> bool:
         """Ollama's start-up questions are fair ones: that is how a client tells them apart."""
@@ -1977,8 +2068,6 @@ class FakeLlamaCpp(_FakeModels):
         if self.models and request.get("model") not in self.models:
             missing = "model not found" if request.get("model") else "model name is missing"
             raise Refused(400, missing, type="invalid_request_error")
-        if request.get("stream"):
-            self._object(exchange, "the fake does not stream")
         images, texts = _parts(request["messages"])
         if images and not self.vision:
             raise Refused(500, NO_VISION, type="server_error")
@@ -1990,13 +2079,14 @@ class FakeLlamaCpp(_FakeModels):
         """An answer under the wishes of a request."""
         if self.thinks:
             wanted = request.get("chat_template_kwargs", {}).get("enable_thinking", True)
+            wanted = wanted and request.get("reasoning_effort") != "none"
             thought = answer.thinking or thinking("").thinking
             answer = replace(answer, thinking=thought if wanted else "")
         shape = request.get("response_format", {"type": "text"})
         if shape["type"] != "text":
             schema = shape.get("json_schema", {}).get("schema", "json")
             answer = replace(answer, text=_fitting(schema, answer.text))
-        most = request.get("max_tokens", -1)
+        most = request.get("max_completion_tokens", request.get("max_tokens", -1))
         return _limited(answer, most if most < 0 else max(most, 1))
 
     def _spoken(self, request: dict[str, Any], answer: Answer) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import servers
 from hours import BEGIN, Stop
-from servers import CUT, RESET, Answer, Exchange, FakeServer, Reply
+from servers import CUT, RESET, Exchange, FakeServer, Reply, Stream
 
 import immich_analyze as ia
 
@@ -122,7 +122,7 @@ def body(interface, picture=JPEG, mime="image/jpeg", tokens=4096, prompt=ia.PROM
         return {
             "model": "tiny-vlm",
             "messages": [{"role": "user", "content": prompt, "images": [encoded]}],
-            "stream": False,
+            "stream": True,
             "options": {"num_predict": tokens},
             "think": think,
         }
@@ -131,9 +131,11 @@ def body(interface, picture=JPEG, mime="image/jpeg", tokens=4096, prompt=ia.PROM
     return {
         "model": "tiny-vlm",
         "messages": [{"role": "user", "content": content}],
-        "stream": False,
+        "stream": True,
+        "stream_options": {"include_usage": True},
         "max_tokens": tokens,
         "chat_template_kwargs": {"enable_thinking": think},
+        **({} if think else {"reasoning_effort": "none"}),
     }
 
 
@@ -205,6 +207,151 @@ def test_what_one_worker_learns_of_the_switch_all_know(fake, make):
         assert model.describe() == servers.told(JPEG)
     complete, plain = body(fake.interface), plain_body(fake.interface)
     assert [exchange.json for exchange in chats(fake)] == [complete, plain, plain]
+
+
+def refuses(*names: str, words: str = "", status: int = 400) -> Callable[[Exchange], Reply | None]:
+    """Refuses questions with one of these parameters, in such words."""
+
+    def choose(exchange: Exchange) -> Reply | None:
+        found = [name for name in names if name in exchange.json]
+        return Reply(status, json.loads(words.replace("NAME", found[0]))) if found else None
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        '{"error": {"message": "Unknown parameter.", "param": "NAME"}}',
+        '{"error": "unknown field \\"NAME\\""}',
+        '{"detail": [{"type": "extra_forbidden", "loc": ["body", "NAME"], "msg": "Not so"}]}',
+        '[{"error": {"message": "Extra inputs: NAME"}}]',
+        '{"errors": [{"message": "NAME?"}]}',
+        '{"message": ["property NAME should not exist"], "error": "Bad Request"}',
+    ],
+)
+@pytest.mark.parametrize("status", [400, 422, 500])
+@pytest.mark.parametrize("name", ["chat_template_kwargs", "reasoning_effort", "stream_options"])
+def test_what_a_host_refuses_is_left_out_wherever_it_names_it(make, llamacpp, name, words, status):
+    llamacpp.interface = "llamacpp"
+    llamacpp.script(
+        "POST", CHAT["llamacpp"], refuses(name, words=words, status=status), forever=True
+    )
+    model = make(llamacpp)
+    for _ in range(2):
+        assert model.describe() == servers.told(JPEG)
+    complete = body("llamacpp")
+    rest = {key: value for key, value in complete.items() if key != name}
+    assert [exchange.json for exchange in chats(llamacpp)] == [complete, rest, rest]
+
+
+def test_each_of_several_that_a_host_refuses_is_left_out(make, llamacpp):
+    llamacpp.interface = "llamacpp"
+    names = ("chat_template_kwargs", "reasoning_effort", "stream_options")
+    refusal = refuses(*names, words='{"error": {"message": "Unrecognized argument: NAME"}}')
+    llamacpp.script("POST", CHAT["llamacpp"], refusal, forever=True)
+    assert make(llamacpp).describe() == servers.told(JPEG)
+    assert len(chats(llamacpp)) == 4
+    assert not set(names) & chats(llamacpp)[-1].json.keys()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Unsupported parameter: 'max_tokens' is not supported with this model. "
+        "Use 'max_completion_tokens' instead.",
+        "max_tokens: Extra inputs are not permitted",
+    ],
+)
+def test_a_server_that_wants_the_newer_name_of_the_limit_gets_it(make, llamacpp, words):
+    llamacpp.interface = "llamacpp"
+    refusal = refuses("max_tokens", words=json.dumps({"error": {"message": words}}))
+    llamacpp.script("POST", CHAT["llamacpp"], refusal, forever=True)
+    model = make(llamacpp)
+    for _ in range(2):
+        assert model.describe() == servers.told(JPEG)
+    newer = body("llamacpp")
+    newer["max_completion_tokens"] = newer.pop("max_tokens")
+    assert [exchange.json for exchange in chats(llamacpp)] == [body("llamacpp"), newer, newer]
+
+
+# The context
+
+
+def context_of(own: int, needed: int) -> Callable[[Exchange], Reply | None]:
+    """An Ollama with such a context, for pictures that need so much."""
+    why = f"request ({needed} tokens) exceeds the available context size ({own} tokens)"
+    inner = {"code": 400, "message": why, "type": "exceed_context_size_error"}
+    nested = json.dumps({"error": inner | {"n_prompt_tokens": needed, "n_ctx": own}})
+
+    def choose(exchange: Exchange) -> Reply | None:
+        has = min(exchange.json["options"].get("num_ctx", own), 2 * own)
+        return Reply(400, {"error": nested}) if has < needed else None
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("needed", "argv", "asked"),
+    [
+        (4867, [], [None, 12288, 12288]),
+        (4867, ["--max-tokens", "100"], [None, 8192, 8192]),
+        (8092, ["--max-tokens", "100"], [None, 8192, 8192]),
+        (8093, ["--max-tokens", "100"], [None, 12288, 12288]),
+        (4867, ["--context-length", "16384"], [16384, 16384]),
+        (3000, ["--context-length", "2048"], [2048, 8192, 8192]),
+        (900, [], [None, None]),
+    ],
+)
+def test_a_context_too_small_is_asked_for_larger_from_then_on(make, ollama, needed, argv, asked):
+    ollama.script("POST", "/api/chat", context_of(4096, needed), forever=True)
+    one = make(ollama, argv=argv)
+    for model in (one, make(ollama, like=one, argv=argv)):
+        assert model.describe() == servers.told(JPEG)
+    assert [chat.json["options"].get("num_ctx") for chat in chats(ollama)] == asked
+
+
+def test_an_answer_that_fills_the_context_is_made_again_in_a_larger_one(make, ollama):
+    def full(exchange: Exchange) -> Reply | None:
+        if exchange.json["options"].get("num_ctx", 4096) > 4096:
+            return None
+        cut = line("A", done="length", eval_count=3000, prompt_eval_count=1096)
+        return Reply(200, ndjson(line("A"), cut))
+
+    ollama.script("POST", "/api/chat", full, forever=True)
+    assert make(ollama).describe() == servers.told(JPEG)
+    assert [chat.json["options"].get("num_ctx") for chat in chats(ollama)] == [None, 8192]
+
+
+def test_a_context_that_cannot_be_larger_is_asked_for_once(make, ollama):
+    refusal = context_of(10**6, 10**7)
+    ollama.script("POST", "/api/chat", only(PICTURE, refusal), forever=True)
+    model = make(ollama)
+    assert error_of(model.describe)[0] == (ia.Permanent, "picture_refused")
+    assert len(about(PICTURE, ollama)) == 4
+    assert model.troubles() == WELL
+
+
+# Further parameters
+
+OPTIONS = {"temperature": 0.2, "seed": 7}
+
+
+def test_further_parameters_are_sent_where_they_belong(fake, make):
+    argv = ["--model-options", json.dumps(OPTIONS)]
+    make(fake, argv=argv).describe()
+    usual = body(fake.interface)
+    wanted = usual | OPTIONS
+    if fake.interface == "ollama":
+        wanted = usual | {"options": usual["options"] | OPTIONS}
+    assert [chat.json for chat in chats(fake)] == [wanted]
+
+
+def test_how_long_ollama_keeps_a_model_is_no_option_of_it(ollama, make):
+    make(ollama, argv=["--model-options", '{"keep_alive": "2h", "top_k": 3}']).describe()
+    usual = body("ollama")
+    wanted = usual | {"keep_alive": "2h", "options": usual["options"] | {"top_k": 3}}
+    assert [chat.json for chat in chats(ollama)] == [wanted]
 
 
 def test_another_refusal_is_no_matter_of_the_switch(fake, make):
@@ -317,14 +464,13 @@ def test_only_the_description_is_kept(fake, make, said, text):
 
 
 EMPTY, CUT_OFF, REPEATS = "answer_empty", "answer_cut", "answer_repeats"
+FAILS = "host_failed"
 
 
 @pytest.mark.parametrize(
     ("said", "key"),
     [
         (servers.empty(), EMPTY),
-        (servers.cut("A cat sits on"), CUT_OFF),
-        (Answer("", "Let me think", "length"), CUT_OFF),
         ("<think>I never come to", EMPTY),
         ("42", EMPTY),
         ("cat " * 200, REPEATS),
@@ -334,7 +480,7 @@ EMPTY, CUT_OFF, REPEATS = "answer_empty", "answer_cut", "answer_repeats"
         (Reply(200, None), "not_json"),
         (Reply(200, {}), EMPTY),
         (Reply(200, []), EMPTY),
-        (Reply(200, {"error": "llama runner process has terminated"}), EMPTY),
+        (Reply(200, {"error": "llama runner process has terminated"}), FAILS),
         (Reply(200, {"message": {"content": None}, "choices": [{"message": None}]}), EMPTY),
         (Reply(200, {"message": "A cat.", "choices": []}), EMPTY),
         (Reply(200, {"message": {"content": ["A cat."]}, "choices": "A cat."}), EMPTY),
@@ -363,6 +509,262 @@ def test_garbage_is_refused_by_the_real_error(fake, make):
     error = error_of(make(fake).describe, garbage)[1]
     assert error.fields == {"url": fake.url + fake.chat, "status": 400, "why": servers.NO_PICTURE}
     assert str(error).count(servers.NO_PICTURE) == 1
+
+
+# --- An answer that comes in pieces ----------------------------------------------------------
+
+
+def line(text="", *, interface="ollama", thought="", done=None, **more):
+    """A piece of an answer, or with `done` its end, as one JSON object."""
+    if interface == "ollama":
+        said = {"content": text} | ({"thinking": thought} if thought else {})
+        return (
+            {"message": said, "done": done is not None}
+            | ({"done_reason": done} if done else {})
+            | more
+        )
+    delta = {"content": text} | ({"reasoning_content": thought} if thought else {})
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": done}]} | more
+
+
+def ndjson(*events):
+    return "".join(json.dumps(event) + "\n" for event in events)
+
+
+def sse(*events, end="\n\n"):
+    lines = (event if isinstance(event, str) else json.dumps(event) for event in events)
+    return "".join(f"data: {one}{end}" for one in lines)
+
+
+def told_in(interface, *texts, done="stop"):
+    """A whole answer in these pieces."""
+    return [
+        *(line(text, interface=interface) for text in texts),
+        line(interface=interface, done=done),
+    ]
+
+
+def openai(text, done="stop", **more):
+    """An answer in one piece."""
+    return {"choices": [{"message": {"content": text}, "finish_reason": done}]} | more
+
+
+PARTS = [{"type": "text", "text": "A "}, {"type": "image"}, {"type": "text", "text": "cat."}]
+PIECES = told_in("llamacpp", "A ", "cat.")
+PRETTY = json.dumps(openai("A cat."), indent=2)
+
+
+@pytest.mark.parametrize("way", ["whole", "chunks", "bytes", "until it closes"])
+@pytest.mark.parametrize(
+    ("interface", "body"),
+    [
+        ("ollama", ndjson(*told_in("ollama", "A ", "cat."))),
+        ("ollama", ndjson(line("A "), line("cat.", done=""))),
+        ("ollama", ndjson(line("A cat.", done="stop")).rstrip()),
+        ("ollama", ndjson({"message": {"content": "A cat."}})),
+        ("ollama", ndjson(line(PARTS, done="stop"))),
+        ("ollama", ndjson(line(thought="Hm."), *told_in("ollama", "A cat."))),
+        ("ollama", sse(*told_in("ollama", "A ", "cat."))),
+        ("llamacpp", sse(*PIECES, "[DONE]")),
+        ("llamacpp", sse(*PIECES)),
+        ("llamacpp", sse(*PIECES[:-1], "[DONE]")),
+        ("llamacpp", sse(*PIECES, "[DONE]", end="\r\n\r\n")),
+        ("llamacpp", sse(*PIECES, "[DONE]", end="\r\r")),
+        ("llamacpp", ": wait\n\nevent: message\nid: 7\n" + sse(*PIECES, "[DONE]")),
+        ("llamacpp", sse(*PIECES, {"choices": [], "usage": {"completion_tokens": 2}}, "[DONE]")),
+        ("llamacpp", sse(*PIECES, "[DONE]").replace("data: ", "data:")),
+        ("llamacpp", ndjson(*PIECES)),
+        ("llamacpp", sse(line(PARTS, interface="llamacpp", done="stop"))),
+        ("llamacpp", sse({"choices": [{"text": "A "}]}, {"choices": [{"text": "cat."}]}, "[DONE]")),
+        ("llamacpp", sse(openai("A cat."), "[DONE]")),
+        ("llamacpp", json.dumps(openai("A cat."))),
+        ("llamacpp", json.dumps(openai("A cat.", None))),
+        ("llamacpp", json.dumps(openai(PARTS))),
+        ("llamacpp", json.dumps([openai("A cat.")])),
+        ("llamacpp", PRETTY),
+        ("llamacpp", PRETTY.replace("\n", "\r\n")),
+        ("llamacpp", json.dumps({"error": None} | openai("A cat."))),
+    ],
+)
+def test_an_answer_is_put_together_however_it_comes(make, interface, body, way):
+    data = body.encode()
+    cuts = {
+        "chunks": [data[i : i + 40] for i in range(0, len(data), 40)],
+        "until it closes": [data],
+    }
+    pieces = cuts.get(way, [data[i : i + 1] for i in range(len(data))])
+    whole = Reply(200, body)
+    stream = Stream(tuple(pieces), "text/plain", chunked=way != "until it closes")
+    with servers.FakeServer() as server:
+        server.interface = interface
+        server.script("POST", CHAT[interface], whole if way == "whole" else Reply(200, stream))
+        assert make(server).describe() == "A cat."
+        assert len(server.exchanges) == 1
+
+
+NESTED = json.dumps({"error": {"code": 400, "message": servers.NO_PICTURE}})
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize(
+    ("interface", "events", "key", "words"),
+    [
+        ("ollama", [{"error": "no memory"}], FAILS, "no memory"),
+        ("ollama", [line("A"), {"error": "unexpected EOF"}], FAILS, "unexpected EOF"),
+        ("ollama", [*told_in("ollama", "A cat."), {"error": "late"}], FAILS, "late"),
+        ("ollama", [{"error": NESTED}], FAILS, servers.NO_PICTURE),
+        ("ollama", [[{"error": {"message": "no memory"}}]], FAILS, "no memory"),
+        (
+            "llamacpp",
+            [{"error": {"message": "no", "code": 400}}],
+            "picture_refused",
+            "(status 400) no",
+        ),
+        (
+            "llamacpp",
+            [*PIECES[:1], {"error": {"message": "no", "code": "500"}}],
+            FAILS,
+            "(status 500)",
+        ),
+        ("llamacpp", [{"error": [{"message": "one"}, {"message": "two"}]}], FAILS, "one; two"),
+        ("llamacpp", [{"object": "error", "message": "no", "code": 40301}], FAILS, "no"),
+        ("ollama", [{"error": "server busy, please try again."}], "host_busy", "server busy"),
+        ("llamacpp", [{"error": {"message": "slow down", "code": 429}}], "host_busy", "slow down"),
+        ("ollama", [{"error": f"x: {servers.NO_VISION}"}], "model_blind", ""),
+        ("ollama", [{"error": "model 'tiny-vlm' not found"}], "model_missing", "not found"),
+        ("ollama", [line("A cat.")], "connection_cut", ""),
+        ("ollama", [line("A "), line("cat.")], "connection_cut", ""),
+        ("llamacpp", PIECES[:-1], "connection_cut", ""),
+        (
+            "llamacpp",
+            told_in("llamacpp", "A cat.", done="content_filter"),
+            "answer_withheld",
+            "content_filter",
+        ),
+        ("ollama", [line("", done="load")], EMPTY, ""),
+        ("ollama", told_in("ollama"), EMPTY, ""),
+    ],
+)
+def test_what_is_wrong_with_an_answer_in_pieces_is_said(
+    make, interface, events, key, words, streams
+):
+    body = sse(*events) if interface == "llamacpp" else ndjson(*events)
+    stream = Stream(tuple(body.encode().splitlines(True)), "text/plain")
+    with {"ollama": servers.FakeOllama, "llamacpp": servers.FakeLlamaCpp}[interface]() as server:
+        server.interface = interface
+        reply = Reply(200, stream if streams else body)
+        server.script("POST", CHAT[interface], only(PICTURE, reply), forever=True)
+        found, error = error_of(make(server).describe)
+        assert found == (ia.Permanent, key)
+        assert words in str(error)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("interface", CHAT)
+@pytest.mark.parametrize(
+    ("said", "argv", "key"),
+    [
+        ({"text": "a cat "}, [], REPEATS),
+        ({"text": "long"}, ["--max-tokens", "50"], CUT_OFF),
+        ({"text": "", "thought": "hm"}, ["--max-tokens", "400"], "answer_thinks"),
+        ({"text": "", "thought": "hm"}, ["--max-tokens", "400", "--think"], CUT_OFF),
+    ],
+)
+def test_an_answer_that_leads_nowhere_is_stopped_while_it_is_made(
+    make, interface, said, argv, key, chunked
+):
+    piece = line(**said, interface=interface)
+    text = sse(piece) if interface == "llamacpp" else ndjson(piece)
+    sent: list[int] = []
+
+    def pieces() -> Iterator[bytes]:
+        sent.append(0)
+        for _ in range(100_000):
+            sent[-1] += 1
+            yield text.encode()
+
+    endless = lambda _: Reply(200, Stream(pieces(), "text/plain", chunked))  # noqa: E731
+    with {"ollama": servers.FakeOllama, "llamacpp": servers.FakeLlamaCpp}[interface]() as server:
+        server.interface = interface
+        server.script("POST", CHAT[interface], only(PICTURE, endless), forever=True)
+        assert error_of(make(server, argv=argv).describe)[0] == (ia.Permanent, key)
+    assert len(sent) == (1 if key == CUT_OFF else 3)
+    assert max(sent) < 90_000  # the rest was not made; some was on its way
+
+
+@pytest.mark.parametrize("text", ["<think>", "<thinking>\nSo, "])
+def test_thoughts_in_the_answer_itself_are_thoughts(make, ollama, text):
+    pieces = [line(text), *(line(f" word{n}") for n in range(200)), line("", done="stop")]
+    ollama.script("POST", "/api/chat", only(PICTURE, Reply(200, ndjson(*pieces))), forever=True)
+    error = error_of(make(ollama, argv=["--max-tokens", "400"]).describe)[1]
+    assert error.key == "answer_thinks"
+    assert "--think" in str(error)
+
+
+@pytest.mark.parametrize("text", ["<think>Let me see.</think>", ""])
+def test_a_few_thoughts_before_an_answer_are_no_matter(make, ollama, text):
+    pieces = [line(text), line("", thought="So."), *told_in("ollama", "A cat.", *[" x"] * 30)]
+    ollama.script("POST", "/api/chat", Reply(200, ndjson(*pieces)))
+    assert make(ollama, argv=["--max-tokens", "40"]).describe().startswith("A cat.")
+
+
+def test_words_of_a_proxy_that_keep_a_client_waiting_are_no_answer(make, hours, llamacpp):
+    """The silence that counts is that of the model."""
+    llamacpp.interface = "llamacpp"
+
+    def pieces():
+        while True:
+            hours.time += 1
+            yield b": still waiting\n\n"
+
+    reply = lambda _: Reply(200, Stream(pieces(), "text/event-stream"))  # noqa: E731
+    llamacpp.script("POST", CHAT["llamacpp"], only(PICTURE, reply), forever=True)
+    model = make(llamacpp, argv=["--timeout", "30"])
+    assert error_of(model.describe)[0] == (ia.Permanent, "timed_out")
+
+
+# What cut an answer
+
+
+@pytest.mark.parametrize(
+    ("interface", "events", "key"),
+    [
+        (
+            "ollama",
+            [line("A"), line(done="length", eval_count=4096, prompt_eval_count=86)],
+            CUT_OFF,
+        ),
+        (
+            "ollama",
+            [line("A"), line(done="length", eval_count=170, prompt_eval_count=86)],
+            "context_full",
+        ),
+        ("ollama", [line("A"), line(done="length")], "context_full"),
+        ("ollama", [line("A", done="length")], CUT_OFF),
+        ("llamacpp", told_in("llamacpp", "A", done="length"), "context_full"),
+        (
+            "llamacpp",
+            [
+                *told_in("llamacpp", "A", done="length"),
+                {"choices": [], "usage": {"completion_tokens": 4096}},
+            ],
+            CUT_OFF,
+        ),
+        ("ollama", [line(done="length", eval_count=150, prompt_eval_count=86)], CUT_OFF),
+        ("llamacpp", [openai("A", "length", usage={"completion_tokens": 100})], "context_full"),
+    ],
+)
+def test_what_cut_an_answer_is_told_and_it_is_not_made_again(make, interface, events, key):
+    body = ndjson(*events)
+    with {"ollama": servers.FakeOllama, "llamacpp": servers.FakeLlamaCpp}[interface]() as server:
+        server.interface = interface
+        server.script("POST", CHAT[interface], only(PICTURE, Reply(200, body)), forever=True)
+        found, error = error_of(make(server).describe)
+        assert found == (ia.Permanent, key)
+        assert ("--max-tokens" if key == CUT_OFF else "-c at llama.cpp") in str(error)
+        contexts = [chat.json.get("options", {}).get("num_ctx") for chat in about(PICTURE, server)]
+        larger = key != CUT_OFF and "prompt_eval_count" in body  # which may help
+        assert contexts == ([None, 8192] if larger else [None])
 
 
 @pytest.mark.parametrize("trouble", [BROKEN, RESET, Reply(200, "<html>")])
@@ -410,7 +812,7 @@ TROUBLES: dict[str, tuple[Any, str]] = {
     "400": (Reply(400), "picture_refused"),
     "422": (Reply(422), "picture_refused"),
     "a page": (Reply(200, "<html>"), "not_json"),
-    "error in a 200": (Reply(200, {"error": "no memory"}), EMPTY),
+    "error in a 200": (Reply(200, {"error": "no memory"}), FAILS),
     "empty": (says(""), EMPTY),
     "junk": (says("cat " * 300), REPEATS),
     "cut answer": (says("A red", "length"), CUT_OFF),
@@ -468,7 +870,8 @@ def test_a_picture_that_hosts_fail_on_is_given_up_after_three_tries_and_costs_no
         fake.script("POST", "/api/chat", only(PICTURE, reply(trouble)), forever=True)
     model = make(*fakes, argv=ARGV)
     assert error_of(model.describe)[0] == (ia.Permanent, TROUBLES[trouble][1])
-    tries = 12 if "429" in trouble else 3  # which is mostly the others' doing
+    # 429 is mostly the others' doing, and a cut answer would be cut again
+    tries = 12 if "429" in trouble else 1 if trouble == "cut answer" else 3
     assert len(about(PICTURE, *fakes)) == tries
     assert min(len(about(PICTURE, fake)) for fake in fakes) == tries // number
     plain = [image for fake in fakes for image, _ in fake.asked if image != JPEG]
@@ -560,7 +963,7 @@ def test_a_picture_as_large_as_the_photo_tells_of_a_context_that_is_too_small(fa
         return Reply(400, why) if image.size[0] > 1000 else None
 
     fake.script("POST", fake.chat, hours.between(0, 50, too_large), forever=True)
-    model = make(fake)
+    model = make(fake, lasts=True)
     assert model.describe(large) == servers.told(base64.b64decode(large.base64))
     assert hours.time >= 50
 
@@ -801,6 +1204,11 @@ def model(name, **more):
 LLAMA = {"owned_by": "llamacpp"}
 
 
+def swapped(*names):
+    """What llama-swap says of a model's other names."""
+    return {"meta": {"llamaswap": {"aliases": list(names)}}}
+
+
 def with_modalities(*modalities):
     return {"architecture": {"input_modalities": list(modalities)}}
 
@@ -816,10 +1224,9 @@ def with_modalities(*modalities):
         ({"data": [model("x", **LLAMA)]}, [], None),
         ({"data": [model("tiny-vlm"), model("other")]}, None, None),
         ({"data": [model("tiny-vlm", **with_modalities("text"))]}, None, "model_blind"),
-        ({"data": [model("other"), model("another")]}, None, "model_not_listed"),
-        ({"data": [model("other", owned_by="vllm")]}, None, "model_not_listed"),
+        ({"data": [model("tiny-vlm:latest", **with_modalities("text"))]}, None, "model_blind"),
+        ({"data": [model("x"), model("y", **swapped("tiny-vlm"))]}, None, None),
         ({"data": [model("other", aliases=["tiny-vlm"]), model("third")]}, None, None),
-        ({"data": [model("other", aliases="tiny-vlm")]}, None, "model_not_listed"),
         ({"data": []}, None, None),
         ({"data": None}, None, None),
         ({"data": {"tiny-vlm": {}}}, None, None),
@@ -828,7 +1235,7 @@ def with_modalities(*modalities):
         ("null", None, None),
     ],
 )
-def test_what_an_openai_like_server_lists_decides(make, listed, props, key):
+def test_what_an_openai_like_server_lists_decides(make, lines, listed, props, key):
     with servers.FakeServer() as server:
         server.interface = "llamacpp"
         server.script("GET", MODELS, Reply(200, listed))
@@ -838,6 +1245,49 @@ def test_what_an_openai_like_server_lists_decides(make, listed, props, key):
         else:
             make(server).check()
         assert server.count("GET", PROPS) == (props is not None)
+        assert "WARNING" not in lines()
+
+
+NAMES = ["other", "tiny-vlm-2:7b", "llava:13b"]
+
+
+def unlisted(*entries):
+    """What a server lists that lacks the model."""
+    return ("llamacpp", MODELS, Reply(200, {"data": list(entries)}))
+
+
+@pytest.mark.parametrize(
+    ("interface", "path", "reply", "said"),
+    [
+        (*unlisted(*map(model, NAMES)), "Did you mean tiny-vlm-2:7b?"),
+        (*unlisted(model("tiny-vlm:7b")), "Did you mean tiny-vlm:7b?"),
+        (*unlisted(model("other", owned_by="vllm")), "but: other."),
+        (*unlisted(model("other", aliases="tiny-vlm")), "but: other."),
+        ("llamacpp", MODELS, Reply(500, "Internal Server Error"), "Internal Server Error"),
+        (
+            "ollama",
+            SHOW,
+            Reply(501, "model show not supported in multi-instance proxy"),
+            "(status 501)",
+        ),
+        ("ollama", SHOW, Reply(501), "(status 501)"),
+    ],
+)
+def test_where_a_name_is_not_known_the_first_photo_decides(
+    make, caplog, interface, path, reply, said
+):
+    with {"ollama": servers.FakeOllama, "llamacpp": servers.FakeLlamaCpp}[interface]() as server:
+        server.interface = interface
+        server.script(".*", path, reply)
+        model = make(server)
+        model.check()
+        [line] = caplog.records
+        assert line.levelname == "WARNING"
+        assert said in line.getMessage()
+        assert server.url in line.getMessage()
+        assert model.describe() == servers.told(JPEG)
+        server.script("POST", CHAT[interface], Reply(404, "model_not_found"), forever=True)
+        assert error_of(model.describe)[0] == (ia.Fatal, "model_missing")
 
 
 SEES = ("completion", "vision")
@@ -849,7 +1299,6 @@ SEES = ("completion", "vision")
         (servers.FakeOllama, {"models": {"other": SEES}}, "model_missing"),
         (servers.FakeOllama, {"models": {"tiny-vlm": SEES[:1]}}, "model_blind"),
         (servers.FakeOllama, {"api_key": "k3y"}, "host_key_refused"),
-        (servers.FakeLlamaCpp, {"models": ["other", "another"]}, "model_not_listed"),
         (servers.FakeLlamaCpp, {"vision": False}, "model_blind"),
         (servers.FakeLlamaCpp, {"api_key": "k3y"}, "host_key_refused"),
     ],
@@ -860,9 +1309,51 @@ def test_what_cannot_work_is_told_at_the_start(make, kind, options, key, argv):
         server.interface = "llamacpp" if kind is servers.FakeLlamaCpp else "ollama"
         found, error = error_of(make(server, argv=argv).check)
     assert found == (ia.Fatal, key)
-    assert len(server.exchanges) == 1
+    assert len(server.exchanges) == (2 if key == "model_missing" else 1)
     assert "wr0ng" not in f"{error} {error.fields}"
     server.check()
+
+
+@pytest.mark.parametrize(
+    ("names", "meant"),
+    [(["tiny-vlm:7b", "x"], "tiny-vlm:7b"), (["Tiny-VLM2"], "Tiny-VLM2"), (["x"], "")],
+)
+def test_the_name_that_was_meant_is_told_with_the_missing_one(make, names, meant):
+    with servers.FakeOllama(dict.fromkeys(names, SEES)) as server:
+        _, error = error_of(make(server).check)
+    assert "model 'tiny-vlm:latest' not found" in str(error)
+    assert (f"Did you mean {servers._tagged(meant)}?" in str(error)) is bool(meant)
+    assert ("Did you mean" in str(error)) is bool(meant)
+
+
+@pytest.mark.parametrize(
+    ("reply", "key", "words"),
+    [
+        (
+            Reply(400, {"error": "invalid model name"}),
+            "host_refused",
+            "(status 400) invalid model name",
+        ),
+        (
+            Reply(400, {"error": {"message": "No connected db.", "code": "400"}}),
+            "host_refused",
+            "(status 400) No connected db.",
+        ),
+        (Reply(422, [{"error": {"message": "No."}}]), "host_refused", "(status 422) No."),
+        (
+            Reply(400, "<html><title>400 The plain HTTP request was sent to HTTPS port</title>"),
+            "https_needed",
+            "https://",
+        ),
+        (Reply(400, "Client sent an HTTP request to an HTTPS server."), "https_needed", "https://"),
+        (Reply(403), "host_key_refused", "OLLAMA_ORIGINS"),
+    ],
+)
+def test_what_a_host_refuses_at_the_start_is_told_as_it_is(fake, make, reply, key, words):
+    fake.script(".*", "", reply)
+    found, error = error_of(make(fake).check)
+    assert found == (ia.Fatal, key)
+    assert words in str(error)
 
 
 @pytest.mark.parametrize("interface", CHAT)

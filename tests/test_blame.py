@@ -84,11 +84,12 @@ def test_a_service_asks_about_a_sick_picture_three_times_a_day(hours, api, hosts
     sick_one = api.add("poison.jpg", picture=POISON)
     for host in models:
         host.script(*CHATS, only(POISON, sick(trouble, hours)), forever=True)
+    times = 1 if trouble == "cut answer" else 3  # which would be cut again
     with hours.service(api, *models, *SELDOM) as run:
         run.until(HOUR)
-        assert len(asked_about(POISON, *models)) == 3
+        assert len(asked_about(POISON, *models)) == times
         run.until(0.95 * DAY)
-    assert len(asked_about(POISON, *models)) == 3
+    assert len(asked_about(POISON, *models)) == times
     assert (run.counts, run.fatal) == ({"described": 8, "failed": 1}, "")
     assert api.texts() == wanted | {sick_one: ""}
     assert len(run.lines("poison.jpg")) == 1
@@ -255,10 +256,29 @@ def large(number: int, size: tuple[int, int] = (640, 480)) -> bytes:
     return jpeg[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2) + comment + jpeg[2:]
 
 
-def test_a_context_too_small_for_all_photos_is_the_hosts_fault(hours, api, llamacpp):
+@pytest.mark.parametrize("most", [1, 4])
+@pytest.mark.parametrize("number", [1, 30])
+def test_a_context_too_small_for_all_photos_strikes_the_host_off(
+    hours, api, llamacpp, number, most
+):
+    for n in range(number):
+        api.add(picture=large(n))
+    llamacpp.script(*CHATS, too_large, forever=True)
+    with hours.batch(api, llamacpp, "--max-concurrent", str(most)) as run:
+        pass
+    assert (run.code, run.counts, failure_notes(api)) == (2, {}, {})
+    assert run.ended < 10
+    [line] = run.lines(llamacpp.url, level="CRITICAL")
+    assert "-c at llama.cpp" in line
+    assert "5431 tokens" in line
+
+
+def test_a_context_too_small_for_a_while_is_waited_for_where_photos_were_described(
+    hours, api, llamacpp
+):
     pictures = [large(n) for n in range(30)]
     wanted = {api.add(picture=picture): servers.told(picture) for picture in pictures}
-    llamacpp.script(*CHATS, hours.between(0, 60, too_large), forever=True)
+    llamacpp.script(*CHATS, hours.between(4, 60, too_large), forever=True)
     hours.pace(llamacpp)
     with hours.batch(api, llamacpp, "--unavailable-duration", "10") as run:
         pass
@@ -266,12 +286,17 @@ def test_a_context_too_small_for_all_photos_is_the_hosts_fault(hours, api, llama
     assert len(run.complaints(llamacpp)) == 1
 
 
-def test_a_context_too_small_for_one_photo_costs_only_that(hours, api, llamacpp):
-    wanted = fill(api, 60)
+@pytest.mark.parametrize("most", [1, 4])
+@pytest.mark.parametrize("before", [0, 30])
+def test_a_context_too_small_for_one_photo_costs_only_that(hours, api, llamacpp, before, most):
+    wanted = fill(api, 30 - before)
     panorama = api.add("panorama.jpg", picture=large(1, (2000, 300)))
+    pictures = [servers.own_picture(100 + n) for n in range(30 + before)]
+    wanted |= {api.add(picture=picture): servers.told(picture) for picture in pictures}
     llamacpp.script(*CHATS, too_large, forever=True)
     hours.pace(llamacpp)
-    with hours.batch(api, llamacpp, "--unavailable-duration", "10") as run:
+    argv = ["--unavailable-duration", "10", "--max-concurrent", str(most)]
+    with hours.batch(api, llamacpp, *argv) as run:
         pass
     assert (run.counts, run.code) == ({"described": 60, "failed": 1}, 1)
     assert api.texts() == wanted | {panorama: ""}
@@ -533,3 +558,89 @@ def test_a_host_that_hangs_costs_the_photos_in_its_hands_one_timeout(hours, api,
     assert 1 <= len(waited) <= 4
     assert max(waited) <= 20 + 5
     assert len(run.complaints(stuck)) == 1
+
+
+# --- A host with a queue ---------------------------------------------------------------------
+
+
+def in_turn(host: FakeOllama, hours: Hours, seconds: float, at_once: int = 1) -> list[int]:
+    """Let a host work on so many requests at a time, as OLLAMA_NUM_PARALLEL does.
+
+    The others wait and hear nothing. How many of them were there with each request is kept.
+    """
+    free, usual, waiting = [0.0] * at_once, host.answer, []
+
+    def answer(image: bytes, prompt: str) -> Any:
+        waiting.append(host.in_flight)
+        begin = max(hours.time, min(free))
+        if begin < hours.time + hours.patience:
+            free[free.index(min(free))] = begin + seconds
+        hours.takes(begin - hours.time)
+        hours.patience = float("inf")  # its words come, slowly
+        hours.takes(seconds)
+        return usual(image, prompt)
+
+    host.answer = answer
+    return waiting
+
+
+@pytest.mark.parametrize(("at_once", "fits"), [(1, 2), (2, 4)])
+def test_a_host_that_lets_requests_wait_gets_fewer_at_a_time(hours, api, ollama, at_once, fits):
+    """Some wait too long and cost no photo a try; from time to time one more is tried again."""
+    wanted = fill(api, 60)
+    there = in_turn(ollama, hours, 14, at_once)
+    with hours.batch(api, ollama, "--timeout", "25", "--max-concurrent", "6") as run:
+        run.end(4 * HOUR)
+    assert_all_well(run, api, wanted)
+    assert run.complaints(ollama) == []
+    assert there[:6] == [1, 2, 3, 4, 5, 6]
+    later = Counter(there[10:])
+    assert max(later) == fits + 1
+    assert later[fits] > 40
+    assert 2 <= later[fits + 1] <= 8
+    assert run.ended <= 60 / at_once * 14 + 10
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_picture_that_hangs_its_whole_host_costs_no_other(hours, api, hosts, number):
+    """What the host was asked before is answered meanwhile, as in a queue."""
+    models, wanted = hosts(number), fill(api, 30)
+    poison = api.add("poison.jpg", picture=POISON)
+    pictures = [servers.own_picture(100 + n) for n in range(30)]
+    wanted |= {api.add(picture=picture): servers.told(picture) for picture in pictures}
+    for host in models:
+        until = [0.0]
+
+        def serve(chat: Exchange, until: list[float] = until) -> None:
+            if shown(chat) == POISON:
+                until[0] = hours.time + 20
+            if hours.time < until[0]:
+                hours.takes(float("inf"))
+
+        host.script(*CHATS, serve, forever=True)
+    hours.pace(*models)
+    argv = ["--timeout", "20", "--max-concurrent", str(4 * number)]
+    with hours.batch(api, *models, *argv) as run:
+        pass
+    assert (run.counts, run.code) == ({"described": 60, "failed": 1}, 1)
+    assert api.texts() == wanted | {poison: ""}
+    assert 3 <= len(asked_about(POISON, *models)) <= 6
+
+
+def test_a_host_with_too_much_to_do_is_not_left_idle(hours, api, ollama):
+    """While a model is loaded, Ollama refuses what does not fit into its queue."""
+    wanted = fill(api, 8)
+
+    def serve(chat: Exchange) -> Reply | None:
+        if hours.time < 40 and ollama.in_flight > 2:
+            return Reply(503, {"error": "server busy, please try again."})
+        if hours.time < 40:
+            hours.takes(40 - hours.time)
+        return None
+
+    ollama.script(*CHATS, serve, forever=True)
+    hours.pace(ollama)
+    with hours.batch(api, ollama) as run:
+        pass
+    assert_all_well(run, api, wanted)
+    assert run.ended <= 50

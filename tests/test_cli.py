@@ -687,10 +687,14 @@ def test_a_missing_model_is_one_line(command, api, ollama):
     assert_refused(command(*api.argv, *asking(ollama), *CURIOUS), ollama.url, "tiny-vlm")
 
 
-def test_a_model_that_is_not_listed_is_one_line(command, api, llamacpp):
-    llamacpp.models = ["first", "second"]
+def test_a_model_that_is_not_listed_is_one_line_and_the_first_photo_decides(command, api, llamacpp):
+    llamacpp.models = ["first", "tiny-vlm-2"]
+    api.add(picture=servers.picture())
     done = command(*api.argv, *asking(llamacpp), *CURIOUS)
-    assert_refused(done, "tiny-vlm", "first", "second")
+    said, *_, last = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "but: first, tiny-vlm-2. Did you mean tiny-vlm-2?" in said
+    assert "does not have the model (model not found)" in last
 
 
 def test_a_blind_model_is_one_line(command, api, ollama, llamacpp):

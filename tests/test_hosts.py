@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import pytest
 import servers
 from conftest import FakeStop
+from hours import Stop
 
 import immich_analyze as ia
 
@@ -380,7 +381,7 @@ def probing(stop: FakeStop, back: float = math.inf):
     return probe, seen
 
 
-@pytest.mark.parametrize("trouble", [NOTHING_THERE, busy(status=502), busy(status=504)])
+@pytest.mark.parametrize("trouble", [NOTHING_THERE, busy(status=502)])
 def test_while_no_host_is_available_an_absent_one_is_probed_each_half_second(hosts, stop, trouble):
     mine = hosts(A)
     mine.unavailable(A, trouble)
@@ -420,7 +421,7 @@ def test_several_absent_hosts_are_probed_in_turn(hosts, stop):
     assert all(later[0] - one[0] >= 0.5 for one, later in zip(seen, seen[2:], strict=False))
 
 
-@pytest.mark.parametrize("trouble", [BUSY, busy(5), FAILED, WRONG, HUNG], ids=repr)
+@pytest.mark.parametrize("trouble", [BUSY, busy(5), busy(status=504), FAILED, WRONG, HUNG])
 def test_one_that_answers_is_not_probed(hosts, stop, trouble):
     mine = hosts(A)
     mine.unavailable(A, trouble)
@@ -570,6 +571,76 @@ def test_a_place_is_free_again_after_an_error(hosts, stop):
         with pytest.raises(ia.Skip), place(mine, stop):
             raise ia.Skip("photo_gone")
     assert asked(mine, stop) == "a"
+
+
+def overrun(hosts: ia.Hosts, stop: FakeStop, number: int = 3, heard: int = 1) -> list[bool]:
+    """So many requests at once, of which all but the first time out after 10 s, in turn.
+
+    Request `heard` is being answered meanwhile. Which of them waited in the host's queue.
+    """
+    with ExitStack() as held:
+        for _ in range(number):
+            held.enter_context(place(hosts, stop))
+        stop.now += 10
+        hosts.heard(A, heard)
+        stop.now += 1
+        return [hosts.queued(A, other, 10) for other in range(2, number + 1)]
+
+
+def most_at_once(hosts: ia.Hosts, stop: FakeStop) -> int:
+    """How many requests a host gets at a time."""
+    with ExitStack() as held:
+        for number in range(1, 99):
+            held.enter_context(place(hosts, stop))
+            if hosts.seen()[0].full:
+                return number
+    return 0
+
+
+def test_a_host_that_lets_requests_wait_gets_one_fewer_for_each_down_to_one(hosts, stop):
+    mine = hosts(A, places=9)
+    assert overrun(mine, stop) == [True, True]
+    assert most_at_once(mine, stop) == 1
+    assert not overrun(mine, stop, 1)
+    assert mine.usable()
+
+
+def test_it_gets_one_more_after_some_answers(hosts, stop):
+    mine = hosts(A, places=9)
+    overrun(mine, stop)
+    for most in (1, 2, 3):
+        assert most_at_once(mine, stop) == most
+        for _ in range(ia.GROWTH):
+            describe(mine, stop)
+
+
+@pytest.mark.parametrize("heard", [3, 4])
+def test_a_request_that_is_overtaken_does_not_wait_in_a_queue(hosts, stop, heard):
+    mine = hosts(A, places=9)
+    assert overrun(mine, stop, 3, heard) == [False, heard == 3]
+
+
+def test_a_host_that_is_silent_to_all_has_no_queue(hosts, stop):
+    mine = hosts(A, places=9)
+    mine.heard(A, 0)
+    with place(mine, stop), place(mine, stop) as (url, number):
+        stop.now += 10
+        assert not mine.queued(url, number, 10)
+
+
+def test_who_waits_for_a_full_host_asks_when_a_request_ends(hours):
+    mine, stop, began = ia.Hosts([A], 4, 60.0), Stop(hours), []
+    mine._hosts[A].most = 2
+
+    def work() -> None:
+        with place(mine, stop):
+            began.append(hours.time)
+            hours.sleep(7)
+
+    with ia.ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(work) for _ in range(5)]
+    assert [job.exception() for job in jobs] == [None] * 5
+    assert began == [0, 0, 7, 7, 14]
 
 
 # --- Stopping --------------------------------------------------------------------------------

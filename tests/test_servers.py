@@ -1068,6 +1068,34 @@ def test_the_model_contracts_fit_the_recordings(name):
             contract.error.validate(entry["body"])
 
 
+@pytest.mark.parametrize(("name", "kind"), [("ollama", FakeOllama), ("llamacpp", FakeLlamaCpp)])
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_stream_comes_in_pieces_as_recorded(run, session, name, kind, streams):
+    [entry] = load(name)["x-streams"].values()
+    contract = model_contract(name)
+    contract.find(*entry["request"].split(" "))[0].request.validate(entry["json"])
+    for event in entry["events"]:
+        contract.component("ChatEvent").validate(event)
+    fake = run(kind(answer=lambda *_: "A photo.", streams=streams))
+    reply = replay(session, fake, entry)
+    if not streams:
+        assert reply.json() == fake.exchanges[0].reply
+        return
+    assert (reply.status_code, reply.headers["Content-Type"]) == (entry["status"], entry["type"])
+    assert reply.headers["Transfer-Encoding"] == "chunked"
+    lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
+    assert (lines[-1] == "[DONE]") is (name == "llamacpp")
+    events = [json.loads(line) for line in lines if line != "[DONE]"]
+    first, last = (1, 1) if name == "ollama" else (2, 2)  # before and after the tokens
+    then = entry["events"]
+    assert len(events) == first + 1 + last
+    pairs = zip(events[:first] + events[-last:], then[:first] + then[-last:], strict=True)
+    for ours, real in pairs:
+        assert ours.keys() == real.keys()
+        alike(ours | {"timings": None}, real | {"timings": None})
+    fake.check()
+
+
 def test_ollama_sees_the_picture_it_was_sent(run, session):
     ollama = run(FakeOllama())
     reply = session.post(f"{ollama.url}/api/chat", json=asking(RED), timeout=PATIENCE).json()
@@ -1115,7 +1143,6 @@ def test_a_key_in_front_of_ollama(run, session):
     [
         ({"options": {"num_predct": 5}}, "num_predct"),
         ({"sream": False}, "sream"),
-        ({"stream": True}, "does not stream"),
         ({"options": {"temperature": "hot"}}, 'not of type "number"'),
         ({"think": "hard"}, "think"),
     ],

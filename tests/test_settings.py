@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import logging
 import threading
 from pathlib import Path
@@ -83,6 +84,8 @@ DEFAULTS = {
     "prompt": PROMPT,
     "think": False,
     "max_tokens": 4096,
+    "context_length": 0,
+    "model_options": {},
     "max_image_size": 0,
     "max_concurrent": 4,
     "timeout": 300.0,
@@ -213,6 +216,11 @@ OPTIONS = [
         *("debug", logging.DEBUG, "Warn", logging.WARNING),
     ),
     whole("--max-tokens", "max_tokens"),
+    whole("--context-length", "context_length"),
+    Option(
+        *("--model-options", "IMMICH_ANALYZE_MODEL_OPTIONS", "model_options"),
+        *('{"seed": 7, "stop": ["a", "b"]}', {"seed": 7, "stop": ["a", "b"]}, "{}", {}),
+    ),
     whole("--max-image-size", "max_image_size"),
     whole("--health-port", "health_port"),
     Option(
@@ -832,6 +840,14 @@ NOT_UTF8 = "Опиши снимок".encode("cp1251").decode("utf-8", "surrogate
         (["--max-tokens", "9" * 5000], {}, "--max-tokens"),
         (["--max-tokens", ""], {}, "--max-tokens"),
         (["--max-tokens"], {}, "--max-tokens"),
+        (["--context-length", "-1"], {}, "--context-length"),
+        *(
+            (["--model-options", text], {}, "--model-options")
+            for text in (
+                *("", "{", "7", "null", '["a"]', '"a"', "temperature=0.2", "[" * 100_000),
+                *('{"model": "x"}', '{"seed": 1, "messages": []}', '{"stream": false}'),
+            )
+        ),
         (["--max-image-size", "-1"], {}, "--max-image-size"),
         (["--max-retries", "0.5"], {}, "--max-retries"),
         (["--timeout", "0"], {}, "--timeout"),
@@ -1263,3 +1279,14 @@ def test_a_variable_that_names_an_empty_file_counts_as_unset(config, tmp_path, c
     }
     assert config(environ=given | empty) == config(environ=given)
     assert config(environ=empty) == config()
+
+
+def test_further_parameters_of_the_model_make_another_prompt(config):
+    made = [
+        config(*(["--model-options", text] if text else []), "--prompt", "P")
+        for text in ("", "{}", '{"seed": 1, "top_k": 2}', '{"top_k": 2, "seed": 1}', '{"seed": 2}')
+    ]
+    plain, empty, some, same, other = (settings.prompt_id for settings in made)
+    assert plain == empty == hashlib.sha256(b"P").hexdigest()[:12]
+    assert some == same
+    assert len({plain, some, other}) == 3
