@@ -244,10 +244,12 @@ class Config:
     retry_failed: bool
     undo: bool
     dry_run: bool
+    ignore_descriptions: tuple[str, ...]  # with * for any part
     access: Access
     access_ambiguous: bool  # both libraries were given, and nothing said which to take
     notices: tuple[AnalyzeError, ...]  # what is odd about the settings, for people to know
     immich_root: Path
+    thumbs_root: Path | None  # where it is not below immich_root
     postgres_url: str = field(repr=False)
     immich_api_url: str = field(repr=False)
     immich_api_keys: tuple[str, ...] = field(repr=False)
@@ -418,6 +420,7 @@ def web_addresses(text: str) -> tuple[str, ...]:
 
 LISTS: dict[str, Callable[[str], Any]] = {  # what adds up when it is repeated, and its converter
     "hosts": web_addresses,
+    "ignore_descriptions": words,
     "immich_api_keys": words,
     "immich_header": headers,
     "host_header": headers,
@@ -530,6 +533,7 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     add(work, "--preserve-human", "-p", default=False, **switch)
     add(work, "--disable-ai-wrapper", default=False, **switch)
     add(work, "--retry-failed", default=False, **switch)
+    add(work, "--ignore-descriptions", type=words, action="extend", metavar="TEXTS")
     add(work, "--shard", type=shard, default="1/1", metavar="K/N")
     add(work, "--undo", env="", action="store_true")
     add(work, "--dry-run", env="", action="store_true")
@@ -538,6 +542,7 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     library = parser.add_argument_group(t("help_group_library"))
     add(library, "--data-access-mode", "-d", type=one_of(list(Access)), metavar="ACCESS")
     add(library, "--immich-root", type=Path, default=Path("/var/lib/immich"), metavar="FOLDER")
+    add(library, "--thumbs-root", type=Path, metavar="FOLDER")
     secret(library, "--postgres-url", metavar="URL")
     add(library, "--immich-api-url", env="IMMICH_API_URL", type=web_address, metavar="URL")
     secret(library, "--immich-api-keys", "IMMICH_API_KEY", metavar="KEYS")
@@ -680,6 +685,7 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         "policy": policy,
         "preserve_human": preserve,
         "retry_failed": options.retry_failed or options.undo,
+        "ignore_descriptions": () if options.undo else given["ignore_descriptions"],
         "access": Access(access),
         "access_ambiguous": bool((url or named) and keys and not options.data_access_mode),
         "notices": tuple(options.notices),
@@ -818,13 +824,31 @@ def has_ours(photo: Photo) -> bool:
     return is_ours(photo) or bool(BLOCK.search(photo.description))
 
 
+@functools.cache
+def expression(texts: tuple[str, ...]) -> str:
+    """What matches, in Python and PostgreSQL, white space and these texts, `*` being any part.
+
+    A $ in it always stands behind a backslash.
+    """
+    either = "|".join(".*".join(map(re.escape, text.split("*"))) for text in ("", *texts))
+    # in any case: PostgreSQL may know only that of ASCII
+    either = re.sub(r"[^\W\d_]", lambda c: f"(?:{c[0].lower()}|{c[0].upper()})", either)
+    return rf"\A\s*(?:{either})\s*\Z"
+
+
+def undescribed(photo: Photo, config: Config) -> bool:
+    """Whether a photo has no description, or one of those to ignore that is not ours."""
+    pattern = expression(config.ignore_descriptions)
+    return bool(re.match(pattern, photo.description, re.S)) and not has_ours(photo)
+
+
 def left_alone(photo: Photo, config: Config) -> str:
     """Why a photo is not to be described, as a key; "" if it is, or if its note must tell."""
     note, policy = photo.note, config.policy
     same = note and note.model == config.model_name and note.prompt == config.prompt_id
     if note and same and gave_up(note, config):
         return "failed_before"
-    if not photo.description.strip():
+    if undescribed(photo, config):
         return "has_description" if config.undo else ""
     match policy:
         case Policy.NONE:
@@ -853,7 +877,9 @@ def merge(photo: Photo, text: str, config: Config) -> str:
     Where there is a block, or a person's text is to be kept, all outside ours stays to the
     byte; only `all` without `--preserve-human` replaces what a person wrote.
     """
-    current, block = photo.description, f"[AI]\n{text}\n[/AI]"
+    ignored = undescribed(photo, config) and photo.description.strip()
+    current = "" if ignored else photo.description
+    block = f"[AI]\n{text}\n[/AI]"
     first = BLOCK.search(current)
     if not config.preserve_human and (config.policy is Policy.ALL or not first):
         return text
@@ -1286,6 +1312,8 @@ def sql() -> Iterator[None]:
         yield
     except psycopg2.Error as error:
         raise database_error(error) from error
+    except UnicodeDecodeError as error:
+        raise Permanent("row_not_utf8") from error
 
 
 def database_error(error: psycopg2.Error) -> AnalyzeError:
@@ -1302,8 +1330,8 @@ def database_error(error: psycopg2.Error) -> AnalyzeError:
             return Unexpected("database_refused", why=why)
         case _ if not code or isinstance(error, psycopg2.OperationalError):  # no code: a crash
             return Unavailable("database_down", why=why)
-        case psycopg2.DataError():
-            return Permanent("database_refused", why=why)
+        case psycopg2.DataError():  # 22021: SQL_ASCII holds any bytes
+            return Permanent("row_not_utf8" if code == "22021" else "database_refused", why=why)
         case _:  # a trigger that objects, a page that cannot be read
             return Retryable("database_refused", why=why)
 
@@ -2118,12 +2146,12 @@ IMMICH_TIMEOUT = 60.0  # with Redis hung, Immich answers a write late but has do
 UPLOAD_TIME = timedelta(minutes=1)  # how late a photo may show in a listing after its date
 PREVIEW_LIMIT = 64 * 2**20  # bytes
 BODY_LIMIT = 10 * 2**20  # bytes that Immich takes of a request
-
 SWEEP_SPAN = timedelta(days=2)  # how late a preview may come after the upload
-
+MANY = 20  # photos that may have the same description by chance
 NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")
 
 Version = tuple[int, int, int]
+Tables = Mapping[str, set[str]]  # with their columns
 Cursor = Any  # where a listing stands; only the library that made it looks inside
 Page = tuple[Iterable[Photo], Cursor | None]  # and where it goes on; None at its end
 
@@ -2135,6 +2163,7 @@ class Library(Protocol):
     """
 
     must_confirm: bool  # whether a text may be lost after it was written
+    most_workers: int  # that can have a library at the same time
 
     def clock(self) -> datetime:
         """The time by the server's clock; ours may be wrong, or jump."""
@@ -2292,7 +2321,7 @@ class ApiLibrary:
     leniently: an odd field never costs more than that field.
     """
 
-    must_confirm = True
+    must_confirm, most_workers = True, sys.maxsize
 
     def __init__(self, immich: Immich, server: Server) -> None:
         self._immich = immich
@@ -2611,26 +2640,34 @@ def user_of(immich: Immich, key: str, version: Version) -> str | None:
 class Statements:
     """The SQL for one generation of Immich's tables."""
 
-    listing: str  # since, after, limit → the columns of a Photo
-    news: str  # since, uploaded, after, limit → the same and a mark to go on after, in its order
-    look: str  # id → the same, and whether it is live and whether it is ready
+    listing: str  # since, after, limit → the columns of a Photo, and a mark to go on after
+    news: str  # since, uploaded, after, limit → the same, in the order of the marks
+    look: str  # id → the columns of a Photo, whether it is live, and whether it is ready
     count: str
     write: str  # id, text, listed, note
     forget: str  # the same, and takes the note away
     remember: str  # id, note
     samples: str  # → paths of some previews
+    repeated: str  # → descriptions that are left out, not ours, and how many photos have them
     grants: str  # reads, writes, rights → the statements that grant what is missing
     # two numbers, as Immich's own locks have one; the first says whose they are
     claim: str = "SELECT pg_try_advisory_lock(1229802817, hashtext(%(id)s))"
     release: str = "SELECT pg_advisory_unlock(1229802817, hashtext(%(id)s))"
     clock: str = "SELECT clock_timestamp()"
     read_only: str = "SHOW transaction_read_only"
+    # how many connections could be had besides this one
+    spare: str = """SELECT least(current_setting('max_connections')::int
+        - current_setting('superuser_reserved_connections')::int - count(*),
+        nullif(rolconnlimit, -1) - count(*) FILTER (WHERE usename = rolname),
+        nullif(datconnlimit, -1) - count(*) FILTER (WHERE s.datname = d.datname))
+        FROM pg_stat_activity s, pg_roles, pg_database d WHERE datid IS NOT NULL
+        AND rolname = session_user AND d.datname = current_database()
+        GROUP BY rolconnlimit, datconnlimit"""
     reads: list[str]  # tables
     writes: list[str]  # columns of the table that is written to
-    rights: list[str]  # others, such as "INSERT asset_metadata"
+    rights: list[str]  # others, such as "INSERT asset_metadata", where notes are kept (2.5 on)
+    undo_rights: list[str]  # more: who deletes a note also writes elsewhere, by a trigger
     locks: bool  # a description can be kept from being extracted anew (2.4 on)
-    notes: bool  # Immich keeps them (2.5 on)
-    audit: bool  # who deletes a note also writes there, by a trigger
 
 
 # A text is kept from being extracted anew; so is that ours was taken back, as Immich may have
@@ -2642,6 +2679,13 @@ SOURCE = """FROM {asset} a {memory}
     LEFT JOIN asset_job_status j ON j."assetId" = a.id
     LEFT JOIN LATERAL (SELECT path FROM {file} WHERE "assetId" = a.id AND type = 'preview'
                        {edited} LIMIT 1) f ON true"""
+# Long texts, as ours are, would take long to sort.
+REPEATED = """SELECT e.description, count(*) - count({ours}) {source} WHERE {live}
+    AND e.description = ANY (ARRAY(
+        SELECT e.description FROM {exif} e WHERE octet_length(e.description) BETWEEN 1 AND 400
+        GROUP BY 1 HAVING count(*) > %(many)s AND NOT {listed}))
+    GROUP BY 1 HAVING count(*) - count({ours}) > %(many)s ORDER BY 2 DESC LIMIT 3"""
+BARE = "SELECT id, id::text, '', '', NULL, NULL, mark FROM ({}) photos"
 MEMORY = 'LEFT JOIN asset_metadata m ON m."assetId" = a.id AND m.key = %(key)s'
 CHANGE = """WITH written AS (UPDATE {exif} e SET description = %(text)s {lock}
     FROM {asset} a JOIN asset_job_status j ON j."assetId" = a.id
@@ -2673,7 +2717,7 @@ NOTE_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 EMPTY = "(e.description IS NULL OR e.description !~ '[^[:space:]]')"
 
 
-def table_names(tables: Mapping[str, set[str]]) -> tuple[str, str, str]:
+def table_names(tables: Tables) -> tuple[str, str, str]:
     """Immich's names for the tables of photos, EXIF and files; Unexpected if it has none."""
     newer = "asset_exif" in tables  # 1.136 renamed them
     names = ("asset", "asset_exif", "asset_file") if newer else ("assets", "exif", "asset_files")
@@ -2682,7 +2726,7 @@ def table_names(tables: Mapping[str, set[str]]) -> tuple[str, str, str]:
     return names
 
 
-def statements(tables: Mapping[str, set[str]], policy: Policy) -> Statements:
+def statements(tables: Tables, policy: Policy, ignored: tuple[str, ...] = ()) -> Statements:
     """Choose SQL by tables and columns, not by version."""
     asset, exif, file = names = table_names(tables)
     edited = 'ORDER BY "isEdited" DESC' if "isEdited" in tables[file] else ""
@@ -2696,16 +2740,19 @@ def statements(tables: Mapping[str, set[str]], policy: Policy) -> Statements:
     columns = f"""a.id, a."originalFileName", coalesce(e.description, ''), f.path,
         {"m.value" if notes else "NULL"}, a."libraryId\""""
     memory, kept = (MEMORY, ", kept AS ({})") if notes else ("", "")
+    ours = "m.value->>'text'" if notes else "NULL"
     source = SOURCE.format(asset=asset, exif=exif, file=file, edited=edited, memory=memory)
-    wanted = f"{live} AND {ready} AND {EMPTY if policy is Policy.NONE else 'true'}"
+    empty = f"({EMPTY} OR e.description ~ $re${expression(ignored)}$re$)".replace("%", "%%")
+    listed = "true" if policy is not Policy.NONE else empty if ignored else EMPTY
+    wanted = f"{live} AND {ready} AND {listed}"
     row = {"exif": exif, "asset": asset, "lock": LOCK if locks else ""}
     row["ready"] = f"{live} AND {extracted}"
     return Statements(
-        listing=f"""SELECT {columns} {source} WHERE {wanted}
+        listing=f"""SELECT {columns}, a.id AS mark {source} WHERE {wanted}
             AND (%(since)s IS NULL OR a."createdAt" >= %(since)s)
             AND a.id > %(after)s::uuid AND e."assetId" > %(after)s::uuid
             AND j."assetId" > %(after)s::uuid ORDER BY a.id LIMIT %(limit)s""",
-        news=f"""SELECT {columns}, n."updateId" {source}
+        news=f"""SELECT {columns}, n."updateId" AS mark {source}
             JOIN {file} n ON n."assetId" = a.id AND n.type = 'preview'
             WHERE {wanted} AND (%(uploaded)s IS NULL OR a."createdAt" >= %(uploaded)s)
             AND n."updateId" > greatest(%(after)s::uuid, {UUID_AT.format("%(since)s")})
@@ -2716,13 +2763,13 @@ def statements(tables: Mapping[str, set[str]], policy: Policy) -> Statements:
         forget=CHANGE.format(**row, kept=kept.format(DROP_NOTE.format("written"))),
         remember=KEEP_NOTE.format("(SELECT %(id)s AS id) one") if notes else "SELECT",
         samples=f"SELECT path FROM {file} WHERE type = 'preview' LIMIT 50",  # noqa: S608
+        repeated=REPEATED.format(source=source, live=live, ours=ours, exif=exif, listed=listed),
         grants=MISSING_GRANTS.format(exif=exif),
         reads=[*names, "asset_job_status"],
         writes=["description", "lockedProperties"][: 1 + locks],
         rights=[f"{right} asset_metadata" for right in NOTE_RIGHTS if notes],
+        undo_rights=["INSERT asset_metadata_audit"][: "asset_metadata_audit" in tables],
         locks=locks,
-        notes=notes,
-        audit=notes and "asset_metadata_audit" in tables,
     )
 
 
@@ -2749,19 +2796,21 @@ CONNECTION = {  # unless the setting says otherwise; a lost connection is notice
 class Database:
     """One connection, opened when it is first needed, again after it was lost, and each hour."""
 
-    def __init__(self, url: str, choose: Callable[[Mapping[str, set[str]]], Statements]) -> None:
+    chosen: Statements  # for the tables as they were when the connection was made
+
+    def __init__(self, url: str, choose: Callable[[Tables], Statements]) -> None:
         self._url = url
         self._choose = choose  # makes the statements for the tables that a connection finds
         self._connection: psycopg2.extensions.connection | None = None
         self._opened = 0.0
-        self._statements: Statements | None = None
 
     def rows(self, name: str, **parameters: object) -> list[tuple[Any, ...]]:
         """Run a statement as a transaction of its own; the rows, if it gives any."""
         kept = self._connection is not None  # since an earlier call, and maybe dead since then
         try:
-            statement = getattr(self.statements(), name)
             with sql(), self._open().cursor() as cursor:
+                statement = getattr(self.chosen, name)
+                statement = BARE.format(statement) if "bare" in parameters else statement
                 cursor.execute(statement, parameters | {"key": KEY})
                 return cursor.fetchall() if cursor.description else [()] * cursor.rowcount
         except Unavailable:
@@ -2772,17 +2821,6 @@ class Database:
             self.close()
             raise
         return self.rows(name, **parameters)
-
-    def statements(self) -> Statements:
-        """The statements for the tables as they were when the connection was made."""
-        with sql():
-            self._open()
-        assert self._statements  # noqa: S101 - as there is a connection
-        return self._statements
-
-    def another(self) -> Database:
-        """A connection of its own to the same database."""
-        return Database(self._url, self._choose)
 
     def _open(self) -> psycopg2.extensions.connection:
         now, old = time.monotonic(), self._connection
@@ -2796,16 +2834,15 @@ class Database:
         with new.cursor() as cursor:
             cursor.execute("SET lock_timeout = '10s'; SET statement_timeout = '5min'")
             cursor.execute(TABLES)
-            self._statements = self._choose({name: set(columns) for name, columns in cursor})
+            self.chosen = self._choose({name: set(columns) for name, columns in cursor})
         self._connection, self._opened = new, now
         return new
 
     def close(self) -> None:
         """Close the connection; twice is fine."""
         if self._connection:
-            with sql():
-                self._connection.close()
-            self._connection = None
+            self._connection.close()
+        self._connection = None
 
 
 class DbLibrary:
@@ -2816,9 +2853,10 @@ class DbLibrary:
 
     must_confirm = False
 
-    def __init__(self, database: Database, root: Path) -> None:
+    def __init__(self, database: Database, root: Path, thumbs: str, most_workers: int) -> None:
+        self.most_workers = most_workers
         self._database = database
-        self._root = root
+        self._root, self._thumbs = root, thumbs
 
     def _rows(self, name: str, note: Note | None = None, **values: object) -> list[tuple[Any, ...]]:
         stored = psycopg2.extras.Json(note.value(datetime.now(UTC))) if note else None
@@ -2827,17 +2865,23 @@ class DbLibrary:
 
     def _check(self) -> None:
         """Raises where nothing works: without a connection, Immich's tables, or the previews."""
-        with closing(self._database.another()) as another:
-            check_database(another, self._root)
+        check_database(self._database, self._root, self._thumbs)
 
     def clock(self) -> datetime:
         """PostgreSQL's clock."""
         now: datetime = self._rows("clock")[0][0]
         return now
 
+    def _listed(self, name: str, **bounds: Any) -> list[tuple[Any, ...]]:
+        """A page; if a row of it cannot be decoded, with bare ids: that photo will fail alone."""
+        try:
+            return self._rows(name, limit=PAGE, **bounds)
+        except Permanent:
+            return self._rows(name, limit=PAGE, bare=True, **bounds)
+
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
         """One page by id: only photos with work to do, each with its preview's path."""
-        rows = self._rows("listing", since=since, after=cursor or BEFORE_ALL_IDS, limit=PAGE)
+        rows = self._listed("listing", since=since, after=cursor or BEFORE_ALL_IDS)
         photos = [row_listed(row) for row in rows]
         return photos, photos[-1].id if len(photos) == PAGE else None
 
@@ -2848,17 +2892,17 @@ class DbLibrary:
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
         """The feed of preview rows by `asset_file."updateId"`: only photos with work to do."""
         uploaded = started and started - SWEEP_SPAN  # as previews made anew are in the feed
-        bounds: dict[str, Any] = {"since": since, "uploaded": uploaded, "limit": PAGE}
-        rows = self._rows("news", after=BEFORE_ALL_IDS, **bounds)
-        photos = [row_listed(row) for row in rows]
-        while len(rows) == PAGE:
-            rows = self._rows("news", after=rows[-1][-1], **bounds)
+        photos: list[Photo] = []
+        after = BEFORE_ALL_IDS
+        while after:
+            rows = self._listed("news", since=since, uploaded=uploaded, after=after)
             photos += map(row_listed, rows)
+            after = rows[-1][-1] if len(rows) == PAGE else ""
         return photos
 
     def watch(self, event: Callable[[], None], cooldown: float) -> PreviewWatch:
         """Watch `thumbs/`."""
-        return PreviewWatch(self._root / "thumbs", event, cooldown)
+        return PreviewWatch(self._root / self._thumbs, event, cooldown)
 
     def claim(self, photo: Photo) -> Photo:
         """Take an advisory lock on this connection, with which it ends; then look."""
@@ -2890,19 +2934,20 @@ class DbLibrary:
         Unavailable if the folder has none of the previews: the disk or share is away.
         """
         try:
-            return read_file(inside(self._root, photo.source))
+            return read_file(inside(self._root, photo.source, self._thumbs))
         except (Missing, Permanent):
             with blame(self._check):
                 self._check()
         # it may lie elsewhere by now, or the disk may just have come back
+        path = self.look(photo).source or photo.source
         with suppress(Missing):
-            return read_file(inside(self._root, self.look(photo).source or photo.source))
+            return read_file(inside(self._root, path, self._thumbs))
         return None
 
     def write(self, photo: Photo, text: str, note: Note | None) -> bool:
         """UPDATE the row if it still holds what was listed, lock the property, keep the note."""
         values = {"id": photo.id, "text": text, "listed": photo.description}
-        if self._rows("write" if note else "forget", note=note, **values):
+        if self._rows("write" if note else "forget", note, **values):
             return True
         stored = self.look(photo)
         if not stored.ready:
@@ -2927,14 +2972,8 @@ class DbLibrary:
 def row_listed(row: Sequence[Any]) -> Photo:
     """A photo as the statements list it."""
     asset_id, name, description, path, note, library = row[:6]
-    return Photo(
-        id=str(asset_id),
-        name=name,
-        description=description,
-        source=path or "",
-        note=note_in(note),
-        library=str(library or ""),
-    )
+    kept, library = note_in(note), str(library or "")
+    return Photo(str(asset_id), name, description, path or "", note=kept, library=library)
 
 
 PREVIEW_NAME = re.compile(
@@ -3016,19 +3055,19 @@ class PreviewWatch(fs.FileSystemEventHandler):
             self._observer.stop()
 
 
-def inside(root: Path, path: str) -> Path:
+def inside(root: Path, path: str, thumbs: str = "thumbs") -> Path:
     """Where a preview lies on this machine.
 
     Immich's paths begin with the folder as its container sees it (/data, /usr/src/app/
     upload, or none), but all previews lie under `thumbs/`. Permanent for one outside,
     Missing for one that leads nowhere.
     """
-    _, thumbs, rest = path.rpartition("thumbs/")
+    _, found, rest = path.rpartition("thumbs/")
     try:
         real = (root / thumbs / rest).resolve()
     except (OSError, RuntimeError) as error:  # links that lead in a circle
         raise Missing("preview_missing") from error
-    if not thumbs or not real.is_relative_to(root.resolve()):
+    if not found or not real.is_relative_to(root.resolve()):
         raise Permanent("preview_outside", path=path)
     return real
 
@@ -3048,40 +3087,57 @@ def read_file(path: Path) -> bytes:
 
 def open_database(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
     """Check the connection, tables, rights and the folder of the previews."""
-    url, root = postgres_url(config.postgres_url), config.immich_root
-    choose = functools.partial(statements, policy=config.policy)
-    with closing(Database(url, choose)) as database:
-        chosen = database.statements()
-        audit = ["INSERT asset_metadata_audit"] if chosen.audit and config.undo else []
-        needs = {"reads": chosen.reads, "writes": chosen.writes, "rights": chosen.rights + audit}
+    url, ignored = postgres_url(config.postgres_url), config.ignore_descriptions
+    choose = functools.partial(statements, policy=config.policy, ignored=ignored)
+    place = config.thumbs_root or config.immich_root, "" if config.thumbs_root else "thumbs"
+    with closing(Database(url, choose)) as database, closing(Database(url, choose)) as other:
+        spare, chosen = database.rows("spare")[0][0], database.chosen
+        rights = chosen.rights + chosen.undo_rights * config.undo
+        needs = {"reads": chosen.reads, "writes": chosen.writes, "rights": rights}
         if missing := database.rows("grants", **needs):
             raise Fatal("grants_missing", grants="; ".join(grant for (grant,) in missing))
-        check_database(database, root)
-    if config.policy is Policy.OUTDATED and not chosen.notes:
+        check_database(database, *place)
+        lock = os.urandom(8).hex()
+        with suppress(Unavailable):  # if no other connection can be had, it takes no lock
+            taken = [each.rows("claim", id=lock) for each in (database, other) * 10]
+            if taken != [[(True,)], [(False,)]] * 10:  # a busy pooler may do it right at times
+                raise Fatal("pooled_by_transaction")
+        with suppress(Permanent):
+            say_repeated(dict(database.rows("repeated", many=MANY)), config)
+    if config.policy is Policy.OUTDATED and not chosen.rights:
         raise Fatal("notes_needed")
     if not chosen.locks:
         log.warning("%s", t("no_lock"))
-    return lambda: DbLibrary(Database(url, choose), root), lambda: True
+    most = max(1, spare * 3 // 4 - 1)  # a quarter for others, two for the stream
+    if most < 2 * config.max_concurrent:
+        log.warning("%s", t("few_connections", free=spare + 1, number=most))
+    return lambda: DbLibrary(Database(url, choose), *place, most), lambda: True
 
 
-def check_database(database: Database, root: Path) -> None:
+def check_database(database: Database, root: Path, thumbs: str) -> None:
     """Unexpected if it takes no writes, or the folder does not hold some of its previews."""
     if database.rows("read_only") != [("off",)]:
+        database.close()  # others may be
         raise Unexpected("database_read_only")
-    if not os.path.isdir(root / "thumbs"):  # also where it may not be looked at
-        raise Unexpected("root_wrong", root=root)
+    if not os.path.isdir(root / thumbs):  # also where it may not be looked at
+        raise Unexpected("root_wrong" if thumbs else "thumbs_wrong", root=root)
     samples = [path for (path,) in database.rows("samples")]
-    if samples and not any(is_preview(root, path) for path in samples):
-        path = root / "thumbs" / samples[0].rpartition("thumbs/")[2]
+    for path in samples:
+        with suppress(Missing, Permanent):
+            if os.access(inside(root, path, thumbs), os.R_OK):
+                return
+    if samples:
+        path = root / thumbs / samples[0].rpartition("thumbs/")[2]
         raise Unexpected("root_empty", root=root, path=path)
 
 
-def is_preview(root: Path, path: str) -> bool:
-    """Whether the file that a path of the database names can be read here."""
-    try:
-        return os.access(inside(root, path), os.R_OK)
-    except (Missing, Permanent):
-        return False
+def say_repeated(texts: Mapping[str, int], config: Config) -> None:
+    """Say which descriptions so many photos have that cameras may have written them."""
+    ignored = expression(config.ignore_descriptions)
+    many = [text for text in sorted(texts, key=texts.__getitem__)[::-1] if texts[text] > MANY]
+    shown = [f"“{text:.50}” ({texts[text]})" for text in many if not re.match(ignored, text, re.S)]
+    if shown and not config.undo:
+        log.info("%s", t("same_description", texts=", ".join(shown[:3])))
 
 
 def open_library(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
@@ -3106,6 +3162,7 @@ PROMPT_SPAN = timedelta(seconds=5)  # how far back a look goes that an event ask
 PROMPT_PAUSE = 0.15  # Immich writes a preview's row 20 to 110 ms after its file
 SILENCE = 5.0  # seconds beyond the interval without an event, while photos arrive
 RETAKE_PAUSE = 5.0  # until a photo that failed may be taken again, doubling
+MOST_TEXTS = 10_000  # descriptions that are counted at a time
 PAGE_PAUSE = 60.0  # after a page that could not be had, doubling
 SWEEP_INTERVAL = 3600.0
 WHOLE_SWEEP = 24  # every so many sweeps go over the whole library
@@ -3205,6 +3262,7 @@ class Tally:
         self.reasons: Counter[tuple[Outcome, str]] = Counter()  # the same by message key
         self.total: int | None = None  # photos of the backlog, where that is known
         self.listed = 0  # of these, by now
+        self.texts: Counter[str] = Counter()  # descriptions that were listed, but rare ones
         self.moved = time.monotonic()  # when the stream or a photo last went on
         self.show: Callable[[Counter[Outcome]], None] | None = None  # told of each photo
 
@@ -3407,13 +3465,17 @@ def wanted(photos: Iterable[Photo], run: Run, *, counts: bool = False) -> Iterat
         for photo in photos:
             if zlib.crc32(photo.id.encode()) % shards != number - 1:
                 continue
-            run.tally.listed += counts
+            if counts:
+                run.tally.listed += 1
+                run.tally.texts[photo.description] += 1
             reason = left_alone(photo, run.config)
             if reason or not photo.ready:
                 left[reason] += 1
             elif run.taken.take(photo):
                 yield photo
     finally:
+        if len(run.tally.texts) > MOST_TEXTS:
+            run.tally.texts = Counter({text: n for text, n in run.tally.texts.items() if n > 1})
         for reason, many in left.items() if counts else ():
             run.tally.add(Outcome.SKIPPED if reason else Outcome.NOT_READY, reason, many)
 
@@ -3435,6 +3497,7 @@ def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterato
             photos, cursor = page.result()
             page = fetch(cursor) if cursor else None
             yield from wanted(photos, run, counts=counts)
+        say_repeated(run.tally.texts if counts else {}, run.config)
 
 
 def fetched(library: Library, cursor: Cursor | None, since: datetime | None, run: Run) -> Page:
@@ -3443,7 +3506,8 @@ def fetched(library: Library, cursor: Cursor | None, since: datetime | None, run
     page = functools.partial(library.page, cursor, since)
     while True:
         try:
-            return run.patience(page, 1 if service else VALUABLE_TRIES)
+            with closing(library):  # as it may be long until the next
+                return run.patience(page, 1 if service else VALUABLE_TRIES)
         except (Retryable, Permanent, Skip) as error:
             if not service:
                 raise error.as_kind(Fatal) from error
@@ -3563,16 +3627,6 @@ def stream(run: Run, library: Library) -> Generator[Photo, None, None]:
                 run.stop.nap(news.seconds_left())
 
 
-def in_turn(photos: Iterator[Photo], turn: threading.Lock) -> Iterator[Photo]:
-    """One worker's share of a stream; `turn` is held while it looks or waits for work."""
-    while True:
-        with turn:
-            photo = next(photos, None)
-        if not photo:
-            return
-        yield photo
-
-
 # --- What happens to a photo ---
 
 
@@ -3648,7 +3702,7 @@ def store(photo: Photo, text: str, library: Library, run: Run) -> None:
             log.debug("%s (%s), written: %s", photo.name, photo.id, stored)
             return
         before, photo = photo, run.patience(functools.partial(library.look, photo))
-        typed = photo.description.strip() and not config.preserve_human
+        typed = not undescribed(photo, config) and not config.preserve_human
         if typed or (has_ours(photo) and not has_ours(before)):  # by another instance
             raise Skip("has_description")
     raise Retryable("changed")
@@ -3911,6 +3965,7 @@ AWAY_LIMIT = 300.0  # seconds Immich or the database may be away before that is 
 LONGEST_CALL = 300.0  # seconds a query of PostgreSQL may take
 STALL_LIMIT = 60.0  # beyond the longest wait that is usual
 POST_INTERVAL = 10.0
+IDLE = 1.0  # seconds without a photo after which a worker gives its connection back
 LINE_INTERVAL = 3600.0  # between two lines that sum up
 
 
@@ -4071,13 +4126,29 @@ def keep_posted(status: Status, tally: Tally, stop: Stop) -> None:
     notify(address, "STOPPING=1")
 
 
+def in_turn(photos: Iterator[Photo], turn: threading.Lock, *idle: Library) -> Iterator[Photo]:
+    """One worker's share of a stream; `turn` is held while it looks or waits for work."""
+    while True:
+        if not turn.acquire(timeout=IDLE):
+            for library in idle:
+                library.close()
+            turn.acquire()
+        try:
+            photo = next(photos, None)
+        finally:
+            turn.release()
+        if not photo:
+            return
+        yield photo
+
+
 def describe_library(run: Run) -> None:
     """Describe what is there and what arrives, with as many workers as were asked for."""
     config, tally = run.config, run.tally
 
     def worker() -> None:
         with closing(run.new_library()) as library, closing(Ai(config, run.hosts, run.stop)) as ai:
-            work(in_turn(photos, turn), library, ai, run)
+            work(in_turn(photos, turn, library), library, ai, run)
 
     def checker() -> None:
         with closing(run.new_library()) as library:
@@ -4095,7 +4166,7 @@ def describe_library(run: Run) -> None:
             tally.show = functools.partial(advance, bar, tally.total)
         photos, turn = stack.enter_context(closing(stream(run, library))), threading.Lock()
         # as many spare workers as places at the hosts: a photo that waits holds nobody up
-        workers = [worker] * (2 * config.max_concurrent)
+        workers = [worker] * min(2 * config.max_concurrent, library.most_workers)
         run_all(workers, [checker] if library.must_confirm else [], run)
 
 

@@ -127,8 +127,10 @@ def photos(postgres: sandbox.Postgres, tmp_path: Path) -> Iterator[Callable[...,
     """Makes filled databases: photos("2.7.5") is an empty library of that release."""
     opened: list[tuple[str, sandbox.PhotoLibrary]] = []
 
-    def make(version: str = sandbox.NEWEST, **options: Any) -> sandbox.PhotoLibrary:
-        uri = postgres.database(version)
+    def make(
+        version: str = sandbox.NEWEST, *, encoding: str = "UTF8", **options: Any
+    ) -> sandbox.PhotoLibrary:
+        uri = postgres.database(version, encoding)
         root = tmp_path / f"library-{len(opened)}"
         library = sandbox.PhotoLibrary(uri, root, **options)
         library.uri, library.root = uri, root

@@ -200,12 +200,13 @@ class Postgres:
             parts |= {"user": user, "password": password or ""}
         return libpq_uri(parts)
 
-    def database(self, version: str = NEWEST) -> str:
+    def database(self, version: str = NEWEST, encoding: str = "UTF8") -> str:
         """Create an empty library of that Immich version; return its URI."""
-        if version not in self._templates:
-            self._templates[version] = self._template(version)
+        kind = f"{version} {encoding}"
+        if kind not in self._templates:
+            self._templates[kind] = self._template(version, encoding)
         name = f"{self._name}_{next(self._numbers)}"
-        self._admin(f'CREATE DATABASE "{name}" TEMPLATE "{self._templates[version]}"')
+        self._admin(f'CREATE DATABASE "{name}" TEMPLATE "{self._templates[kind]}"')
         self._databases.add(name)
         return self.uri(name)
 
@@ -226,9 +227,10 @@ class Postgres:
         self.stop()
         self.start()
 
-    def _template(self, version: str) -> str:
-        name = f"{self._name}_{version.replace('.', '_')}"
-        self._admin(f'CREATE DATABASE "{name}"')
+    def _template(self, version: str, encoding: str) -> str:
+        name = f"{self._name}_{version.replace('.', '_')}_{encoding}"
+        made = f"ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+        self._admin(f'CREATE DATABASE "{name}" {made}')
         with connected(self.uri(name)) as cursor:
             cursor.execute(SCHEMAS[version].read_text())
             cursor.execute('INSERT INTO "version_history" ("version") VALUES (%s)', (version,))

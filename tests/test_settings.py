@@ -65,10 +65,12 @@ DEFAULTS = {
     "retry_failed": False,
     "undo": False,
     "dry_run": False,
+    "ignore_descriptions": (),
     "access": ia.Access.DATABASE,
     "access_ambiguous": False,
     "notices": (),
     "immich_root": Path("/var/lib/immich"),
+    "thumbs_root": None,
     "postgres_url": "host=localhost user=postgres dbname=immich",
     "immich_api_url": "",
     "immich_api_keys": (),
@@ -148,6 +150,10 @@ OPTIONS = [
         *("--overwrite-policy", "IMMICH_ANALYZE_OVERWRITE_POLICY", "policy"),
         *("all", ia.Policy.ALL, "Outdated", ia.Policy.OUTDATED),
     ),
+    Option(
+        *("--ignore-descriptions", "IMMICH_ANALYZE_IGNORE_DESCRIPTIONS", "ignore_descriptions"),
+        *("_cuva, A  b*,_cuva", ("_cuva", "A  b*"), "*", ("*",)),
+    ),
     Option("--shard", "IMMICH_ANALYZE_SHARD", "shard", "2/5", (2, 5), "3/3", (3, 3)),
     Option(
         *("--data-access-mode", "IMMICH_ANALYZE_DATA_ACCESS_MODE", "access"),
@@ -156,6 +162,10 @@ OPTIONS = [
     Option(
         *("--immich-root", "IMMICH_ANALYZE_IMMICH_ROOT", "immich_root"),
         *("/photos", Path("/photos"), "a folder", Path("a folder")),
+    ),
+    Option(
+        *("--thumbs-root", "IMMICH_ANALYZE_THUMBS_ROOT", "thumbs_root"),
+        *("/previews", Path("/previews"), "a folder", Path("a folder")),
     ),
     Option(
         *("--postgres-url", "IMMICH_ANALYZE_POSTGRES_URL", "postgres_url"),
