@@ -25,6 +25,7 @@ import base64
 import difflib
 import errno
 import functools
+import html
 import io
 import json
 import logging
@@ -37,7 +38,6 @@ import socketserver
 import sys
 import threading
 import time
-import unicodedata
 import warnings
 import zlib
 from array import array
@@ -79,16 +79,20 @@ log = logging.getLogger("immich_analyze")
 # ------------------------------------------------------------------------------
 
 LANGUAGES = ("en", "ru")
-CATALOGUE_FOLDERS = ("i18n", "immich_analyze_i18n")  # in a checkout, once installed
+DATA_FOLDERS = ("i18n", "immich_analyze_i18n")  # in a checkout, once installed
 _language = "en"
+
+
+def data_file(name: str) -> str:
+    """The text of a file that lies in the folder beside this one."""
+    files = (Path(__file__).with_name(folder) / name for folder in DATA_FOLDERS)
+    return next(file for file in files if file.is_file()).read_text(encoding="utf-8")
 
 
 @functools.cache
 def catalogue(language: str) -> dict[str, str]:
-    """Texts by key, from the file that lies beside this one."""
-    files = (Path(__file__).with_name(name) / f"{language}.json" for name in CATALOGUE_FOLDERS)
-    file = next(file for file in files if file.is_file())
-    return dict(json.loads(file.read_text(encoding="utf-8")))
+    """Texts by key."""
+    return dict(json.loads(data_file(f"{language}.json")))
 
 
 def use_language(code: str) -> None:
@@ -805,12 +809,15 @@ class Picture:
 
     mime: str
     base64: bytes
+    size: tuple[int, int]
 
 
 # Our text among a person's: from a line [AI] to the next line [/AI] with no other [AI] between.
 BLOCK = re.compile(r"^\[AI\][^\S\n]*\n(?:(?!\[AI\][^\S\n]*$).*\n)*?\[/AI\][^\S\n]*$", re.MULTILINE)
 PLAIN_SIZE = (448, 448)
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # raised by Pillow
+SHORTEST_SIDE = 56  # pixels: servers of Qwen's models crash below 28 to 32
+USUAL_PIXELS, USUAL_SIDE = 50_000_000, 4096  # above the first, pictures are shrunk to the second
+MOST_PIXELS = 270_000_000  # a gigabyte in memory
 GAP = "\n\n"  # between a person's text and a block that is added
 
 
@@ -924,28 +931,56 @@ def picture_type(data: bytes) -> tuple[str | None, bool]:
 def prepared(data: bytes, max_size: int) -> Picture:
     """Check a preview by its first and last bytes and make it ready to be sent.
 
-    Decoding costs four times all the rest, so it is done only to shrink a picture to
-    `max_size` pixels, to see whether one without its usual end is whole, or to turn WebP
-    into JPEG: llama.cpp cannot read WebP, nor can the releases of Ollama that hand it on
-    unchanged.
+    Decoding costs four times all the rest, so it is done only where the header tells that a
+    picture is too large, too narrow or transparent, to see whether one without its usual end
+    is whole, or to turn WebP into JPEG: llama.cpp cannot read WebP, nor can the releases of
+    Ollama that hand it on unchanged.
 
     Raises Retryable for a file that is being written, Permanent for no picture.
     """
     mime, whole = picture_type(data)
-    if not mime and whole:
-        raise Permanent("preview_unknown")
-    if not (mime and whole) or mime == "image/webp" or max_size:
-        target = io.BytesIO()
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                picture = image.convert("RGB")
-                if max_size:
-                    picture.thumbnail((max_size, max_size))
-                picture.save(target, "JPEG", quality=90)
-        except UNREADABLE as error:
-            raise Permanent("preview_broken") if whole else Retryable("preview_cut") from error
-        mime, data = "image/jpeg", target.getvalue()
-    return Picture(mime, base64.b64encode(data))
+    cut = Permanent("preview_broken") if whole else Retryable("preview_cut")
+    if not mime:
+        raise Permanent("preview_unknown") if whole else cut
+    target = io.BytesIO()
+    Image.MAX_IMAGE_PIXELS = None  # ours is MOST_PIXELS: previews are the user's own
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            huge = math.prod(image.size) > USUAL_PIXELS
+            most = max_size or (USUAL_SIDE if huge else max(image.size))
+            fits = min(image.size) >= SHORTEST_SIDE and max(image.size) <= most
+            if whole and fits and mime != "image/webp" and not image.has_transparency_data:
+                return Picture(mime, base64.b64encode(data), image.size)
+            picture = plain_copy(image, most)
+    except (OSError, ValueError, SyntaxError) as error:  # by Pillow
+        raise cut from error
+    picture.save(target, "JPEG", quality=90)
+    return Picture("image/jpeg", base64.b64encode(target.getvalue()), picture.size)
+
+
+def plain_copy(image: Image.Image, most: int) -> Image.Image:
+    """A picture in RGB, no longer than `most`; what is too narrow has its mean colour around."""
+    image.draft("RGB", (most, most))  # a JPEG is decoded at a part of its size
+    if math.prod(image.size) > MOST_PIXELS:
+        raise ValueError("too large")
+    if math.prod(image.size) > USUAL_PIXELS:  # the copies below would take gigabytes
+        image.thumbnail((2 * USUAL_SIDE, 2 * USUAL_SIDE), Image.Resampling.NEAREST)
+    image = opaque(image)
+    image.thumbnail((most, most))
+    width, height = (max(side, SHORTEST_SIDE) for side in image.size)
+    ground = image.resize((1, 1), Image.Resampling.BOX).resize((width, height))
+    ground.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return ground
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """A picture in RGB; what is transparent is white, or black where what shows is light."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    shades = image.convert("L").histogram(image.getchannel("A"))
+    ground = "white" if sum(shades[:128]) >= sum(shades[128:]) else "black"
+    return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
 
 
 @functools.lru_cache(8)
@@ -956,69 +991,132 @@ def plain_picture(size: tuple[int, int], colour: str = "gray") -> Picture:
     return prepared(target.getvalue(), 0)
 
 
-def size_of(picture: Picture) -> tuple[int, int]:
-    """Width and height in pixels; PLAIN_SIZE where they cannot be read."""
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(picture.base64))) as image:
-            return image.size
-    except UNREADABLE:
-        return PLAIN_SIZE
+@functools.cache
+def patterns() -> dict[str, re.Pattern[str]]:
+    """What models say beside a description, by name, from answers.toml."""
+    import tomllib  # here, as each start would wait for it
+
+    texts: dict[str, str] = {}
+    for name, text in tomllib.loads(data_file("answers.toml")).items():  # contains those above it
+        texts[name] = re.sub(r"\{([a-z_]+)\}", lambda part: f"(?:{texts[part[1]]}\n)", text)
+    return {name: re.compile(text, re.VERBOSE) for name, text in texts.items()}
 
 
-THOUGHTS = re.compile(r"<(think(?:ing)?)>.*?</\1>", re.S | re.I)
-CUT_THOUGHTS = re.compile(r"^.*</think(?:ing)?>|<think(?:ing)?>.*$", re.S | re.I)
-LEAD_IN = re.compile(
-    r"""^[\s*_#]*
-        (?:(?:sure|certainly|of\ course|okay|конечно|хорошо)\b\W{0,3})?
-        (?:(?:here(?:[’']s|\ is)|this\ is|below\ is)\s+
-           (?:(?:an?|the|your|my|detailed|concise|short|brief|full|possible|image|photo)\s+){0,4}
-           (?:description|caption|summary)(?:\s+(?:of|for|based|suitable|you)\b[^.:\n]{0,60})?
-         |(?:вот|ниже)\s+
-           (?:(?:приведено|ваше|подробное|детальное|краткое|полное)\s+){0,3}
-           описание(?:\s+(?:изображ|фото|снимк|картин|для)[^.:\n]{0,60})?
-         |(?:the\s+)?(?:(?:image|photo|full)\s+)?(?:description|caption)
-         |описание(?:\s+(?:изображения|фотографии|фото|снимка))?
-        )[*_]*:[\s*_]*""",
-    re.VERBOSE | re.IGNORECASE,
-)
-HTML = re.compile(r"\s*<(?:!doctype|html)\b", re.I)
+def is_spoken_of(tag: re.Match[str]) -> bool:
+    """Whether a tag is part of what is described: quoted, or between words of a sentence."""
+    text, (start, end) = tag.string, tag.span()
+    around = text[max(0, start - 3) : start] + "\0" + text[end : end + 12]
+    return bool(patterns()["spoken_of"].search(around))
 
 
-def is_storable(character: str) -> bool:
-    """Whether Immich, its XMP files and PostgreSQL can all hold a character."""
-    bad = unicodedata.category(character) in ("Cc", "Cs") or character in "\ufeff\ufffe\uffff"
-    return not bad or character in "\n\t"
+def without_thoughts(text: str) -> str:
+    """What is said after thoughts, up to the first token that ends an answer."""
+    said: list[str] = []
+    at, thinks = 0, False
+    for tag in patterns()["tag"].finditer(text):
+        kind = tag.lastgroup
+        if is_spoken_of(tag) and not (thinks and kind == "closes"):
+            continue
+        piece, at = text[at : tag.start()], tag.end()
+        if not thinks and (said or piece.strip()):
+            said.append(piece)
+        if kind == "ends" and said and not thinks:
+            return "".join(said)
+        if kind == "closes" and not thinks:
+            said.clear()
+        thinks = kind == "opens" or (thinks and kind != "closes")
+    return "".join(said) + ("" if thinks else text[at:])
 
 
-def clean(answer: str) -> str:
-    """What a model said, as a description: no thoughts, lead-ins or control characters."""
-    text = answer.replace("\r\n", "\n").replace("\r", "\n")
-    text = CUT_THOUGHTS.sub("", THOUGHTS.sub("", text))
-    text = LEAD_IN.sub("", "".join(filter(is_storable, text))).strip()  # as Immich does
-    if text[:1] + text[-1:] in ('""', "“”", "«»") and text[0] not in text[1:-1]:
-        text = text[1:-1].strip()
-    text = re.sub(r"^\[(/?AI)\]", r"(\1)", text, flags=re.MULTILINE)  # they would end a block
-    return re.sub(r"\n{3,}", "\n\n", text)
+def meaning(mark: re.Match[str]) -> str:
+    """What an entity or a tag of HTML stands for."""
+    if mark[0].startswith("&"):
+        return html.unescape(mark[0]).replace("\xa0", " ")
+    return mark[0] if is_spoken_of(mark) else "\n" if mark["breaks"] else ""
+
+
+def from_json(text: str) -> str:
+    """The description in an answer that is JSON, or is escaped as in JSON; else as it is."""
+    quoted = ""
+    if re.match(r'(?:\[\s*)?\{\s*"', text) and (fields := patterns()["json_field"].findall(text)):
+        text = quoted = max(fields, key=lambda one: ("descri" in one[0].lower(), len(one[1])))[1]
+    elif "\n" not in text and patterns()["escaped"].match(text):
+        quoted = '"' + re.sub(r'(?<!\\)"', r"\"", text.replace("\\'", "'")) + '"'
+    with suppress(ValueError):
+        return str(json.loads(quoted, strict=False))
+    return text
+
+
+# Patterns that are taken away or put right, in this order, by what takes their place.
+CLEANING: dict[str, str | Callable[[re.Match[str]], str]] = {
+    "html": meaning,
+    "line_end": "\n",
+    "not_storable": "",
+    "lost_tags": "",
+    "fence": r"\g<inside>",
+    "lead_in": lambda lead: "" if lead["closed"] or lead["closed_after"] else lead["marks"],
+    "prelude": "",
+    "quotes_around": r"\g<inside>",
+    "block_mark": r"(\g<mark>)",
+    "blank_lines": "\n\n",
+}
+
+
+def clean(text: str) -> str:
+    """What a model said, as a description: nothing but what it says of the picture."""
+    for _ in range(5):  # as one thing is wrapped into another
+        before, text = text, from_json(without_thoughts(text))
+        for name, place in CLEANING.items():
+            text = patterns()[name].sub(place, text)
+        text = (text[:-600] + patterns()["offer"].sub("", text[-600:])).strip()  # as Immich does
+        if text == before:
+            break
+    return text
+
+
+def repeats(text: str) -> bool:
+    """Whether a text, as far as it was said, is one thing again and again, or counts on and on.
+
+    What follows a sample of its words is held against what follows the next such words.
+    """
+    words = re.sub(r"[\W_]+", " ", text[-20_000:].lower())
+    for said, times in ((words, 1), (re.sub(r"\d+", "0", words), 4)):
+        for at in range(0, len(said) - 30, 23):
+            again = said.find(said[at : at + 24], at + 1, at + 1024)
+            period = again - at
+            length = times * (30 + min(10 * period, 200 + 3 * period))
+            piece = said[again : again + length]
+            again_and_again = period > 0 and len(piece) == length and said.startswith(piece, at)
+            if again_and_again and re.search(r"[^\W\d]", piece):
+                return True
+    return False
+
+
+def refusal(text: str) -> str:
+    """Why words are no description, as a key: the model speaks of itself and its user alone."""
+    known = patterns()
+    said = known["quotation"].sub("", text[:2000])
+    reason = known["refusal"].match(said)
+    more = [one for one in known["clause_end"].split(said) if known["describes"].search(one)]
+    if not reason or len(text) >= 2000 or sum(map(len, more)) > 15:
+        return ""
+    return "answer_declined" if reason["declined"] else "answer_no_picture"
 
 
 def description_in(answer: object) -> str:
     """The description in a model's answer.
 
     Raises Retryable when there is none: empty, a web page, a bare number (Immich would
-    store 1.50 as 1.5), or one phrase again and again.
+    store 1.50 as 1.5), one phrase again and again, or a refusal.
     """
     text = clean(answer) if isinstance(answer, str) else ""
-    if not any(c.isalpha() for c in text) or HTML.match(text):
+    if not any(c.isalpha() for c in text) or patterns()["web_page"].match(text):
         raise Retryable("answer_empty")
     if repeats(text):
         raise Retryable("answer_repeats")
+    if why := refusal(text):
+        raise Retryable(why)
     return text
-
-
-def repeats(text: str) -> bool:
-    """Whether a text says one thing again and again, which shows in how well it compresses."""
-    data = text.encode()
-    return len(data) > 200 and len(data) > 6 * len(zlib.compress(data))
 
 
 def dig(data: object, *path: str | int) -> Any:
@@ -1936,7 +2034,7 @@ class Answer:
                 raise Retryable("answer_thinks")
         if len(self._text) >= self._check_at:
             self._check_at = len(self._text) + CHECK_STEP
-            if repeats(self._text):
+            if repeats(self._text) and repeats(clean(self._text)):  # it may be end tokens
                 raise Retryable("answer_repeats")
 
     def _take_lines(self, data: bytes) -> None:
@@ -2039,8 +2137,10 @@ class Ai:
     def _is_sick(self, url: str, picture: Picture, tries: Tries) -> AnalyzeError | None:
         """Why a host does not describe a plain picture of the same size: then it is unavailable."""
         try:
-            self._described(url, plain_picture(size_of(picture)), {})
+            self._described(url, plain_picture(picture.size), {})
         except AnalyzeError as error:
+            if error.key == tries.error.key == "answer_no_picture":  # of neither picture
+                error = Fatal("model_blind", url=public(url))
             tries.excuse(url, error)
             return error
         return None

@@ -738,7 +738,7 @@ COLOURS = {
 
 
 @functools.cache
-def picture(colour: str = "red", kind: str = "JPEG", size: tuple[int, int] = (32, 24)) -> bytes:
+def picture(colour: str = "red", kind: str = "JPEG", size: tuple[int, int] = (80, 60)) -> bytes:
     """A picture of one colour."""
     out = io.BytesIO()
     Image.new("RGB", size, COLOURS[colour]).save(out, kind)

@@ -505,7 +505,7 @@ def test_the_limit_is_named_when_an_answer_was_cut(fake, make):
 
 
 def test_garbage_is_refused_by_the_real_error(fake, make):
-    garbage = ia.Picture("image/jpeg", base64.b64encode(b"garbage"))
+    garbage = ia.Picture("image/jpeg", base64.b64encode(b"garbage"), ia.PLAIN_SIZE)
     error = error_of(make(fake).describe, garbage)[1]
     assert error.fields == {"url": fake.url + fake.chat, "status": 400, "why": servers.NO_PICTURE}
     assert str(error).count(servers.NO_PICTURE) == 1
@@ -876,7 +876,7 @@ def test_a_picture_that_hosts_fail_on_is_given_up_after_three_tries_and_costs_no
     assert min(len(about(PICTURE, fake)) for fake in fakes) == tries // number
     plain = [image for fake in fakes for image, _ in fake.asked if image != JPEG]
     assert 1 <= len(plain) <= tries
-    assert {servers.Image.open(servers.io.BytesIO(image)).size for image in plain} == {(32, 24)}
+    assert {servers.Image.open(servers.io.BytesIO(image)).size for image in plain} == {(80, 60)}
     assert model.troubles() == WELL * number
     if trouble in (*HOSTS_WORD, SILENCE):
         assert lines().count("WARNING") == lines().count("INFO") <= tries
@@ -969,13 +969,34 @@ def test_a_picture_as_large_as_the_photo_tells_of_a_context_that_is_too_small(fa
 
 
 def test_one_text_for_two_pictures_is_no_description_of_a_blind_host(fake, second, make, lines):
-    fake.answer = lambda *_: "Please provide an image."
+    fake.answer = lambda *_: "A nice picture."
     model = make(fake, second)
     pictures = [servers.own_picture(n) for n in range(1, 9)]
     found = [model.describe(ia.prepared(data, 0)) for data in pictures]
-    assert found == ["Please provide an image.", *map(servers.told, pictures[1:])]
+    assert found == ["A nice picture.", *map(servers.told, pictures[1:])]
     assert model.troubles() == ["model_says_the_same", None]
     assert lines() == ["ERROR"]
+
+
+def test_a_host_that_asks_for_a_picture_whatever_it_is_shown_is_blind(fake, second, make, lines):
+    fake.answer = lambda *_: "Please provide the image you would like me to describe."
+    model = make(fake, second)
+    pictures = [servers.own_picture(n) for n in range(1, 6)]
+    found = [model.describe(ia.prepared(data, 0)) for data in pictures]
+    assert found == list(map(servers.told, pictures))
+    assert model.troubles() == ["model_blind", None]
+    assert lines() == ["ERROR"]
+
+
+def test_a_picture_that_a_model_refuses_or_overlooks_is_no_trouble_of_its_host(fake, make):
+    for said, key in (
+        ("I don't see an image.", "answer_no_picture"),
+        ("I'm sorry, I can't assist with that.", "answer_declined"),
+    ):
+        fake.answer = lambda image, _, said=said: said if image == JPEG else servers.told(image)
+        model = make(fake, argv=["--retry-delay-seconds", "0"])
+        assert error_of(model.describe)[0] == (ia.Permanent, key)
+        assert model.troubles() == WELL
 
 
 def test_one_text_for_pictures_that_are_alike_is_theirs(fake, make):

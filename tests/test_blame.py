@@ -431,7 +431,8 @@ def test_a_picture_that_kills_the_server_three_times_fails(hours, api, ollama, m
 
 # --- One text for all pictures ---------------------------------------------------------------
 
-BLIND = "Please provide the image you would like me to describe."
+BLIND = "A photograph of a family on a sunny day. Format: Photo"
+ASKS = "Please provide the image you would like me to describe."
 
 
 @pytest.mark.parametrize("most", [1, 4])
@@ -449,10 +450,23 @@ def test_one_text_for_all_pictures_shows_that_a_host_is_blind(hours, library, ol
     assert failure_notes(library) == {}
 
 
-def test_a_blind_host_is_left_out_beside_one_that_sees(hours, api, hosts):
+def test_a_host_that_asks_for_the_picture_is_blind(hours, api, ollama):
+    fill(api, 40)
+    ollama.answer = lambda *_: ASKS
+    hours.pace(ollama)
+    with hours.batch(api, ollama) as run:
+        pass
+    assert (run.code, run.counts.get("failed", 0)) == (2, 0)
+    assert set(api.texts().values()) == {""}
+    assert len(run.complaints(ollama)) == 1
+    assert failure_notes(api) == {}
+
+
+@pytest.mark.parametrize("text", [BLIND, ASKS])
+def test_a_blind_host_is_left_out_beside_one_that_sees(hours, api, hosts, text):
     seeing, blind = hosts(2)
     wanted = fill(api, 40)
-    blind.answer = lambda *_: BLIND
+    blind.answer = lambda *_: text
     hours.pace(seeing, blind)
     with hours.batch(api, seeing, blind) as run:
         pass

@@ -60,10 +60,11 @@ def immich_analyze(installed: Path, *argv: str) -> str:
     return run(installed / "bin" / "immich-analyze", *argv, PYTHONPATH=str(installed))
 
 
-def test_the_wheel_holds_the_module_and_its_texts(wheel):
+def test_the_wheel_holds_the_module_its_texts_and_patterns(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == {
         "immich_analyze.py",
+        "immich_analyze_i18n/answers.toml",
         "immich_analyze_i18n/en.json",
         "immich_analyze_i18n/ru.json",
     }
@@ -78,3 +79,8 @@ def test_the_installed_command_tells_its_version(installed):
 def test_the_installed_command_finds_its_texts(installed, language):
     told = " ".join(immich_analyze(installed, "--lang", language, "-h").split())
     assert ia.catalogue(language)["help_description"] in told
+
+
+def test_the_installed_module_finds_its_patterns(installed):
+    code = "import immich_analyze as ia; print(ia.clean('Description: A cat.'))"
+    assert run(sys.executable, "-c", code, PYTHONPATH=str(installed)) == "A cat.\n"

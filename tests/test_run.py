@@ -122,7 +122,11 @@ def test_a_real_model_names_the_colour_of_each_photo(library, real_llamacpp, com
 
 
 def test_a_picture_the_real_model_cannot_decode_fails_alone(library, real_llamacpp, command):
-    broken = library.add("broken.jpg", picture=b"\xff\xd8\xff" + bytes(5000) + b"\xff\xd9")
+    png = sandbox.draw("red", kind="PNG")
+    begin = png.index(b"IDAT") + 4  # only the header is read before it is sent
+    broken = library.add(
+        "broken.jpg", picture=png[:begin] + bytes(len(png) - begin - 16) + png[-16:]
+    )
     whole = library.add(picture=sandbox.draw("green"))
     done = command(*library.argv, *asking(real_llamacpp), *NO_PAUSE)
     assert done.returncode == 1

@@ -2,14 +2,18 @@
 
 import base64
 import io
+import json
+import re
+import warnings
+from pathlib import Path
 
 import pytest
 import servers
-from PIL import Image
+from PIL import Image, ImageFile
 
 import immich_analyze as ia
 
-JPEG, PNG, WEBP = (servers.picture("red", kind, (64, 48)) for kind in ("JPEG", "PNG", "WEBP"))
+JPEG, PNG, WEBP = (servers.picture("red", kind, (128, 96)) for kind in ("JPEG", "PNG", "WEBP"))
 MIMES = {"image/jpeg": JPEG, "image/png": PNG, "image/webp": WEBP}
 
 
@@ -92,23 +96,141 @@ def test_a_picture_that_servers_read_is_sent_as_it_is(mime):
 def test_webp_is_sent_as_jpeg_of_the_same_size():
     picture = ia.prepared(WEBP, 0)
     with opened(picture) as image:
-        assert (picture.mime, image.format, image.size) == ("image/jpeg", "JPEG", (64, 48))
+        assert (picture.mime, image.format, image.size) == ("image/jpeg", "JPEG", (128, 96))
     assert servers.colour_of(base64.b64decode(picture.base64)) == "red"
 
 
 @pytest.mark.parametrize("mime", MIMES)
-@pytest.mark.parametrize(("most", "size"), [(32, (32, 24)), (64, (64, 48)), (1000, (64, 48))])
+@pytest.mark.parametrize(("most", "size"), [(80, (80, 60)), (128, (128, 96)), (1000, (128, 96))])
 def test_a_limit_shrinks_the_longer_side_and_never_enlarges(mime, most, size):
-    with opened(ia.prepared(MIMES[mime], most)) as image:
-        assert (image.format, image.size) == ("JPEG", size)
+    picture = ia.prepared(MIMES[mime], most)
+    with opened(picture) as image:
+        assert image.size == picture.size == size
+
+
+@pytest.mark.parametrize("most", [0, 128])
+@pytest.mark.parametrize("mime", ["image/jpeg", "image/png"])
+def test_a_picture_within_the_limit_is_sent_as_it_is(mime, most):
+    assert base64.b64decode(ia.prepared(MIMES[mime], most).base64) == MIMES[mime]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "1", "LA"])
 def test_a_picture_of_any_mode_can_be_shrunk(mode):
-    data = io.BytesIO()
-    Image.new(mode, (64, 48)).save(data, "PNG")
-    with opened(ia.prepared(data.getvalue(), 32)) as image:
-        assert (image.mode, image.size) == ("RGB", (32, 24))
+    with opened(ia.prepared(encoded(Image.new(mode, (128, 96)), "PNG"), 80)) as image:
+        assert (image.mode, image.size) == ("RGB", (80, 60))
+
+
+# Transparency
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    target = io.BytesIO()
+    image.save(target, kind, **options)
+    return target.getvalue()
+
+
+def drawn(colour: tuple[int, ...], mode: str = "RGBA") -> Image.Image:
+    """A square in the middle of nothing, whose hidden colour is that of the square."""
+    image = Image.new("RGBA", (120, 100), (*colour, 0))
+    image.paste((*colour, 255), (40, 30, 80, 70))
+    return image.convert(mode)
+
+
+def palette(colour: tuple[int, ...]) -> bytes:
+    """The same with a palette, and its transparency in bytes."""
+    image = Image.new("P", (120, 100), 0)
+    image.putpalette([*colour, *colour, 9, 9, 9])
+    image.paste(1, (40, 30, 80, 70))
+    return encoded(image, "PNG", transparency=bytes([0, 255, 128]))
+
+
+def key_colour(mode: str, ground: object, colour: object) -> bytes:
+    """The same in a mode that calls one colour transparent."""
+    image = Image.new(mode, (120, 100), ground)
+    image.paste(colour, (40, 30, 80, 70))
+    return encoded(image, "PNG", transparency=ground)
+
+
+BLACK, WHITE, NAVY, CREAM = (0, 0, 0), (255, 255, 255), (20, 20, 90), (250, 245, 220)
+TRANSPARENT = {
+    **{
+        f"{kind} {colour}": (encoded(drawn(colour), kind, **options), colour)
+        for kind, options in (("PNG", {}), ("WEBP", {"lossless": True}))
+        for colour in (BLACK, WHITE, NAVY, CREAM)
+    },
+    "grey and alpha": (encoded(drawn(BLACK, "LA"), "PNG"), BLACK),
+    "palette, dark": (palette(BLACK), BLACK),
+    "palette, light": (palette(WHITE), WHITE),
+    "key colour": (key_colour("RGB", (255, 0, 255), BLACK), BLACK),
+    "key grey": (key_colour("L", 7, 255), WHITE),
+}
+
+
+@pytest.mark.parametrize("most", [0, 60])
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_what_is_drawn_on_nothing_can_be_seen(name, most, capfd):
+    data, colour = TRANSPARENT[name]
+    with warnings.catch_warnings(), opened(ia.prepared(data, most)) as image:
+        warnings.simplefilter("error")
+        width, height = image.size
+        corner, middle = image.getpixel((2, 2)), image.getpixel((width // 2, height // 2))
+    assert max(abs(a - b) for a, b in zip(middle, colour, strict=True)) < 40
+    assert abs(sum(corner) - sum(middle)) > 300
+    assert capfd.readouterr().err == ""
+
+
+def test_what_cannot_be_seen_at_all_is_sent_all_the_same():
+    with opened(ia.prepared(encoded(Image.new("RGBA", (80, 60)), "PNG"), 0)) as image:
+        assert image.getpixel((40, 30)) == WHITE
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    ("size", "most", "sent"),
+    [
+        ((1, 1), 0, (56, 56)),
+        ((20, 30), 0, (56, 56)),
+        ((55, 100), 0, (56, 100)),
+        ((56, 56), 0, (56, 56)),
+        ((300, 20), 0, (300, 56)),
+        ((20, 300), 0, (56, 300)),
+        ((2000, 100), 500, (500, 56)),
+        ((100, 2000), 500, (56, 500)),
+        ((2000, 2), 1000, (1000, 56)),
+        ((200, 100), 100, (100, 56)),
+        ((200, 200), 20, (56, 56)),
+    ],
+)
+def test_no_side_of_what_is_sent_is_too_short_for_a_server(kind, size, most, sent):
+    picture = ia.prepared(servers.picture("red", kind, size), most)
+    with opened(picture) as image:
+        assert image.size == picture.size == sent
+    assert servers.colour_of(base64.b64decode(picture.base64)) == "red"
+
+
+def test_what_was_too_narrow_is_in_the_middle():
+    image = Image.new("RGB", (300, 20), "white")
+    image.paste("black", (0, 0, 150, 20))
+    with opened(ia.prepared(encoded(image, "PNG"), 0)) as sent:
+        row = [sent.convert("L").getpixel((x, 28)) for x in (5, 140, 160, 295)]
+        column = {sent.convert("L").getpixel((5, y)) // 32 for y in (2, 53)}
+    assert [value // 128 for value in row] == [0, 0, 1, 1]
+    assert column == {3}  # the mean of both
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "most", "size"),
+    [
+        ("JPEG", "L", 0, (4096, 2048)),
+        ("PNG", "P", 512, (512, 256)),
+    ],
+)
+def test_a_picture_of_200_million_pixels_is_shrunk(kind, mode, most, size):
+    picture = ia.prepared(encoded(Image.new(mode, (20000, 10000), 1), kind), most)
+    assert (picture.mime, picture.size) == ("image/jpeg", size)
 
 
 BROKEN_JPEG = JPEG[:4] + bytes(len(JPEG) - 8) + JPEG[-4:]
@@ -128,6 +250,7 @@ BROKEN_PNG = PNG[:30] + bytes(len(PNG) - 42) + PNG[-12:]
         (servers.picture("red", "GIF"), 0, ia.Permanent, "preview_unknown"),
         (BROKEN_WEBP, 0, ia.Permanent, "preview_broken"),
         (BROKEN_WEBP, 32, ia.Permanent, "preview_broken"),
+        (BROKEN_JPEG, 0, ia.Permanent, "preview_broken"),
         (BROKEN_JPEG, 32, ia.Permanent, "preview_broken"),
         (BROKEN_PNG, 32, ia.Permanent, "preview_broken"),
     ],
@@ -140,18 +263,50 @@ def test_a_preview_that_cannot_be_sent_says_why(data, most, error, key):
 
 
 def test_a_decompression_bomb_is_not_decoded(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 48 // 2 - 1)
+    monkeypatch.setattr(ia, "MOST_PIXELS", 128 * 96 - 1)
     with pytest.raises(ia.Permanent, match="cannot be decoded"):
         ia.prepared(WEBP, 0)
 
 
+@pytest.mark.parametrize("most", [0, 200])
 @pytest.mark.parametrize("mime", ["image/jpeg", "image/png"])
-def test_a_broken_inside_costs_nothing_on_the_usual_path(mime, monkeypatch):
-    monkeypatch.setattr(ia.Image, "open", None)
-    assert ia.prepared(MIMES[mime], 0).mime == mime
+def test_nothing_but_the_header_is_read_on_the_usual_path(mime, most, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert ia.prepared(MIMES[mime], most).mime == mime
 
 
 # Answers
+
+CASES = json.loads(Path(__file__).with_name("answers.json").read_text(encoding="utf-8"))
+
+
+def test_every_pattern_is_used_by_the_module_or_in_another():
+    module = Path(ia.__file__)
+    text = module.with_name("i18n").joinpath("answers.toml").read_text(encoding="utf-8")
+    used = re.findall(r"\{([a-z_]+)\}", text)
+    used += re.findall(r'"([a-z_]+)"', module.read_text(encoding="utf-8"))
+    assert set(ia.patterns()) - set(used) == set()
+
+
+def outcome(answer: str) -> str | None:
+    """What is stored, or None, with the reason as a key after a dash."""
+    try:
+        return ia.description_in(answer)
+    except ia.Retryable as error:
+        return f"- {error.key}"
+
+
+@pytest.mark.parametrize("kind", sorted({case["case"] for case in CASES}))
+def test_what_models_say_becomes_a_description_or_a_failed_try(kind):
+    cases = [case for case in CASES if case["case"] == kind]
+    found = {case["said"]: outcome(case["said"]) for case in cases}
+    assert found == {case["said"]: case["stored"] or f"- {case['why']}" for case in cases}
+
+
+@pytest.mark.parametrize("kind", ["control", "cleaned"])
+def test_a_description_as_stored_stays_as_it_is(kind):
+    stored = [case["stored"] for case in CASES if case["case"] == kind]
+    assert [outcome(text) for text in stored] == stored
 
 
 @pytest.mark.parametrize(
@@ -205,12 +360,97 @@ LEAD_INS = [
     "**Описание:** ",
     "Описание изображения: ",
     "Описание фотографии:\n",
+    "Image Description:",
+    "**Image Description:**\n\n",
+    "**Description:**\n\n",
+    "Here is the description: ",
+    "Alright, here is a description of the image, focusing on details:\n\n---\n\n",
+    "Sure, I can help you with that! Here is the description:\n\n",
+    "Hier ist eine detaillierte Beschreibung des Bildes:\n\n",
+    "## Description\n\n",
+    "### Description:\n",
+    "# Image Description\n",
+    "**Description**\n\n",
+    "Description\n\n",
+    "**Detailed Image Description:**\n",
+    "Absolutely! Here's a comprehensive, search-friendly description of the image:\n\n",
+    "Here is a detailed description optimized for image search:\n\n",
+    "Here's a description of the image you provided:\n\n",
+    "Okay, here's a breakdown and description of the image:\n\n",
+    "Based on the image provided, here is a detailed description:\n\n",
+    "Certainly. The following is a detailed description of the photo:\n",
+    "Here is a detailed description of the image in English:\n\n",
+    "Hier ist die Beschreibung: ",
+    "Natürlich! Hier ist eine ausführliche Beschreibung des Fotos:\n\n",
+    "Gerne, hier ist eine Bildbeschreibung:\n\n",
+    "Beschreibung: ",
+    "**Bildbeschreibung:**\n\n",
+    "Beschreibung des Bildes:\n",
+    "Detaillierte Beschreibung: ",
+    "Voici une description détaillée de l'image :\n\n",
+    "Bien sûr ! Voici la description de l'image :\n\n",
+    "Description de l'image :\n",
+    "Description détaillée : ",
+    "Voici la description : ",
+    "Aquí tienes una descripción detallada de la imagen:\n\n",
+    "¡Claro! Aquí está la descripción de la imagen:\n\n",
+    "Descripción: ",
+    "Descripción de la imagen:\n\n",
+    "Por supuesto, aquí tienes una descripción detallada:\n\n",
+    "A continuación, una descripción detallada de la imagen:\n\n",
+    "Ecco una descrizione dettagliata dell'immagine:\n\n",
+    "Descrizione: ",
+    "Aqui está uma descrição detalhada da imagem:\n\n",
+    "Descrição da imagem: ",
+    "Конечно! Вот описание изображения:\n\n",
+    "Вот описание: ",
+    "Описание изображения:\n\n",
+    "**Описание:**\n\n",
+    "Подробное описание изображения:\n\n",
+    "Хорошо, вот подробное описание изображения для поиска:\n\n",
+    "Конечно, вот детальное описание фотографии на русском языке:\n\n",
+    "## Описание\n\n",
+    "Oto szczegółowy opis obrazu:\n\n",
+    "Hier is een gedetailleerde beschrijving van de afbeelding:\n\n",
+    "以下是对图片的详细描述：\n\n",
+    "好的，以下是图片的描述：\n",
+    "描述：",
+    "图片描述：",
+    "以下は画像の説明です：\n",
+    "Sure! ",
+    "Certainly! ",
+    "Here you go:\n\n",
+    "Sure, here you go:\n\n",
+    "Alt text: ",
+    "Here is the alt text for the image:\n\n",
+    "> **Description:** ",
+    "*Description:* ",
+    "__Description:__ ",
+    "***\n\n",
+    "---\n\n",
+    "Here is a description of the photo.\n\n",
+    "Let me describe the image for you:\n\n",
+    "Answer: ",
+    "Final answer: ",
+]
+
+
+INTRODUCED = [
+    "Кот A sits on a mat.",
+    "A red barn in snow. Format: Photo",
+    "**Overall:** A barn.\n\n**Format:** Photo",
+    "* **Subject:** A barn\n* **Setting:** Snow",
+    "- Barn\n- Snow",
+    "_The Barn_ hangs on a wall.",
+    "__init__.py is open on a screen.",
+    "**A red barn** stands in snow.",
+    "“Stop” on a sign and “Go”",
 ]
 
 
 @pytest.mark.parametrize("lead_in", LEAD_INS)
-def test_a_lead_in_is_removed(lead_in):
-    assert ia.description_in(f"{lead_in}Кот A sits on a mat.") == "Кот A sits on a mat."
+def test_a_lead_in_is_removed_and_what_follows_keeps_its_marks(lead_in):
+    assert {text: outcome(lead_in + text) for text in INTRODUCED} == {t: t for t in INTRODUCED}
 
 
 @pytest.mark.parametrize(
@@ -262,7 +502,7 @@ def test_a_sentence_that_looks_like_a_lead_in_is_kept(text):
         ("A sign: \u202bשלום\u202c, \u2067مرحبا\u2069.",) * 2,
         ("한국어, 日本, ελληνικά, e\u0301",) * 2,
         ("12 apples, 1.50 each", "12 apples, 1.50 each"),
-        ("<b>Bold</b> & 'quoted'; a < b", "<b>Bold</b> & 'quoted'; a < b"),
+        ("<b>Bold</b> & 'quoted'; a < b", "Bold & 'quoted'; a < b"),
     ],
 )
 def test_what_is_stored_is_clean(answer, text):
@@ -329,6 +569,76 @@ def test_an_answer_that_repeats_itself_is_another_try(answer):
 @pytest.mark.parametrize("answer", [LONG, LONG + "\n\n" + LONG, "A cat. A cat. A cat."])
 def test_an_answer_that_hardly_repeats_itself_is_kept(answer):
     assert ia.description_in(answer) == answer
+
+
+WEEK = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+INNOCENT = {
+    "a text": LONG,
+    "a text twice": LONG + "\n\n" + LONG,
+    "a menu": "A menu:\n- fish\n- meat\n- fish\n- meat",
+    "ten bullets alike": "- A blue car\n" * 10,
+    "ten bullets with a number": "\n".join(f"- A car with the number {n} on it" for n in range(10)),
+    "a table": "| day | open |\n|---|---|\n" + "\n".join(f"| {day} | yes |" for day in WEEK * 2),
+    "a table of numbers": "\n".join(f"| {n} | {n * n} | {n % 7} |" for n in range(100)),
+    "a numbered table": "\n".join(f"| {n} | seat {n} | free |" for n in range(1, 31)),
+    "a calendar": " ".join(map(str, range(1, 32))),
+    "rules": "A form\n" + "-" * 120 + "\n" + "_" * 90 + "\n" + "." * 200 + " 7\n" + "| " * 90,
+    "a poem": "Row, row, row your boat,\nGently down the stream.\nMerrily, merrily, merrily,\n" * 4,
+    "a refrain": "Na na na na na na na na na na na na, hey Jude.",
+    "a long train": "A very, very, very long train.",
+    "a cry": "A comic: Aaaaaaaaaaaaaaargh! Brrrrrrrrrr! Hahahahahaha!",
+    "short lines": "Barn\nSnow\nDog\nFence\nTree\nHill\nPath\nDoor\nHouse\nSmoke\n" * 3,
+    "zeros": "A display with 0 0 0 0 0 0 0 0 0 0 and 00000000000000000000000000000000.",
+    "Russian": "\n".join(f"{n}. Красный автомобиль на стоянке у дома" for n in range(1, 13)),
+    "Chinese": "图片中有一只猫坐在窗台上，窗外是雪景。" * 4 + "一辆红色的汽车。" * 8,
+    "Japanese": "写真には赤い納屋があり、雪が積もっています。" * 4,
+}
+LOOPS = {
+    "a letter": "G" * 60,
+    "a letter of Chinese": "好" * 60,
+    "a syllable": "ha" * 60,
+    "a word": "very " * 30,
+    "a word with commas": "very, " * 30,
+    "a line": "- A blue car\n" * 25,
+    "a sentence": "The sky is grey. " * 20,
+    "a sentence of Russian": "Небо серое. " * 25,
+    "a sentence of Chinese": "天空是灰色的。" * 25,
+    "two sentences": "The sky is grey. The barn is red, and a dog sits before it. " * 12,
+    "a paragraph": (LONG + "\n\n") * 8,
+    "counting": ", ".join(f"barn {n}" for n in range(1, 90)),
+    "counting in lines": "\n".join(f"- barn {n}" for n in range(1, 90)),
+    "counting in Russian": ", ".join(f"дом {n}" for n in range(1, 90)),
+    "counting with words": " ".join(f"Person {n} is a man in a suit." for n in range(60)),
+}
+
+
+@pytest.mark.parametrize("name", INNOCENT)
+def test_no_part_of_an_innocent_text_repeats_itself(name):
+    text = INNOCENT[name]
+    assert [n for n in range(len(text) + 1) if ia.repeats(text[:n])] == []
+    assert not ia.repeats(LONG + "\n" + text)
+
+
+@pytest.mark.parametrize("before", ["", LONG, LONG * 2 + " Кот. "])
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_is_known_while_it_is_said_and_afterwards(name, before):
+    assert ia.repeats(before + LOOPS[name])
+    assert ia.repeats(before + LOOPS[name] + " red barn. " + LONG)
+    assert not ia.repeats(before + LOOPS[name][:40])
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *("<think>", "</think>", "<", "<|", "◁", "#", "*", "**", "_", "`", '"', '{"', '{"a":"'),
+        *("&", "<b ", " \n", "\\n", "\r\n", "\0", "(", "“", "a. ", "I ", "---\n", " <|im_end|> a"),
+        *("Here is a ", "no image ", "图", "analysis"),
+    ],
+)
+@pytest.mark.parametrize("before", ["", "A red barn. "])
+def test_no_answer_takes_for_ever(before, piece):
+    """Time that grows with the square of the length would be hours here."""
+    outcome(before + piece * (2**18 // len(piece)))
 
 
 # JSON and addresses

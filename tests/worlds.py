@@ -31,7 +31,7 @@ BUSY = replace(  # for longer than any test takes
 
 PLAIN = [  # what hosts are shown to see whether they are well; the first is as big as most photos
     ia.plain_picture(size, colour).base64
-    for size, colour in (((32, 24), "gray"), (ia.PLAIN_SIZE, "gray"), (ia.PLAIN_SIZE, "red"))
+    for size, colour in (((80, 60), "gray"), (ia.PLAIN_SIZE, "gray"), (ia.PLAIN_SIZE, "red"))
 ]
 
 
