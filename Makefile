@@ -6,6 +6,7 @@
 #   make check   judge and test what can be tested in half a minute: all but the files of tests
 #                that are marked `slow`
 #   make test    what CI runs: all but the tests marked `long`; ARGS=... goes to pytest
+#   make lowest  the same tests with exactly the lowest versions of pyproject.toml
 #   make faults  the tests marked `long`, then break everything around the service for some
 #                minutes; see tests/faults.py
 #   make bench   measure; see tests/bench.py
@@ -14,7 +15,7 @@
 PYTHON ?= python3
 IN_VENV = .venv/bin/python
 
-.PHONY: demo check lint test faults bench clean
+.PHONY: demo check lint test lowest faults bench clean
 
 demo: .venv/sandbox
 	@$(IN_VENV) tests/sandbox.py $(ARGS)
@@ -32,6 +33,9 @@ test: lint
 	$(IN_VENV) -m coverage combine --quiet
 	$(IN_VENV) -m coverage report
 
+lowest: .venv-lowest/dev
+	.venv-lowest/bin/python -m pytest -n auto $(ARGS)
+
 faults: .venv/dev
 	$(IN_VENV) -m pytest -n auto -m long
 	@$(IN_VENV) tests/faults.py $(ARGS)
@@ -40,14 +44,16 @@ bench: .venv/dev
 	@$(IN_VENV) tests/bench.py $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest build dist *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache
 
 # One stamp for each extra of pyproject.toml.
-.venv/sandbox .venv/dev: pyproject.toml
+.venv/sandbox .venv/dev .venv-lowest/dev: pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	{ echo "make: $(PYTHON) is not Python 3.11 or newer with venv (Debian: python3-venv);" \
 	"name another one: make PYTHON=..." >&2; exit 1; }
-	@echo "Installing into .venv ..."
-	@$(PYTHON) -m venv .venv
-	@$(IN_VENV) -m pip install --quiet --disable-pip-version-check --editable ".[$(@F)]"
+	@echo "Installing into $(@D) ..."
+	@$(PYTHON) -m venv $(@D)
+	@$(if $(findstring lowest,$@),grep -oE '[a-z0-9-]+>=[0-9.]+' $<,true) | sed 's/>=/==/' > $(@D)/constraints
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	--constraint $(@D)/constraints --editable ".[$(@F)]"
 	@touch $@

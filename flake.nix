@@ -53,6 +53,12 @@
         let
           cfg = config.services.immich-analyze;
           variable = name: "IMMICH_ANALYZE_" + lib.toUpper (builtins.replaceStrings [ "-" ] [ "_" ] name);
+          # The settings that have a variable, by the README's table of them.
+          rows = builtins.split "\n[|] `--([a-z-]+)`[^|]*[|] `IMMICH_[A-Z_]+` [|]" (
+            builtins.readFile ./README.md
+          );
+          known = builtins.concatMap (row: if builtins.isList row then row else [ ]) rows;
+          unknown = builtins.filter (name: !(builtins.elem name known)) (builtins.attrNames cfg.settings);
           text =
             value:
             if builtins.isBool value then
@@ -86,8 +92,8 @@
                 model-name = "qwen3-vl:4b-instruct-q4_K_M";
               };
               description = ''
-                Settings by the names of the flags, without their dashes. No secrets: all users of the
-                machine can read these. The mode is combined.
+                Settings by the names of the flags, without their dashes; an unknown one is an error.
+                No secrets: all users of the machine can read these. The mode is combined.
               '';
             };
             environmentFile = lib.mkOption {
@@ -104,6 +110,25 @@
 
           # Everything else, what shuts the service in too, is said by immich-analyze.service.
           config = lib.mkIf cfg.enable {
+            assertions = [
+              {
+                assertion = unknown == [ ];
+                message = "services.immich-analyze.settings: unknown: ${toString unknown}";
+              }
+              {
+                assertion =
+                  cfg.environmentFile != null
+                  || builtins.any (name: cfg.settings ? ${name}) [
+                    "immich-api-url"
+                    "postgres-url"
+                    "postgres-url-file"
+                  ];
+                message = ''
+                  services.immich-analyze: where Immich is, say settings.immich-api-url,
+                  settings.postgres-url or the DB_* variables of environmentFile.
+                '';
+              }
+            ];
             systemd.packages = [ cfg.package ];
             systemd.services.immich-analyze = {
               wantedBy = [ "multi-user.target" ];

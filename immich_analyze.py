@@ -39,6 +39,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 import zlib
 from array import array
 from bisect import bisect_left
@@ -84,8 +85,10 @@ _language = "en"
 
 
 def data_file(name: str) -> str:
-    """The text of a file that lies in the folder beside this one."""
-    files = (Path(__file__).with_name(folder) / name for folder in DATA_FOLDERS)
+    """The text of a file that lies in the folder beside this one, be it in a zip archive."""
+    home = Path(__file__).parent
+    root = home if home.is_dir() else zipfile.Path(home)
+    files = (root / folder / name for folder in DATA_FOLDERS)
     return next(file for file in files if file.is_file()).read_text(encoding="utf-8")
 
 
@@ -671,6 +674,10 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         for file in [files] if isinstance(files, str) else files:
             given[name] = (given[name] or convert("")) + convert(read_text(file))
     given |= {name: tuple(dict.fromkeys(given[name] or ())) for name in LISTS}
+    for name in ("immich_root", "thumbs_root"):
+        if (root := given[name]) and not root.is_absolute():
+            given[name] = root.absolute()
+            options.notices.append(AnalyzeError("root_relative", root=given[name]))
     url, (database_url, named) = (options.postgres_url or "").strip(), database(environ)
     api_url, keys = options.immich_api_url or "", options.immich_api_keys
     wanted = (api_url and keys) or ((api_url or keys) and not named)
@@ -3219,16 +3226,21 @@ def check_database(database: Database, root: Path, thumbs: str) -> None:
     if database.rows("read_only") != [("off",)]:
         database.close()  # others may be
         raise Unexpected("database_read_only")
-    if not os.path.isdir(root / thumbs):  # also where it may not be looked at
-        raise Unexpected("root_wrong" if thumbs else "thumbs_wrong", root=root)
     samples = [path for (path,) in database.rows("samples")]
     for path in samples:
         with suppress(Missing, Permanent):
-            if os.access(inside(root, path, thumbs), os.R_OK):
-                return
+            read_file(inside(root, path, thumbs))
+            return
+    first = root / thumbs / "".join(samples[:1]).rpartition("thumbs/")[2]
+    try:
+        read_file(first)
+    except (Missing, Permanent) as error:
+        if isinstance(error.__cause__, PermissionError):  # nobody knows whether it is there
+            raise
+    if not os.path.isdir(root / thumbs):
+        raise Unexpected("root_wrong" if thumbs else "thumbs_wrong", root=root)
     if samples:
-        path = root / thumbs / samples[0].rpartition("thumbs/")[2]
-        raise Unexpected("root_empty", root=root, path=path)
+        raise Unexpected("root_empty", root=root, path=first)
 
 
 def say_repeated(texts: Mapping[str, int], config: Config) -> None:
@@ -3246,7 +3258,7 @@ def open_library(config: Config) -> tuple[Callable[[], Library], Callable[[], bo
     try:
         return opener(config)
     except (Retryable, Permanent, Missing, Skip) as error:
-        raise error.as_kind(Unavailable if isinstance(error, Retryable) else Fatal) from error
+        raise error.as_kind(Unavailable if isinstance(error, Retryable) else Unexpected) from error
 
 
 # ------------------------------------------------------------------------------
@@ -3363,8 +3375,7 @@ class Tally:
         self.total: int | None = None  # photos of the backlog, where that is known
         self.listed = 0  # of these, by now
         self.texts: Counter[str] = Counter()  # descriptions that were listed, but rare ones
-        self.moved = time.monotonic()  # when the stream or a photo last went on
-        self.show: Callable[[Counter[Outcome]], None] | None = None  # told of each photo
+        self.began = self.moved = time.monotonic()  # when the stream or a photo last went on
 
     def add(self, outcome: Outcome, reason: str = "", number: int = 1) -> None:
         """Count one photo, or take it off with -1."""
@@ -3372,8 +3383,6 @@ class Tally:
             self.counts[outcome] += number
             self.reasons[outcome, reason] += number
             self.moved = time.monotonic()
-        if self.show:
-            self.show(self.counts)
 
     def add_failure(self, photo: Photo, note: Note) -> None:
         """Have a failure noted, once it is known that it is not everybody's."""
@@ -3388,10 +3397,7 @@ class Tally:
             return proven
 
     def __str__(self) -> str:
-        said = t(self._form, **{outcome.value: self.counts[outcome] for outcome in Outcome})
-        if number := self.reasons[Outcome.SKIPPED, "failed_before"]:
-            said += " " + t("tally_failed_before", number=number)
-        return said
+        return t(self._form, **{outcome.value: self.counts[outcome] for outcome in Outcome})
 
 
 class Patience:
@@ -3414,7 +3420,8 @@ class Patience:
         self._pause = pause
         self._longest = longest
         self._passing = passing
-        self._since: float | None = None  # when the first call of an outage failed
+        self._since = math.inf  # when the first call of an outage failed
+        self.why: AnalyzeError | None = None  # the trouble, while it is waited for
 
     def __call__(self, call: Callable[[], T], tries: int = LIBRARY_TRIES) -> T:
         """What the call gives; Stopped when asked to stop meanwhile."""
@@ -3447,7 +3454,7 @@ class Patience:
 
     def _away(self, error: AnalyzeError, now: float) -> None:
         with self._lock:
-            first, self._since = self._since is None, self._since or now
+            first, self._since, self.why = self.why is None, min(self._since, now), error
         if first:
             log.info("%s", t("waiting", why=error))
 
@@ -3455,14 +3462,13 @@ class Patience:
         if began is None:  # who did not wait cannot tell
             return
         with self._lock:
-            away, self._since = self.away(), None
+            away, self._since, self.why = self.away(), math.inf, None
         if away:
             log.info("%s", t("back", time=timedelta(seconds=round(away))))
 
     def away(self) -> float:
         """For how many seconds the library has been waited for; 0 while it is there."""
-        since = self._since
-        return 0.0 if since is None else time.monotonic() - since
+        return max(0.0, time.monotonic() - self._since)
 
 
 @dataclass(frozen=True, slots=True)
@@ -3980,6 +3986,7 @@ class Signals:
     def __init__(self, stop: threading.Event) -> None:
         self.number = 0  # of the signal that came
         self.grace = 30.0
+        self.sum_up: Callable[[int], object] = int  # what is said before `grace` ends it
         self._stop = stop
         self._told = threading.Event()
         self._wanted = {signal.SIGINT, signal.SIGTERM}
@@ -3988,13 +3995,20 @@ class Signals:
 
     def _listen(self) -> None:
         self.number = signal.sigwait(self._wanted)
-        timer = threading.Timer(self.grace, os._exit, (128 + self.number,))
+        timer = threading.Timer(self.grace, self._quit, (self.number, self.sum_up))
         timer.daemon = True
         timer.start()
         self._stop.set()
         log.warning("%s", t("finishing", signal=signal.Signals(self.number).name))
         self._told.set()
-        os._exit(128 + signal.sigwait(self._wanted))
+        self._quit(signal.sigwait(self._wanted))
+
+    def _quit(self, number: int, last: Callable[[int], object] = int) -> None:
+        threading.Timer(1.0, os._exit, (128 + number,)).start()  # though nobody reads what is said
+        last(128 + number)
+        with suppress(OSError):  # no terminal, on which nothing of the bar is to be left
+            os.write(2, b"\r" + b" " * os.get_terminal_size(2).columns + b"\r")
+        os._exit(128 + number)
 
     def exit_code(self, mode: Mode) -> int:
         """What a signal makes of it, once the line about it is out: services are ended by one."""
@@ -4033,6 +4047,7 @@ def set_up_logging(config: Config | None = None) -> None:
     For people on a terminal, messages; for cron, only what is wrong; for a service, a log;
     for systemd's journal, its priorities.
     """
+    tqdm.set_lock(threading.RLock())  # its own is for processes, and from Python 3.14 on starts one
     terminal, service = sys.stderr.isatty(), bool(config and config.mode.monitors)
     here = os.fstat(sys.stderr.fileno())
     form = "%(message)s" if terminal or not service else "%(asctime)s %(levelname)s %(message)s"
@@ -4052,13 +4067,34 @@ def set_up_logging(config: Config | None = None) -> None:
     warnings.filterwarnings("ignore", module="watchdog")
 
 
-def advance(bar: tqdm, total: int | None, counts: Counter[Outcome]) -> None:
-    """Move the progress bar on to what the counts say. Skipped photos are no progress."""
-    left_out = counts[Outcome.SKIPPED] + counts[Outcome.NOT_READY]
-    with bar.get_lock():
-        if total is not None:
-            bar.total = max(0, total - left_out)
-        bar.update(counts.total() - left_out - bar.n)
+ENDLESS = "{n_fmt} {unit} [{elapsed}{postfix}]{bar}"
+NARROW = "{bar} {n_fmt}/{total_fmt} {remaining}{postfix}"
+WIDE = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+def pace(photos: int, seconds: float) -> str:
+    """How many photos a minute, or an hour where that says more."""
+    hourly = 3600 * photos / max(seconds, 1.0)
+    slow = 0 < hourly < 60
+    return t("per_hour" if slow else "per_minute", rate=f"{hourly if slow else hourly / 60:.1f}")
+
+
+def show_progress(tally: Tally, over: threading.Event) -> None:
+    """Draw the progress bar each second until all is over. Skipped photos are no progress."""
+    form = {"unit": t("photos"), "bar_format": ENDLESS, "dynamic_ncols": True, "leave": False}
+    last = False
+    with suppress(OSError), tqdm(**form) as bar:  # unless nobody reads it any more
+        # back to the begin at once: a ^C that is shown there is drawn over
+        bar.sp = lambda line: bar.fp.write(f"\r{line.ljust(bar.ncols or 79)}\r")
+        while not last:
+            last = over.wait(1.0)
+            left_out = tally.counts[Outcome.SKIPPED] + tally.counts[Outcome.NOT_READY]
+            bar.n = tally.counts.total() - left_out
+            bar.total = max(0, (tally.total or 0) - left_out)
+            shown = bar.format_dict
+            ends, narrow = 0 < bar.total >= bar.n, 0 < (shown["ncols"] or 0) < 60
+            bar.bar_format = ENDLESS if not ends else NARROW if narrow else WIDE
+            bar.set_postfix_str(pace(bar.n, shown["elapsed"]))  # which draws it
 
 
 AWAY_LIMIT = 300.0  # seconds Immich or the database may be away before that is ill health
@@ -4074,6 +4110,7 @@ class Status:
 
     def __init__(self, config: Config, hosts: Hosts, patience: Patience, tally: Tally) -> None:
         self.ready = False  # whether the check at the start is over
+        self.waits = patience  # whoever waits for a library or, at the start, a model host
         self._tally = tally
         self._hosts = hosts
         self._patience = patience
@@ -4095,6 +4132,13 @@ class Status:
         if not self._hosts.usable():
             return "no_model_host"
         return "stalled" if self.stalled() else ""
+
+    def __str__(self) -> str:
+        if why := self.waits.why:
+            return t("waiting", why=why)
+        if self.ready and not self._hosts.usable():
+            return t("no_host", why="; ".join(str(host.why) for host in self._hosts.seen()))
+        return str(self._tally) if self.ready else t("checking")
 
     def left(self) -> int | None:
         """How much of the backlog is left, where that is known."""
@@ -4205,25 +4249,30 @@ def ask_health(config: Config) -> int:
     return 0
 
 
-def notify(address: str, message: str) -> None:
+def notify(message: str) -> None:
     """Tell systemd how the service stands, by sd_notify(3); nothing where nobody listens."""
+    address = os.environ.get("NOTIFY_SOCKET")
     if address:
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(message.encode(), re.sub("^@", "\0", address))
 
 
 def keep_posted(status: Status, tally: Tally, stop: Stop) -> None:
-    """Tell systemd the counts, and that all moves, until the end; and the log once an hour."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
+    """Tell systemd how it stands, and that all moves, until the end; the log, once an hour."""
     watchdog = float(os.environ.get("WATCHDOG_USEC") or math.inf) / 1e6
-    notify(address, "READY=1")
-    told, said = time.monotonic(), str(tally)
-    while not stop.wait(min(watchdog / 2, POST_INTERVAL)):
-        notify(address, f"STATUS={tally}" + ("" if status.stalled() else "\nWATCHDOG=1"))
+    told, said, settled = time.monotonic(), str(tally), False
+    while True:
+        if not settled and (status.ready or status.waits.why):  # what is away cannot be checked
+            settled = True
+            notify("READY=1")
+        alive = "" if status.stalled() else "\nWATCHDOG=1"
+        notify("STATUS=" + re.sub(UNSAFE, "\ufffd", str(status)) + alive)
+        if stop.wait(min(watchdog / 2, POST_INTERVAL if status.ready else 1.0)):
+            break
         if time.monotonic() >= told + LINE_INTERVAL and said != str(tally):
             told, said = time.monotonic(), str(tally)
             log.info("%s", said)
-    notify(address, "STOPPING=1")
+    notify("STOPPING=1")
 
 
 def in_turn(photos: Iterator[Photo], turn: threading.Lock, *idle: Library) -> Iterator[Photo]:
@@ -4261,9 +4310,9 @@ def describe_library(run: Run) -> None:
             with suppress(AnalyzeError):  # an extra, that not every key may ask for
                 tally.total = library.total() // config.shard[1]
         if terminal:
-            form = {"unit": " " + t("photos"), "dynamic_ncols": True, "leave": False}
-            bar = stack.enter_context(tqdm(total=tally.total, miniters=1, **form))  # each counts
-            tally.show = functools.partial(advance, bar, tally.total)
+            over, pool = threading.Event(), stack.enter_context(ThreadPoolExecutor(1, "progress"))
+            pool.submit(show_progress, tally, over)
+            stack.callback(over.set)
         photos, turn = stack.enter_context(closing(stream(run, library))), threading.Lock()
         # as many spare workers as places at the hosts: a photo that waits holds nobody up
         workers = [worker] * min(2 * config.max_concurrent, library.most_workers)
@@ -4285,18 +4334,30 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
         serve_health(status, config.health_host, config.health_port)
     if config.access_ambiguous:
         log.info("%s", t("both_given_api" if config.access is Access.API else "both_given"))
-    library_wait = at_start(longest if config.wait_for_immich else 0.0)
-    new_library, complete = library_wait(lambda: open_library(config))
-    if config.preflight_model_check and not config.undo:
-        with closing(Ai(config, hosts, stop)) as ai:
-            at_start(longest if service else 0.0)(ai.check)
-    status.ready = True
     if service:
-        log.info("%s", t("ready"))
         posts = (status, tally, stop)
         threading.Thread(target=keep_posted, args=posts, name="posts", daemon=True).start()
+    status.waits = at_start(longest if config.wait_for_immich else 0.0)
+    new_library, complete = status.waits(lambda: open_library(config))
+    if config.preflight_model_check and not config.undo:
+        status.waits = at_start(longest if service else 0.0)
+        with closing(Ai(config, hosts, stop)) as ai:
+            status.waits(ai.check)
+    status.waits, status.ready = patience, True
+    if service:
+        log.info("%s", t("ready"))
     describe_library(Run(config, stop, hosts, patience, tally, new_library))
     return complete()
+
+
+def sum_up(config: Config, tally: Tally, code: int) -> None:
+    """Say what became of the photos, as the last thing before the end."""
+    level = logging.WARNING if code or config.undo else logging.INFO
+    spent = tqdm.format_interval(time.monotonic() - tally.began)
+    if config.final_output:
+        if number := tally.reasons[Outcome.SKIPPED, "failed_before"]:
+            log.warning("%s", t("tally_failed_before", number=number))
+        log.log(level, "%s", t("tally_time", tally=tally, time=spent))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4305,10 +4366,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout = sys.stdout or sys.stderr
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # letters that the locale has not
-    stop = Stop()
+    stop, tally = Stop(), Tally()
     signals = Signals(stop)
     arguments = sys.argv[1:] if argv is None else list(argv)
-    began, tally = time.monotonic(), Tally()
     set_up_logging()
     try:
         use_language(language(arguments, os.environ))
@@ -4317,11 +4377,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_logging(config)
         for notice in config.notices:
             log.warning("%s", notice)
-        signals.grace = config.grace
         if config.healthcheck:
             return ask_health(config)
         if config.undo:
             tally = Tally("tally_dry_run" if config.dry_run else "tally_undo")
+        signals.grace, signals.sum_up = config.grace, functools.partial(sum_up, config, tally)
         complete = serve(config, stop, tally)
         code = 0 if complete and not tally.counts[Outcome.FAILED] else 1
     except Stopped:
@@ -4331,11 +4391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not tally.counts:
             return 2
         code = 2
-    if config.final_output:
-        left_out = tally.reasons[Outcome.SKIPPED, "failed_before"]
-        level = logging.WARNING if code or config.undo or left_out else logging.INFO
-        spent = timedelta(seconds=round(time.monotonic() - began))
-        log.log(level, "%s", t("tally_time", tally=tally, time=spent))
+    sum_up(config, tally, code)
     return signals.exit_code(config.mode) if signals.number else code
 
 

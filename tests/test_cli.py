@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import termios
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 import psycopg2.extensions
 import pytest
@@ -38,25 +39,68 @@ NOWHERE = "http://127.0.0.1:9"  # nothing listens at the port for what is to be 
 API = ["--immich-api-url", NOWHERE, "--immich-api-keys", SECRET]
 
 
-def on_terminal(*argv: str, **environ: str) -> tuple[int, str]:
-    """Run the command line on a terminal to its end; its exit code, and all that was shown."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))
-    every_step = {"TQDM_MININTERVAL": "0"}  # not just ten times a second
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / "immich_analyze.py"), *argv],
-        env=os.environ | every_step | environ,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-    ) as process:
-        os.close(theirs)
-        shown = bytearray()
+class Terminal:
+    """The real command line on a terminal of its own, where a person may press Ctrl-C."""
+
+    def __init__(
+        self, *argv: str, columns: int = 100, program: Sequence[str] = (), **environ: str
+    ) -> None:
+        self._ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, columns))
+        # who leads a session has the terminal that it opens
+        opening = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&0', os.ttyname(theirs)]
+        self.process = subprocess.Popen(
+            [*opening, sys.executable, *(program or [str(ROOT / "immich_analyze.py")]), *argv],
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environ,
+            start_new_session=True,
+        )
+        self._theirs: int | None = theirs  # until the command has opened it
+        self._columns = columns
+        self.shown = ""
+
+    def press_ctrl_c(self) -> None:
+        os.write(self._ours, b"\x03")
+
+    def read_until(self, text: str = "\0") -> None:
+        """Read on until this is shown, or to the end."""
         with suppress(OSError):  # how Linux says that the terminal's other side is closed
-            while some := os.read(ours, 2**16):
-                shown += some
-        os.close(ours)
-        return process.wait(servers.PATIENCE), shown.decode()
+            while text not in self.shown and (some := os.read(self._ours, 2**16)):
+                self.shown += some.decode()
+                if self._theirs is not None:
+                    os.close(self._theirs)
+                    self._theirs = None
+
+    def end(self) -> int:
+        """Its exit code; then `shown` is all that was shown."""
+        self.read_until()
+        return self.process.wait(servers.PATIENCE)
+
+    def rows(self) -> list[str]:
+        """What is on the screen."""
+        rows, column = [""], 0
+        for character in self.shown:
+            if character == "\r":
+                column = 0
+            elif character == "\n" or column == self._columns:
+                rows, column = [*rows, ""], 0
+            if character not in "\r\n":
+                rows[-1] = rows[-1][:column].ljust(column) + character + rows[-1][column + 1 :]
+                column += 1
+        return [row.rstrip() for row in rows]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.end()
+        os.close(self._ours)
+
+
+def on_terminal(*argv: str, **more: Any) -> tuple[int, str]:
+    """Run the command line on a terminal to its end; its exit code, and all that was shown."""
+    with Terminal(*argv, **more) as terminal:
+        return terminal.end(), terminal.shown
 
 
 # --- Exit codes and what is said -------------------------------------------------------------
@@ -144,12 +188,171 @@ def test_a_terminal_shows_progress_and_the_tally(library, ollama):
         library.add(picture=servers.own_picture(n), description="By a person.")
     code, shown = on_terminal(*library.argv, *asking(ollama))
     assert code == 0
-    step = r"\d+%\|[^|]*\| ([1-6])/6 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+( photos/s|s/ photos)\]"
+    step = r"\d+%\|[^|]*\| ([1-6])/6 \[\d\d:\d\d<\d\d:\d\d, [\d.]+ photos/min\]"
     steps = [found[1] for found in re.finditer(step, shown)]
     assert steps[-1] == "6"
-    assert steps == sorted(set(steps))
+    assert steps == sorted(steps)
     skipped = 20 if isinstance(library, ApiWorld) else 0
     assert shown.splitlines()[-1].lstrip().startswith(tally(described=6, skipped=skipped))
+
+
+def squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize("columns", [100, 40, 20])
+@pytest.mark.parametrize("end", ["in time", "pressed twice", "too late"])
+def test_nothing_is_left_of_the_bar_after_ctrl_c(api, ollama, columns, end):
+    api.server.keys[api.server.key] = FakeKey("alice", servers.EVERYTHING)
+    fill(api, 3)
+    ollama.hold(*CHATS)
+    grace = ["--grace", "0.5" if end == "too late" else "600"]
+    with Terminal(*api.argv, *asking(ollama), *grace, columns=columns) as terminal:
+        ollama.wait_for(3)
+        terminal.read_until("/3")
+        terminal.press_ctrl_c()
+        terminal.read_until(stopping(signal.SIGINT) + "\r\n")
+        if end == "in time":
+            ollama.gate.set()
+        elif end == "pressed twice":
+            terminal.press_ctrl_c()
+        assert terminal.end() == 128 + signal.SIGINT
+    said = [stopping(signal.SIGINT), tally(described=3 if end == "in time" else 0)]
+    told = squeezed("".join(said[:1] if end == "pressed twice" else said))
+    after = "" if end == "pressed twice" else r"In[0-9:]+\."
+    assert re.fullmatch(re.escape(told) + after, squeezed("".join(terminal.rows())))
+    assert terminal.rows()[-1] == ""  # where the shell goes on
+    assert "^C" in terminal.shown  # it was there
+
+
+class Seconds:
+    """In place of the event that ends a progress bar: second after second, until it is over."""
+
+    def __init__(self, clock: Any, *photos: Any) -> None:
+        self._clock, self._left = clock, [*photos]
+
+    def wait(self, seconds: float) -> bool:
+        self._clock.now += seconds
+        self._left.pop(0)()
+        return not self._left
+
+
+class Clock:
+    now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def bars(monkeypatch, tally, seconds, columns, clock):
+    """What a progress bar shows on a terminal so wide, one line a second."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
+    with open(theirs, "w") as terminal, open(ours, "rb"), monkeypatch.context() as patch:
+        patch.setattr("tqdm.std.time", clock)
+        patch.setattr(sys, "stderr", terminal)
+        ia.show_progress(tally, seconds)
+        terminal.write("END")
+        terminal.flush()
+        shown = bytearray()
+        while not shown.endswith(b"END"):
+            shown += os.read(ours, 2**16)
+    _, *lines, last = re.split("\r+", shown.decode().removesuffix("END").strip("\r"))
+    assert last.strip() == ""  # nothing is left
+    return lines
+
+
+def test_the_bar_is_renewed_each_second_and_does_not_tire(monkeypatch):
+    """A model that takes four seconds a photo; sixty photos and ten that are left alone."""
+    tally, clock = ia.Tally(), Clock()
+    tally.total = 70
+    tally.add(ia.Outcome.SKIPPED, number=10)
+    nothing, photo = (lambda: None), (lambda: tally.add(ia.Outcome.DESCRIBED))
+    seconds = Seconds(clock, *[nothing, nothing, nothing, photo] * 15)
+    lines = bars(monkeypatch, tally, seconds, 100, clock)
+    told = [re.search(r"(\d+)/60 \[(.*)<(.*), (.*)\]", line).groups() for line in lines]
+    assert [int(done) for done, *_ in told] == [n // 4 for n in range(1, 61)]
+    assert [spent for _, spent, *_ in told] == [f"{n // 60:02}:{n % 60:02}" for n in range(1, 61)]
+    assert told[-1] == ("15", "01:00", "03:00", "15.0 photos/min")
+
+
+@pytest.mark.parametrize("places", [1, 4])
+def test_a_photo_counts_when_it_is_written_and_not_when_it_is_read_back(hours, api, ollama, places):
+    fill(api, 200)
+    hours.pace(ollama, seconds=4.0)
+    with hours.service(api, ollama, "--max-concurrent", str(places)) as run:
+        for now in (21, 41, 61):
+            run.until(now)
+            assert run.counts == {"described": len(hours.written(api))}
+            assert len(hours.written(api)) >= places * (now // 4 - 1)
+
+
+@pytest.mark.parametrize("language", ia.LANGUAGES)
+@pytest.mark.parametrize(
+    ("described", "total", "seconds"),
+    [(0, 5, 1), (3, 5, 1), (1, 400, 125), (12_345, 40_000, 59_000), (99_999, 100_000, 360_000)],
+)
+def test_the_bar_fits_forty_columns(monkeypatch, language, described, total, seconds):
+    ia.use_language(language)
+    tally, clock = ia.Tally(), Clock()
+    tally.total = total
+    tally.add(ia.Outcome.DESCRIBED, number=described)
+
+    def later() -> None:
+        clock.now += seconds - 1
+
+    [line] = bars(monkeypatch, tally, Seconds(clock, later), 40, clock)
+    assert len(line) <= 40
+    assert f"{described}/{total}" in line
+    assert line.rstrip().endswith(ia.pace(described, seconds))
+
+
+@pytest.mark.parametrize("total", [None, 0, 2])
+def test_the_bar_counts_on_where_no_end_is_known(monkeypatch, total):
+    """Or where more came than there were."""
+    tally, clock = ia.Tally(), Clock()
+    tally.total = total
+    tally.add(ia.Outcome.DESCRIBED, number=3)
+    for columns in (100, 40):
+        [line] = bars(monkeypatch, tally, Seconds(clock, lambda: None), columns, clock)
+        assert re.fullmatch(r"3 photos \[00:01, 180.0 photos/min\] *", line)
+        assert len(line) <= columns
+
+
+@pytest.mark.parametrize(
+    ("photos", "seconds", "told"),
+    [
+        (0, 0.0, "0.0 photos/min"),
+        (0, 600.0, "0.0 photos/min"),
+        (1, 0.01, "60.0 photos/min"),
+        (15, 60.0, "15.0 photos/min"),
+        (1, 60.0, "1.0 photos/min"),
+        (1, 61.0, "59.0 photos/h"),
+        (1, 124.64, "28.9 photos/h"),
+        (1, 36_000.0, "0.1 photos/h"),
+        (90_000, 3_600.0, "1500.0 photos/min"),
+    ],
+)
+def test_the_pace_is_told_by_the_minute_or_the_hour(photos, seconds, told):
+    assert ia.pace(photos, seconds) == told
+
+
+@pytest.mark.parametrize("language", ia.LANGUAGES)
+@pytest.mark.parametrize("form", ["tally", "tally_undo", "tally_dry_run"])
+def test_the_sum_fits_eighty_columns(command, monkeypatch, language, form):
+    ia.use_language(language)
+    tally = ia.Tally(form)
+    numbers = {"described": 123_456, "undone": 123_456, "skipped": 654_321, "not_ready": 1_234}
+    for name, number in (numbers | {"failed": 1_234}).items():
+        tally.add(ia.Outcome(name), "failed_before", number)
+    tally.began -= 45_296
+    said = []
+    monkeypatch.setattr(ia.log, "level", ia.logging.INFO)
+    monkeypatch.setattr(ia.log, "handle", lambda record: said.append(record.getMessage()))
+    ia.sum_up(ia.parse([], {}), tally, 0)
+    assert len(said) == 2
+    assert "12:34:56" in said[-1]
+    assert max(map(len, said)) <= 80
 
 
 def test_taking_back_is_progress_too(api, ollama, command):
@@ -299,6 +502,24 @@ def test_python_has_nothing_to_warn_of(library, ollama, process):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+PROGRESS_ALONE = """
+import multiprocessing, sys
+multiprocessing.set_start_method("forkserver")  # as it is from Python 3.14 on
+sys.argv[1:2] = []
+import immich_analyze
+code = immich_analyze.main()
+assert "multiprocessing.resource_tracker" not in sys.modules
+sys.exit(code)
+"""
+
+
+def test_the_bar_starts_no_process_beside_it(api, ollama):
+    fill(api, 2)
+    code, shown = on_terminal(*api.argv, *asking(ollama), program=["-c", PROGRESS_ALONE, "it"])
+    assert (code, "Error" in shown) == (0, False)
+    assert "photos/min" in shown
+
+
 # --- Help, version, languages ----------------------------------------------------------------
 
 
@@ -428,8 +649,31 @@ def test_after_the_grace_it_ends_by_itself(api, ollama, number):
         ollama.wait_for(2)
         tool.process.send_signal(number)
         assert tool.end() == 128 + number
-    assert tool.said == [stopping(number)]
+    first, last = tool.said
+    assert first == stopping(number)
+    assert last.startswith(tally())
     assert api.writes() == []
+
+
+def test_after_the_grace_it_ends_though_nobody_reads_what_it_says(api, ollama):
+    fill(api, 2)
+    ollama.hold(*CHATS)
+    reading, writing = os.pipe()
+    argv = [sys.executable, str(ROOT / "immich_analyze.py"), *api.argv, *asking(ollama)]
+    with subprocess.Popen([*argv, "--grace", "0.1"], stderr=writing) as process:
+        try:
+            ollama.wait_for(2)
+            os.set_blocking(writing, False)
+            with suppress(BlockingIOError):
+                while os.write(writing, bytes(2**12)):  # the pipe is full
+                    pass
+            os.set_blocking(writing, True)
+            process.terminate()
+            assert process.wait(servers.PATIENCE) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+            os.close(reading)
+            os.close(writing)
 
 
 def test_waiting_ends_with_a_signal(ollama):
@@ -680,6 +924,19 @@ def test_a_wrong_root_is_one_line(command, database, ollama, tmp_path, kind):
         fill(database, 1)
     argv = ["--postgres-url", database.photos.uri, "--immich-root", str(root)]
     assert_refused(command(*argv, *asking(ollama), *CURIOUS), str(root), "--immich-root")
+
+
+@pytest.mark.parametrize("given", ["{name}", "./{name}", "../{folder}/{name}"])
+def test_a_root_that_is_not_absolute_is_resolved_with_a_line(
+    command, database, ollama, tmp_path, given
+):
+    wanted, root = fill(database, 2), database.photos.root
+    assert root.parent == tmp_path  # where the command runs
+    relative = given.format(name=root.name, folder=tmp_path.name)
+    argv = ["--postgres-url", database.photos.uri, "--immich-root", relative]
+    done = command(*argv, *asking(ollama))
+    assert (done.returncode, database.texts()) == (0, wanted)
+    assert done.stderr == ia.t("root_relative", root=tmp_path / relative) + "\n"
 
 
 def test_a_missing_model_is_one_line(command, api, ollama):

@@ -26,6 +26,9 @@ FLAKE = (ROOT / "flake.nix").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 OPTIONS = ia.build_parser()
+EXAMPLES = dict(re.findall(r"```ini\n# /etc/systemd/system/(\S+)\n(.*?)```", README, re.DOTALL))
+NIGHTLY = EXAMPLES["immich-analyze-batch.service"]
+TIMER = EXAMPLES["immich-analyze-batch.timer"]
 [SCRIPT] = PROJECT["project"]["scripts"]
 
 
@@ -78,19 +81,20 @@ def test_every_variable_and_flag_named_exists(text):
 # the unit
 
 
-def said(key):
-    """All values that the unit gives to a key."""
-    return re.findall(rf"^{key}=(.*)$", UNIT, re.MULTILINE)
+def said(key, unit=UNIT):
+    """All values that a unit gives to a key."""
+    return re.findall(rf"^{key}=(.*)$", unit, re.MULTILINE)
 
 
-def service(folder, more=(), **files):
+def service(folder, more=(), unit=UNIT, **files):
     """The settings that systemd starts the tool with, by variables and the files of secrets."""
-    for word in said("SetCredential"):
+    for word in said("SetCredential", unit):
         name, value = word.split(":", 1)
         value = files.get(name, value.encode().decode("unicode_escape"))
         (folder / name).write_text(value, encoding="utf-8")
-    environ = dict(word.replace("%d", str(folder)).split("=", 1) for word in said("Environment"))
-    return ia.parse(said("ExecStart")[0].split()[1:], environ | dict(more))
+    given = (word.replace("%d", str(folder)) for word in said("Environment", unit))
+    environ = dict(word.split("=", 1) for word in given)
+    return ia.parse(said("ExecStart", unit)[0].split()[1:], environ | dict(more))
 
 
 def test_the_service_starts_without_any_setting(tmp_path):
@@ -101,37 +105,58 @@ def test_the_service_starts_without_any_setting(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["variable", "file"])
-def test_the_service_takes_each_secret_from_either_place(where, tmp_path):
+@pytest.mark.parametrize("unit", [UNIT, NIGHTLY], ids=["service", "timer"])
+def test_the_service_takes_each_secret_from_either_place(unit, where, tmp_path):
     url = {"IMMICH_API_URL": "http://immich:2283"}
     secrets = {"IMMICH_API_KEY": "one", "IMMICH_ANALYZE_API_KEY": "two"}
     files = {"immich-api-key": "one\n", "model-key": "two\n"}
     variables, files = (secrets, {}) if where == "variable" else ({}, files)
-    config = service(tmp_path, url | variables, **files)
+    config = service(tmp_path, url | variables, unit, **files)
     assert (config.access, config.immich_api_keys) == (ia.Access.API, ("one",))
     assert config.api_key == "two"
 
 
 @pytest.mark.parametrize("where", ["variable", "file"])
-def test_the_service_takes_the_password_from_either_place(where, tmp_path):
+@pytest.mark.parametrize("unit", [UNIT, NIGHTLY], ids=["service", "timer"])
+def test_the_service_takes_the_password_from_either_place(unit, where, tmp_path):
     settings = {"DB_HOSTNAME": "localhost"}
     files = {"db-password": "three\n"}
     variables, files = ({"DB_PASSWORD": "three"}, {}) if where == "variable" else ({}, files)
-    config = service(tmp_path, settings | variables, **files)
+    config = service(tmp_path, settings | variables, unit, **files)
     assert config.access is ia.Access.DATABASE
     parts = psycopg2.extensions.parse_dsn(config.postgres_url)
     assert (parts["host"], parts["password"]) == ("localhost", "three")
 
 
-def test_a_secret_that_is_not_there_stops_no_service():
-    loaded = [word.split(":")[0] for word in said("LoadCredential")]
-    assert loaded == [word.split(":")[0] for word in said("SetCredential")]
-    assert [word.split("%d/")[1] for word in said("Environment") if "%d" in word] == loaded
+@pytest.mark.parametrize("unit", [UNIT, NIGHTLY], ids=["service", "timer"])
+def test_a_secret_that_is_not_there_stops_no_service(unit):
+    loaded = [word.split(":")[0] for word in said("LoadCredential", unit)]
+    assert loaded == [word.split(":")[0] for word in said("SetCredential", unit)]
+    assert [word.split("%d/")[1] for word in said("Environment", unit) if "%d" in word] == loaded
+
+
+def test_what_the_timer_runs_is_a_batch_with_the_settings_of_the_service(tmp_path):
+    mode = {"IMMICH_ANALYZE_MODE": "combined"}
+    assert service(tmp_path, mode, NIGHTLY).mode is ia.Mode.BATCH
+    for key in ("LoadCredential", "SetCredential", "EnvironmentFile"):
+        assert said(key, NIGHTLY) == said(key)
+    assert said("ExecStart", NIGHTLY)[0].split()[0] == said("ExecStart")[0].split()[0]
+    assert said("Type", NIGHTLY) == ["oneshot"]
+    assert seconds(said("TimeoutStopSec", NIGHTLY)[0]) > default("grace")
+
+
+def test_the_settings_come_before_the_start_and_their_paths_are_whole():
+    told = README.partition("\n## systemd\n")[2].partition("\n## ")[0]
+    steps = ["/etc/immich-analyze.env", "/etc/immich-analyze.key", "enable --now"]
+    assert sorted(steps, key=told.index) == steps
+    named = [line.split("=")[1] for line in UNIT.splitlines() if line.startswith("EnvironmentFile")]
+    assert named == ["-" + steps[0]]
 
 
 def test_the_service_is_patient_and_ends_in_time():
     assert said("Type") == ["notify"]
-    assert said("TimeoutStartSec") == ["infinity"]
-    assert said("After") == ["multi-user.target"]  # else the boot would wait for Immich
+    assert said("TimeoutStartSec") == []  # it is ready long before that
+    assert said("After") == ["multi-user.target"]  # so it is stopped before what it writes to
     assert seconds(said("TimeoutStopSec")[0]) > default("grace")
     assert seconds(said("WatchdogSec")[0]) >= 180
     assert said("Restart") == ["on-failure"]
@@ -139,11 +164,15 @@ def test_the_service_is_patient_and_ends_in_time():
     assert said("SuccessExitStatus") == [str(128 + signal.SIGTERM)]
 
 
-def test_systemd_finds_no_fault(tmp_path):
-    unit = tmp_path / "immich-analyze.service"
-    unit.write_text(UNIT.replace(said("ExecStart")[0].split()[0], sys.executable))
-    code, output = run(tool("systemd-analyze"), "verify", unit)
-    assert (code, [line for line in output.splitlines() if unit.name in line]) == (0, [])
+@pytest.mark.parametrize("text", [UNIT, NIGHTLY, TIMER], ids=["service", "nightly", "timer"])
+def test_systemd_finds_no_fault(tmp_path, text):
+    own = tmp_path / ("immich-analyze-batch.timer" if text is TIMER else "immich-analyze.service")
+    own.write_text(text.replace(said("ExecStart")[0].split()[0], sys.executable))
+    night = NIGHTLY.replace(said("ExecStart")[0].split()[0], sys.executable)
+    (tmp_path / "immich-analyze-batch.service").write_text(night)
+    code, output = run(tool("systemd-analyze"), "verify", own)
+    assert (code, [line for line in output.splitlines() if own.name in line]) == (0, [])
+    assert len(said("Description", text)) == 1
 
 
 def test_the_service_is_shut_in():
@@ -244,6 +273,12 @@ def test_the_flake_knows_the_secrets_of_the_unit():
     assert names == [word.split(":")[0] for word in said("LoadCredential")]
 
 
+def test_the_flake_knows_the_settings_by_the_readme():
+    pattern = re.search(r'rows = builtins.split "(.*)" \(', FLAKE)[1].replace(r"\n", "\n")
+    named = {action.option_strings[0][2:] for action in OPTIONS._actions if action.env_var}
+    assert {*re.findall(pattern, README)} == named
+
+
 # As much of nixpkgs as the flake asks for.
 NIXPKGS = """
 rec {
@@ -268,7 +303,8 @@ rec {
 """
 
 
-def test_nix_makes_the_service(tmp_path):
+def nix_module(tmp_path, settings, more=""):
+    """What the flake and its module say, with these settings."""
     nix = tool("nix-instantiate")
     assert run(nix, "--parse", ROOT / "flake.nix")[0] == 0
     lower = " ".join(f'"{letter}"' for letter in "abcdefghijklmnopqrstuvwxyz")
@@ -283,23 +319,49 @@ def test_nix_makes_the_service(tmp_path):
         config.services.immich-analyze = {{
           enable = true;
           package = "package";
-          settings = {{ hosts = [ "http://a" "http://b" ]; final-output = false; grace = 2.5;
-                        immich-api-url = "http://immich"; }};
-          environmentFile = "/env";
+          environmentFile = null;
           credentials = {{ immich-api-key = "/key"; model-key = null; }};
-        }};
+          settings = {{ {settings} }};
+        }} // {{ {more} }};
       }};
       service = module.config.systemd.services.immich-analyze;
     in [
       flake.packages.x86_64-linux.default.version
       flake.packages.x86_64-linux.default.meta.mainProgram
       module.config.systemd.packages service.serviceConfig service.environment
+      (builtins.concatMap (one: if one.assertion then [ ] else [ one.message ])
+        module.config.assertions)
     ]"""
     code, output = run(nix, "--eval", "--strict", "--json", "--store", "dummy://", "-E", asked)
     assert code == 0, output
-    version, program, packages, limits, environ = json.loads(output.splitlines()[0])
+    return json.loads(output.splitlines()[0])
+
+
+def test_nix_makes_the_service(tmp_path):
+    settings = """hosts = [ "http://a" "http://b" ]; final-output = false; grace = 2.5;
+                  immich-api-url = "http://immich";"""
+    made = nix_module(tmp_path, settings, 'environmentFile = "/env";')
+    version, program, packages, limits, environ, wrong = made
     assert (version, program, packages) == (ia.__version__, SCRIPT, ["package"])
     assert limits == {"EnvironmentFile": ["/env"], "LoadCredential": ["immich-api-key:/key"]}
     config = ia.parse([], environ | {"IMMICH_API_KEY": "key"})
     assert (config.hosts, config.final_output) == (("http://a", "http://b"), False)
     assert (config.grace, config.immich_api_url) == (2.5, "http://immich/api")
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "wrong"),
+    [
+        ('immich-api-url = "http://immich"; modell-name = "a";', "", "modell-name"),
+        ('immich-api-url = "http://immich"; dry-run = true;', "", "dry-run"),  # has no variable
+        ('immich-api-url = "http://immich"; max_concurrent = 2;', "", "max_concurrent"),
+        ('model-name = "a";', "", "immich-api-url"),
+        ('postgres-url = "host=/run/postgresql";', "", ""),
+        ('model-name = "a";', 'environmentFile = "/env";', ""),
+    ],
+)
+def test_nix_refuses_what_cannot_work(tmp_path, settings, more, wrong):
+    messages = nix_module(tmp_path, settings, more)[-1]
+    assert len(messages) == bool(wrong)
+    assert wrong in "".join(messages)

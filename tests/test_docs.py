@@ -80,7 +80,7 @@ def test_every_documented_option_exists():
 def test_every_flag_and_variable_named_anywhere_exists():
     names = {row[0] for row in SETTINGS} | {row[1] for row in SETTINGS} | {v[0] for v in VARIABLES}
     known = {name for cell in names for name in CODE.findall(cell)}
-    of_others = {"--mmproj", "--now"}  # llama.cpp, systemctl
+    of_others = {"--mmproj", "--now", "--no-deps", "--target"}  # llama.cpp, systemctl, pip
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - of_others
     variables = set(re.findall(r"\b(?:IMMICH|DB)_[A-Z_]+[A-Z]\b", README))
     assert sorted((flags | variables) - known) == []
@@ -233,6 +233,12 @@ def test_every_local_link_leads_somewhere(page):
         file, _, place = target.partition("#")
         assert (ROOT / page).parent.joinpath(file).exists(), target
         assert not place or file or place in anchors, target
+
+
+def test_the_readmes_links_work_wherever_it_is_read():
+    """On a package index, or in an installed package, there are no files beside it."""
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
 
 
 def test_every_make_target_and_file_named_in_commands_exists():

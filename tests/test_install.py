@@ -2,8 +2,12 @@
 
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
+import zipapp
 import zipfile
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import immich_analyze as ia
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def run(*command: str | Path, **environ: str) -> str:
@@ -84,3 +89,52 @@ def test_the_installed_command_finds_its_texts(installed, language):
 def test_the_installed_module_finds_its_patterns(installed):
     code = "import immich_analyze as ia; print(ia.clean('Description: A cat.'))"
     assert run(sys.executable, "-c", code, PYTHONPATH=str(installed)) == "A cat.\n"
+
+
+STARTING = re.search(r"echo '(.*)' > build/__main__.py", README)[1]
+CHECKOUT, INSTALLED = "i18n", "immich_analyze_i18n"
+
+
+@pytest.mark.parametrize("texts", [CHECKOUT, INSTALLED])
+@pytest.mark.parametrize("main", [None, "immich_analyze:main"])
+def test_it_runs_out_of_a_zip_archive(installed, tmp_path, texts, main):
+    """Made of a checkout, or of what is installed; README's keeps the exit code as well."""
+    folder, archive = tmp_path / "build", tmp_path / "immich-analyze.pyz"
+    home = ROOT if texts == CHECKOUT else installed
+    shutil.copytree(home / texts, folder / texts)
+    shutil.copy(home / "immich_analyze.py", folder)
+    if not main:
+        (folder / "__main__.py").write_text(STARTING)
+    zipapp.create_archive(folder, archive, main=main, compressed=True)
+    for language in ia.LANGUAGES:
+        told = run(sys.executable, archive, "--lang", language, "-h")
+        assert ia.catalogue(language)["help_description"] in " ".join(told.split())
+    wrong = [sys.executable, archive, "--max-concurrent", "none"]
+    done = subprocess.run(wrong, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0 if main else 2, b"")
+    assert done.stderr.startswith(b"--max-concurrent: ")
+
+
+def test_the_source_archive_holds_what_the_tests_need():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    included = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    left_out = {".git", ".ci", ".gitignore", "pyproject.toml"}  # the last two come by themselves
+    listed = subprocess.run(
+        ["git", "-c", "safe.directory=*", "-C", ROOT, "ls-files"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    tops = {name.partition("/")[0] for name in listed.stdout.splitlines()}
+    assert {f"/{top}" for top in tops - left_out} == {*included}
+
+
+def test_what_it_runs_on_is_told():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    python = "Programming Language :: Python :: "
+    told = [line.removeprefix(python) for line in project["classifiers"] if python in line]
+    assert told == ["3.11", "3.12", "3.13", "3.14"]
+    assert project["requires-python"] == f">={told[0]}"
+    assert all(url.startswith("https://") for url in project["urls"].values())

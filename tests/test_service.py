@@ -359,7 +359,9 @@ def test_a_service_that_does_not_finish_within_the_grace_says_so_by_its_exit_cod
     with Service(api, ollama, "--grace", "2") as tool:
         ollama.wait_for(3)
         assert tool.stop() == 128 + signal.SIGTERM
-    assert tool.spoken[-1] == STOPPING
+    stopping, (level, last) = tool.spoken[-2:]
+    assert (stopping, level) == (STOPPING, "WARNING")
+    assert last.startswith(tally())
     assert api.writes() == []
 
 
@@ -763,22 +765,96 @@ def systemd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Systemd]
         yield listening
 
 
-def test_systemd_is_told_all_from_ready_to_the_end(api, ollama, systemd):
+CHECKING = [f"STATUS={ia.t('checking')}", "WATCHDOG=1"]
+
+
+def by_systemd(systemd: Systemd) -> dict[str, str]:
+    return {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": "100000"}
+
+
+def test_systemd_is_told_all_from_the_start_to_the_end(api, ollama, systemd):
     ollama.hold("POST", "/api/show")
-    environ = {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": "100000"}
-    with Service(api, ollama, *MONITOR, **environ) as tool:
+    with Service(api, ollama, *MONITOR, **by_systemd(systemd)) as tool:
+        assert systemd.next() == CHECKING
         ollama.wait_for(1)
-        assert not systemd.has_heard()
         ollama.gate.set()
-        assert systemd.next() == ["READY=1"]
+        *before, ready = systemd.until("READY=1")
+        assert [CHECKING] * len(before) == before
+        assert ready == ["READY=1"]
         assert systemd.next() == [f"STATUS={tally()}", "WATCHDOG=1"]
         tool.wait_until_stored(api.add(picture=servers.picture()))
         *_, last = systemd.until(f"STATUS={tally(described=1)}")
         assert last[1:] == ["WATCHDOG=1"]
         assert tool.stop() == 0
-    *_, last = systemd.until("STOPPING=1")
+    *rest, last = systemd.until("STOPPING=1")
+    assert ["READY=1"] not in rest
     assert last == ["STOPPING=1"]
     assert not systemd.has_heard()
+
+
+@pytest.mark.parametrize("missing", ["api", "database", "model"])
+def test_a_boot_is_not_held_up_by_what_is_away(missing, api, ollama, systemd):
+    """Ready, alive for as long as it takes, and saying what it waits for; unhealthy."""
+    library, port = api if missing == "model" else Nowhere(missing), sandbox.free_port()
+    if missing == "model":
+        ollama.close()
+    with Service(library, ollama, *open_at(port), **by_systemd(systemd)) as tool:
+        *before, ready = systemd.until("READY=1")
+        assert ([CHECKING] * len(before), ready) == (before, ["READY=1"])
+        tool.hear(ia.t("waiting", why=""))
+        [(_, waiting)] = tool.spoken
+        systemd.until(f"STATUS={waiting}")
+        for _ in range(10):
+            assert systemd.next() == [f"STATUS={waiting}", "WATCHDOG=1"]
+        status, report = health(port)
+        assert (status, report["status"]) == (503, "starting")
+        assert tool.stop() == 0
+
+
+@pytest.fixture
+def status() -> ia.Status:
+    """How a run with one model host stands."""
+    hosts, patience = ia.Hosts(["http://a"], 1, 1.0), ia.Patience(ia.Stop(), 1, 1)
+    return ia.Status(ia.parse([], {}), hosts, patience, ia.Tally())
+
+
+def test_the_status_says_what_is_waited_for(status):
+    busy = ia.Unavailable("host_busy", url="http://a", status=503, why="")
+    assert str(status) == ia.t("checking")
+    status.ready = True
+    assert str(status) == tally()
+    status._hosts.unavailable("http://a", busy)
+    assert str(status) == ia.t("no_host", why=busy)
+    status.waits.why = ia.Unavailable("database_down", why="starting up")
+    assert str(status) == ia.t("waiting", why=status.waits.why)
+    status.waits.why = None
+    status._hosts.answered("http://a", status._hosts.number("http://a"))
+    assert str(status) == tally()
+
+
+@pytest.mark.parametrize("wrong", [[], ["--api-key", "two words"], ["--mode", "always"]])
+def test_wrong_settings_are_never_ready(api, ollama, systemd, wrong):
+    if not wrong:  # the key is
+        api.server.keys = {"another": api.server.keys.pop(api.server.key)}
+    with Service(api, ollama, *wrong, **by_systemd(systemd)) as tool:
+        assert tool.end() == 2
+    heard = []
+    while systemd.has_heard():
+        heard.append(systemd.next())
+    assert heard in ([], [CHECKING] * len(heard))
+
+
+def test_what_is_waited_for_cannot_forge_a_message(monkeypatch, status):
+    told = []
+    monkeypatch.setattr(ia, "notify", told.append)
+    status.waits.why = ia.Unavailable("root_wrong", root="/photos\nMAINPID=1\x1b[2J")
+    stop = ia.Stop()
+    stop.set()
+    ia.keep_posted(status, ia.Tally(), stop)
+    ready, message, stopping = told
+    assert (ready, stopping) == ("READY=1", "STOPPING=1")
+    assert [line.partition("=")[0] for line in message.splitlines()] == ["STATUS", "WATCHDOG"]
+    assert message.splitlines()[0].isprintable()
 
 
 def test_a_service_of_which_nobody_wants_to_hear_goes_on(api, ollama, tmp_path):

@@ -161,11 +161,11 @@ OPTIONS = [
     ),
     Option(
         *("--immich-root", "IMMICH_ANALYZE_IMMICH_ROOT", "immich_root"),
-        *("/photos", Path("/photos"), "a folder", Path("a folder")),
+        *("/photos", Path("/photos"), "/a folder", Path("/a folder")),
     ),
     Option(
         *("--thumbs-root", "IMMICH_ANALYZE_THUMBS_ROOT", "thumbs_root"),
-        *("/previews", Path("/previews"), "a folder", Path("a folder")),
+        *("/previews", Path("/previews"), "/a folder", Path("/a folder")),
     ),
     Option(
         *("--postgres-url", "IMMICH_ANALYZE_POSTGRES_URL", "postgres_url"),

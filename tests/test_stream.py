@@ -168,12 +168,9 @@ def test_what_was_taken_is_kept_in_eight_bytes_each():
 @pytest.mark.parametrize(
     ("form", "said"),
     [
-        (
-            "tally",
-            "Described: 2. Left as they are: 1. Preview not made yet: 1. Failed: 1.",
-        ),
-        ("tally_undo", "Taken back: 1. Left as they are: 1. Failed: 1."),
-        ("tally_dry_run", "Would be taken back: 1. Left as they are: 1. Failed: 1."),
+        ("tally", "Described: 2. Skipped: 1. No preview: 1. Failed: 1."),
+        ("tally_undo", "Taken back: 1. Skipped: 1. Failed: 1."),
+        ("tally_dry_run", "Would be taken back: 1. Skipped: 1. Failed: 1."),
     ],
 )
 def test_a_tally_tells_what_a_run_is_for(form, said):
@@ -181,20 +178,6 @@ def test_a_tally_tells_what_a_run_is_for(form, said):
     for outcome in (*ia.Outcome, ia.Outcome.DESCRIBED):
         tally.add(outcome)
     assert str(tally) == said
-    tally.add(ia.Outcome.SKIPPED, "failed_before", 3)
-    assert str(tally).endswith(ia.t("tally_failed_before", number=3))
-    tally.add(ia.Outcome.SKIPPED, "failed_before", -3)
-    assert str(tally) == said
-
-
-def test_the_counts_are_shown_after_each_photo():
-    shown = []
-    tally = ia.Tally()
-    tally.show = lambda counts: shown.append(dict(counts))
-    tally.add(ia.Outcome.DESCRIBED)
-    tally.add(ia.Outcome.FAILED)
-    tally.add(ia.Outcome.DESCRIBED, number=-1)
-    assert shown == [{"described": 1}, {"described": 1, "failed": 1}, {"described": 0, "failed": 1}]
 
 
 def test_failures_are_noted_once_something_was_described():
