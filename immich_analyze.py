@@ -162,10 +162,7 @@ class Fatal(AnalyzeError):
 
 
 class Unexpected(Fatal):
-    """Nothing this server says when it is well: a wrong address, or a passing state.
-
-    At the start it is as final as any Fatal; what has worked before is waited for.
-    """
+    """Nothing this server says when it is well: final at the start, and waited for later on."""
 
 
 class Stopped(AnalyzeError):
@@ -173,8 +170,7 @@ class Stopped(AnalyzeError):
 
 
 # ------------------------------------------------------------------------------
-# 3 Settings: flags, environment and file become one frozen record. Opens nothing
-#   but the configuration file and files that hold a secret.
+# 3 Settings: flags, environment and file become one frozen record. Opens no other files.
 # ------------------------------------------------------------------------------
 
 
@@ -642,10 +638,7 @@ def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, st
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
-    """Read flags, environment and file, in this order of precedence.
-
-    Raises Fatal with one line that names the wrong setting, and never a secret.
-    """
+    """Read flags, environment and file, the first that says something; Fatal shows no secret."""
     parser = build_parser()
     known = known_names(environ)
     interface = parser.parse_known_args(list(argv), env_vars=known)[0].interface
@@ -840,10 +833,8 @@ def has_ours(photo: Photo) -> bool:
 
 @functools.cache
 def expression(texts: tuple[str, ...]) -> str:
-    """What matches, in Python and PostgreSQL, white space and these texts, `*` being any part.
-
-    A $ in it always stands behind a backslash.
-    """
+    """What matches, in Python and PostgreSQL, white space and these texts, `*` being any part."""
+    # a $ always has a backslash before it
     either = "|".join(".*".join(map(re.escape, text.split("*"))) for text in ("", *texts))
     # in any case: PostgreSQL may know only that of ASCII
     either = re.sub(r"[^\W\d_]", lambda c: f"(?:{c[0].lower()}|{c[0].upper()})", either)
@@ -886,11 +877,9 @@ def gave_up(note: Note, config: Config) -> bool:
 
 
 def merge(photo: Photo, text: str, config: Config) -> str:
-    """The whole description that a photo gets with our text.
-
-    Where there is a block, or a person's text is to be kept, all outside ours stays to the
-    byte; only `all` without `--preserve-human` replaces what a person wrote.
-    """
+    """The whole description that a photo gets with our text."""
+    # where there is a block, or a person's text is to be kept, all outside ours stays to the
+    # byte; only `all` without `--preserve-human` replaces what a person wrote
     ignored = undescribed(photo, config) and photo.description.strip()
     current = "" if ignored else photo.description
     block = f"[AI]\n{text}\n[/AI]"
@@ -921,11 +910,8 @@ def unmerge(photo: Photo) -> str | None:
 
 
 def picture_type(data: bytes) -> tuple[str | None, bool]:
-    """MIME type by the first bytes, None for what is no picture we know; and if it is whole.
-
-    Previews are rewritten in place, and seen cut then: a whole one has its last bytes.
-    """
-    tail = data[-64:]
+    """MIME type by the first bytes, None for what is no picture we know; and if it is whole."""
+    tail = data[-64:]  # previews are rewritten in place, and seen cut then
     if data.startswith(b"\xff\xd8\xff"):
         return "image/jpeg", b"\xff\xd9" in tail
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -936,15 +922,10 @@ def picture_type(data: bytes) -> tuple[str | None, bool]:
 
 
 def prepared(data: bytes, max_size: int) -> Picture:
-    """Check a preview by its first and last bytes and make it ready to be sent.
-
-    Decoding costs four times all the rest, so it is done only where the header tells that a
-    picture is too large, too narrow or transparent, to see whether one without its usual end
-    is whole, or to turn WebP into JPEG: llama.cpp cannot read WebP, nor can the releases of
-    Ollama that hand it on unchanged.
-
-    Raises Retryable for a file that is being written, Permanent for no picture.
-    """
+    """Check a preview and make it ready to be sent; Retryable while it is being written."""
+    # Decoding costs four times all the rest, so it is done only where the header tells that a
+    # picture is too large, too narrow or transparent, to see whether one without its usual end
+    # is whole, or to turn WebP into JPEG: llama.cpp and some releases of Ollama cannot read it.
     mime, whole = picture_type(data)
     cut = Permanent("preview_broken") if whole else Retryable("preview_cut")
     if not mime:
@@ -1082,10 +1063,8 @@ def clean(text: str) -> str:
 
 
 def repeats(text: str) -> bool:
-    """Whether a text, as far as it was said, is one thing again and again, or counts on and on.
-
-    What follows a sample of its words is held against what follows the next such words.
-    """
+    """Whether a text, as far as it was said, is one thing again and again, or counts on and on."""
+    # what follows a sample of its words is held against what follows the next such words
     words = re.sub(r"[\W_]+", " ", text[-20_000:].lower())
     for said, times in ((words, 1), (re.sub(r"\d+", "0", words), 4)):
         for at in range(0, len(said) - 30, 23):
@@ -1111,12 +1090,9 @@ def refusal(text: str) -> str:
 
 
 def description_in(answer: object) -> str:
-    """The description in a model's answer.
-
-    Raises Retryable when there is none: empty, a web page, a bare number (Immich would
-    store 1.50 as 1.5), one phrase again and again, or a refusal.
-    """
+    """The description in a model's answer; Retryable if there is none."""
     text = clean(answer) if isinstance(answer, str) else ""
+    # no bare number: Immich would store 1.50 as 1.5
     if not any(c.isalpha() for c in text) or patterns()["web_page"].match(text):
         raise Retryable("answer_empty")
     if repeats(text):
@@ -1143,8 +1119,7 @@ def dig_list(data: object, *path: str | int) -> list[Any]:
 
 
 # ------------------------------------------------------------------------------
-# 5 Wire: the only place that meets exceptions of requests and psycopg2, and that
-#   says who is to blame for a status. Does not try again.
+# 5 Wire: alone meets exceptions of requests and psycopg2, and says who is to blame. Tries once.
 # ------------------------------------------------------------------------------
 
 CONNECT_TIMEOUT = 10.0
@@ -1198,11 +1173,7 @@ def words_in(said: object) -> str:
 
 
 class Session(requests.Session):
-    """A session for one worker.
-
-    It keeps no cookies, as a stale one outranks an API key, and follows no redirects: a
-    POST would arrive as a GET, and the key at another server.
-    """
+    """A session for one worker, without cookies: a stale one outranks an API key."""
 
     def __init__(self, headers: Iterable[Header] = ()) -> None:
         super().__init__()
@@ -1225,7 +1196,8 @@ class Session(requests.Session):
         return dict(self._settings[server])
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """Nowhere, so no redirect is followed, but where Immich has the full size of a picture."""
+        """Nowhere but where Immich has the full size of a picture."""
+        # after any other, a POST would arrive as a GET, and the key at another server
         target = resp.headers.get("Location", "")
         return target if re.match(r"(original|thumbnail)\?", target) else None
 
@@ -1241,11 +1213,9 @@ def http(
     watch: Callable[[bytearray], None] | None = None,
     **options: Any,
 ) -> Reply:
-    """Send one request and read the answer, `limit` bytes at most.
-
-    A status other than 2xx is raised as the error that `blame` makes of it. `watch` sees the
-    body of any other answer as it grows; what it raises ends the request, also for the server.
-    """
+    """Send one request and read the answer; a status other than 2xx is raised, by `blame`."""
+    # `watch` sees the body of any other answer as it grows; what it raises ends the request,
+    # also for the server
     shown, body = shown_with_proxy(session, url), bytearray()
     limits = (min(timeout, CONNECT_TIMEOUT), min(timeout, LONGEST_TIMEOUT))
     try:
@@ -1319,16 +1289,13 @@ def retry_after(reply: Reply) -> float | None:
     """Seconds the server asks to be left alone, an hour at most; None if it does not say."""
     text = reply.headers.get("Retry-After", "")
     with suppress(ValueError):
-        seconds = float(text) if text.isdecimal() else date_in(text).timestamp() - time.time()
-        return min(max(seconds, 1.0), 3600.0)
+        if not text.isdecimal():
+            text = str(parsedate_to_datetime(text).timestamp() - time.time())
+        return min(max(float(text), 1.0), 3600.0)
     return None
 
 
-def date_in(header: str) -> datetime:
-    """The date in a header; ValueError for anything else."""
-    return parsedate_to_datetime(header).astimezone(UTC)
-
-
+HINTS = {413: "hint_too_large", 504: "hint_too_slow"}
 BUSY = {408, 429, 502, 503, 504}
 # What model servers say, in all words that were seen.
 BUSY_WORDS = re.compile(r"server busy|overloaded|rate.?limit|loading model", re.I)
@@ -1341,15 +1308,10 @@ THINKING = re.compile(r"thinking|reasoning", re.I)
 
 
 def model_host_error(reply: Reply) -> AnalyzeError:
-    """What a model host's status says; mostly not whether the host or the picture is to blame.
-
-    An error in an answer of status 200 is judged by its words.
-    """
+    """What a model host's status says, or its words where an answer of status 200 is an error."""
     status, why, words = reply.status, reply.complaint(), reply.body.decode("utf-8", "replace")
-    hints = {413: "hint_too_large", 504: "hint_too_slow"}
-    hint = t(hints.get(status, "")) if status in hints else ""
-    fields: dict[str, Any] = {"url": reply.url, "status": status, "words": words}
-    fields["why"] = f"{hint} {why}".strip()
+    full = f"{t(HINTS[status])} {why}".strip() if status in HINTS else why
+    fields: dict[str, Any] = {"url": reply.url, "status": status, "words": words, "why": full}
     match status:
         case _ if CANNOT_SEE.search(why):
             return Fatal("model_blind", **fields)
@@ -1369,11 +1331,7 @@ def model_host_error(reply: Reply) -> AnalyzeError:
 
 
 def immich_error(reply: Reply) -> AnalyzeError:
-    """Who is to blame for a status of Immich.
-
-    Immich says 400 for a photo that is not there, and 404 "Cannot …" to everything
-    while it is in maintenance. What it never says is a proxy's.
-    """
+    """Who is to blame for a status of Immich; what it never says is a proxy's."""
     url, why = reply.url, reply.complaint()
     match reply.status:
         case 400 | 401 if why.startswith("Not found or no ") or "Elevated permission" in why:
@@ -1386,7 +1344,7 @@ def immich_error(reply: Reply) -> AnalyzeError:
             return Missing("preview_missing")
         case 400 if why.startswith("Metadata with key "):
             return Missing("note_missing")
-        case 404 if why.startswith("Cannot "):
+        case 404 if why.startswith("Cannot "):  # which it says to everything
             return Unavailable("immich_maintenance", url=url, status=404)
         case status if status in BUSY:
             return Unavailable("immich_failed", pause=retry_after(reply), url=url, status=status)
@@ -2443,7 +2401,7 @@ class ApiLibrary:
         with blame(functools.partial(granted, self._immich, key, self._server.version)):
             reply, self._server.version = immich_version(self._immich)  # it may be another by now
         with suppress(ValueError):
-            return date_in(reply.headers.get("Date", ""))
+            return parsedate_to_datetime(reply.headers.get("Date", "")).astimezone(UTC)
         return datetime.now(UTC)
 
     def _keeps_notes(self) -> bool:
