@@ -354,7 +354,7 @@ def one_of(names: Iterable[str], **others: str) -> Callable[[str], str]:
         word = others.get(text.lower(), text.lower())
         if word not in names:
             raise argparse.ArgumentTypeError(t("not_one_of", value=text, names=", ".join(names)))
-        return word
+        return next(name for name in names if name == word)
 
     return convert
 
@@ -455,6 +455,15 @@ class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
         return settings
 
 
+def read_text(file: str) -> str:
+    """What a file that holds a setting says; Fatal if it cannot be read."""
+    try:
+        return plain(Path(file).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise Fatal("unreadable_file", file=file, why=why) from error
+
+
 def open_config(file: str) -> IO[str]:
     """Open a configuration file; Fatal if that cannot be done."""
     try:
@@ -513,13 +522,12 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
         text += f" [{variable}]" if variable else ""
         group.add_argument(*flags, env_var=variable, help=text, **more)
 
-    def secret(group: Any, flag: str, env: str | None = None, **more: Any) -> None:
+    def secret(group: Any, flag: str, metavar: str, env: str | None = None) -> None:
         """Add an option, and its twin that names a file which holds the same."""
         convert, twins = LISTS.get(flag[2:].replace("-", "_")), group.add_mutually_exclusive_group()
-        several = {"action": "extend", "type": convert} if convert else {}
-        add(twins, flag, env=env, **several, **more)
-        files = {"action": "append" if convert else "store", "type": str, "metavar": "FILE"}
-        add(twins, f"{flag}-file", env=env and f"{env}_FILE", **files)
+        action, files = ("extend", "append") if convert else ("store", "store")
+        add(twins, flag, env=env, action=action, type=convert, metavar=metavar)
+        add(twins, f"{flag}-file", env=env and f"{env}_FILE", action=files, metavar="FILE")
 
     parser.register("type", None, unicode_text)  # of options that name no other
     switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
@@ -529,7 +537,7 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     mode = work.add_mutually_exclusive_group()
     add(mode, "--mode", type=one_of(list(Mode)), default=Mode.BATCH.value, metavar="MODE")
     for flag, value in (("-m", Mode.MONITOR), ("-c", Mode.COMBINED)):
-        more = {"const": value.value, "default": argparse.SUPPRESS}
+        more = {"const": value, "default": argparse.SUPPRESS}
         add(mode, f"--{value}", flag, env="", action="store_const", dest="mode", **more)
     add(work, "--overwrite-policy", "-O", type=one_of(list(Policy)), metavar="POLICY")
     add(work, "--overwrite-existing", "-o", default=False, **switch)
@@ -546,10 +554,10 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     add(library, "--data-access-mode", "-d", type=one_of(list(Access)), metavar="ACCESS")
     add(library, "--immich-root", type=Path, default=Path("/var/lib/immich"), metavar="FOLDER")
     add(library, "--thumbs-root", type=Path, metavar="FOLDER")
-    secret(library, "--postgres-url", metavar="URL")
+    secret(library, "--postgres-url", "URL")
     add(library, "--immich-api-url", env="IMMICH_API_URL", type=web_address, metavar="URL")
-    secret(library, "--immich-api-keys", "IMMICH_API_KEY", metavar="KEYS")
-    secret(library, "--immich-header", metavar="HEADER")
+    secret(library, "--immich-api-keys", "KEYS", env="IMMICH_API_KEY")
+    secret(library, "--immich-header", "HEADER")
     add(library, "--thumbnail-size", type=one_of(SIZES), default=SIZES[0], metavar="SIZE")
     add(library, "--api-poll-interval", type=seconds, default=10.0, metavar="S")
     add(library, "--wait-for-immich", default=True, **switch)
@@ -561,8 +569,8 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     add(model, "--interface", type=speaks, default="ollama", metavar="NAME")
     add(model, "--hosts", type=web_addresses, action="extend", metavar="URLS")
     add(model, "--model-name", default="qwen3-vl:4b-thinking-q4_K_M", metavar="NAME")
-    secret(model, "--api-key", metavar="KEY")
-    secret(model, "--host-header", metavar="HEADER")
+    secret(model, "--api-key", "KEY")
+    secret(model, "--host-header", "HEADER")
     add(model, "--preflight-model-check", default=True, **switch)
     add(model, "--max-concurrent", type=number(1, whole=True), default=4, metavar="N")
     add(model, "--timeout", type=seconds, default=300.0, metavar="S")
@@ -596,14 +604,6 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     return parser
 
 
-def is_blank(name: str, value: str) -> bool:
-    """Whether a variable says nothing: it is empty, or names a file that is."""
-    if name.startswith(OURS) and name.endswith("_FILE"):
-        with suppress(Fatal):  # complained about where it is read
-            return not read_text(value).strip()
-    return not value.strip()
-
-
 def rust_log_level(text: str) -> str:
     """The level in RUST_LOG: "level", "target=level" or several of these; "" for none of ours."""
     parts = (part.strip().rpartition("=") for part in text.lower().split(","))
@@ -625,9 +625,12 @@ OLDER_NAMES: dict[str, tuple[str, Callable[[str], str]]] = {
 
 
 def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, str]:
-    """The environment without empty variables, and with older names translated."""
-    plainly = ((n, plain(text) if n.startswith(OURS) else text) for n, text in environ.items())
-    known = {name: text for name, text in plainly if not is_blank(name, text)}
+    """The environment without variables that say nothing, and with older names translated."""
+    known = {n: plain(text) if n.startswith(OURS) else text for n, text in environ.items()}
+    for name in [name for name in known if name.startswith(OURS) and name.endswith("_FILE")]:
+        with suppress(Fatal):  # complained about where it is read
+            known[name] *= bool(read_text(known[name]).strip())
+    known = {name: text for name, text in known.items() if text.strip()}
     others = {
         f"IMMICH_ANALYZE_{name}_HOSTS".upper() for name in INTERFACES[1:] if name != interface
     }
@@ -656,6 +659,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     options.notices = [AnalyzeError("unknown_variables", names=", ".join(near))] if strange else []
     if options.lang is not None and options.lang.lower() not in LANGUAGES:
         options.notices.append(AnalyzeError("unknown_language", value=options.lang))
+    options.lang = language([f"--lang={options.lang}"] if options.lang else [], known)
     return config_from(options, known)
 
 
@@ -677,49 +681,33 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
     access = options.data_access_mode or (Access.API if wanted and not url else Access.DATABASE)
     if access == Access.API and not (api_url and keys):
         raise Fatal("api_key_missing" if api_url else "api_url_missing")
-    policy = Policy(options.overwrite_policy or ("all" if options.overwrite_existing else "none"))
-    policy = Policy.ALL if options.undo else policy
+    usual = Policy.ALL if options.overwrite_existing else Policy.NONE
+    policy = Policy.ALL if options.undo else options.overwrite_policy or usual
     preserve = options.preserve_human or policy is Policy.MISSING_AI
     if preserve and options.disable_ai_wrapper:
         raise Fatal("wrapper_needed")
-    if (options.undo and Mode(options.mode).monitors) or (options.dry_run and not options.undo):
+    if (options.undo and options.mode.monitors) or (options.dry_run and not options.undo):
         raise Fatal("undo_alone")
     given |= {
-        "mode": Mode(options.mode),
         "policy": policy,
         "preserve_human": preserve,
         "retry_failed": options.retry_failed or options.undo,
         "ignore_descriptions": () if options.undo else given["ignore_descriptions"],
-        "access": Access(access),
+        "access": access,
         "access_ambiguous": bool((url or named) and keys and not options.data_access_mode),
         "notices": tuple(options.notices),
         "postgres_url": url or database_url or "host=localhost user=postgres dbname=immich",
         "immich_api_url": api_url and without_end(api_url, "/api") + "/api",
-        "immich_api_keys": tuple(header_safe(key, "--immich-api-keys") for key in keys),
-        "api_key": header_safe((options.api_key or "").strip(), "--api-key"),
+        "api_key": (options.api_key or "").strip(),
         "hosts": options.hosts or (USUAL_HOSTS.get(options.interface, "http://localhost:11434"),),
         "file_check_interval": options.file_check_interval / 1000,
-        "lang": language([f"--lang={options.lang}"] if options.lang else [], environ),
         "log_level": LOG_LEVELS.get(options.log_level),
     }
     given |= {name: given[name] or SHORTEST_PAUSE for name in PAUSES}
+    for name in ("immich_api_keys", "api_key"):
+        if re.search("[^!-~]", "".join(given[name])):  # it could not be sent as a header
+            raise Fatal("bad_key", option=f"--{name.replace('_', '-')}")
     return Config(**{name: given[name] for name in Config.__slots__})
-
-
-def read_text(file: str) -> str:
-    """What a file that holds a setting says; Fatal if it cannot be read."""
-    try:
-        return plain(Path(file).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or type(error).__name__
-        raise Fatal("unreadable_file", file=file, why=why) from error
-
-
-def header_safe(key: str, option: str) -> str:
-    """The key, if it can be sent as a header; Fatal if not."""
-    if not re.fullmatch(r"[!-~]*", key):
-        raise Fatal("bad_key", option=option)
-    return key
 
 
 def database(environ: Mapping[str, str]) -> tuple[str, bool]:
@@ -1157,11 +1145,10 @@ class Reply:
 def words_in(said: object) -> str:
     """The words in JSON that says what is wrong; Ollama nests it in a string."""
     if isinstance(said, str):
-        try:
+        with suppress(ValueError):
             inner = json.loads(said)
-        except ValueError:
-            return said
-        return said if isinstance(inner, int | float) else words_in(inner)
+            return said if isinstance(inner, int | float) else words_in(inner)
+        return said
     if isinstance(said, list):
         return "; ".join(words_in(one) or str(one) for one in said)
     if not isinstance(said, dict):
@@ -1295,7 +1282,6 @@ def retry_after(reply: Reply) -> float | None:
     return None
 
 
-HINTS = {413: "hint_too_large", 504: "hint_too_slow"}
 BUSY = {408, 429, 502, 503, 504}
 # What model servers say, in all words that were seen.
 BUSY_WORDS = re.compile(r"server busy|overloaded|rate.?limit|loading model", re.I)
@@ -1310,8 +1296,10 @@ THINKING = re.compile(r"thinking|reasoning", re.I)
 def model_host_error(reply: Reply) -> AnalyzeError:
     """What a model host's status says, or its words where an answer of status 200 is an error."""
     status, why, words = reply.status, reply.complaint(), reply.body.decode("utf-8", "replace")
-    full = f"{t(HINTS[status])} {why}".strip() if status in HINTS else why
-    fields: dict[str, Any] = {"url": reply.url, "status": status, "words": words, "why": full}
+    hints = {413: "hint_too_large", 504: "hint_too_slow"}
+    hint = t(hints.get(status, "")) if status in hints else ""
+    fields: dict[str, Any] = {"url": reply.url, "status": status, "words": words}
+    fields["why"] = f"{hint} {why}".strip()
     match status:
         case _ if CANNOT_SEE.search(why):
             return Fatal("model_blind", **fields)
