@@ -383,23 +383,21 @@ def headers(text: str) -> tuple[Header, ...]:
 
 def public(url: str) -> str:
     """A URL as it may be shown: without user, password and query."""
-    try:
+    with suppress(ValueError):
         parts = urlsplit(url)
-    except ValueError:
-        return ""
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return ""
 
 
 def web_address(text: str) -> str:
     """Converter for an http(s) address; `http://` may be left out."""
     unicode_text(text)
     url = text.strip() if "://" in text else f"http://{text.strip()}"
-    try:
+    valid = False
+    with suppress(ValueError):
         parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and (parts.port or True)
-        valid = valid and not (parts.hostname or "0").isdecimal()  # a port taken for a name
-    except ValueError:
-        valid = False
+        host, _ = parts.hostname or "0", parts.port  # which raises for what is no port
+        valid = parts.scheme in ("http", "https") and not host.isdecimal()  # a port as a name
     if not valid or re.search(r"\s|[/?#].*@", url.partition("://")[2]):
         shown = re.sub(r".*@|[?#].*", "", text, flags=re.S)  # the rest may be a password
         raise argparse.ArgumentTypeError(t("not_an_address", value=shown))
@@ -611,8 +609,7 @@ def rust_log_level(text: str) -> str:
     return levels.get("immich_analyze", levels.get("", ""))
 
 
-# Variables of earlier tools and releases: the one that each stands for, and how its text reads
-# there. What comes first wins.
+# Variables of earlier tools and releases: which each stands for, and how it reads. The first wins.
 OLDER_NAMES: dict[str, tuple[str, Callable[[str], str]]] = {
     "IMMICH_ANALYZE_IMMICH_API_URL": ("IMMICH_API_URL", str),
     "IMMICH_ANALYZE_IMMICH_API_KEYS": ("IMMICH_API_KEY", str),
@@ -631,11 +628,9 @@ def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, st
         with suppress(Fatal):  # complained about where it is read
             known[name] *= bool(read_text(known[name]).strip())
     known = {name: text for name, text in known.items() if text.strip()}
-    others = {
-        f"IMMICH_ANALYZE_{name}_HOSTS".upper() for name in INTERFACES[1:] if name != interface
-    }
+    off = {f"IMMICH_ANALYZE_{name}_HOSTS".upper() for name in INTERFACES[1:] if name != interface}
     for older, (name, read) in OLDER_NAMES.items():
-        if older not in others and (text := read(known.get(older, ""))):
+        if older not in off and (text := read(known.get(older, ""))):
             known.setdefault(name, text)
     return known
 
@@ -837,23 +832,21 @@ def undescribed(photo: Photo, config: Config) -> bool:
 
 def left_alone(photo: Photo, config: Config) -> str:
     """Why a photo is not to be described, as a key; "" if it is, or if its note must tell."""
-    note, policy = photo.note, config.policy
+    note = photo.note
     same = note and note.model == config.model_name and note.prompt == config.prompt_id
     if note and same and gave_up(note, config):
         return "failed_before"
     if undescribed(photo, config):
         return "has_description" if config.undo else ""
-    match policy:
-        case Policy.NONE:
-            wanted = False
-        case Policy.MISSING_AI:
-            wanted = not has_ours(photo)
-        case Policy.OUTDATED if note is not UNREAD:
-            replaced = note and note.was == text_id(photo.description)
-            wanted = has_ours(photo) and not (same and note and not note.failed and not replaced)
-        case _:
-            wanted = True
-    return "" if wanted else "has_description"
+    ours = has_ours(photo)
+    current = note and same and not note.failed and note.was != text_id(photo.description)
+    wanted = {
+        Policy.NONE: False,
+        Policy.MISSING_AI: not ours,
+        Policy.OUTDATED: note is UNREAD or (ours and not current),
+        Policy.ALL: True,
+    }
+    return "" if wanted[config.policy] else "has_description"
 
 
 def gave_up(note: Note, config: Config) -> bool:
@@ -1136,16 +1129,14 @@ class Reply:
 
     def complaint(self) -> str:
         """What the server says is wrong: one line, "" if it says nothing to people."""
-        text = self.body[:4000].decode("utf-8", "replace").strip()
-        with suppress(RecursionError):
-            text = words_in(text)
+        text = words_in(self.body[:4000].decode("utf-8", "replace").strip())
         return "" if text.startswith("<") else " ".join(text.split())[:300]
 
 
 def words_in(said: object) -> str:
     """The words in JSON that says what is wrong; Ollama nests it in a string."""
     if isinstance(said, str):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             inner = json.loads(said)
             return said if isinstance(inner, int | float) else words_in(inner)
         return said
@@ -1344,15 +1335,13 @@ def immich_error(reply: Reply) -> AnalyzeError:
             return Permanent("immich_refused", status=status, why=why)
 
 
-# libpq gives no code when it cannot connect, only words: these need a person, and of any
-# other the server may have more tomorrow
+# What libpq says, without a code, when it cannot connect before a person acts.
 REFUSED = re.compile(
     r"authentication failed|no password|no pg_hba|not permitted to log in|certificate"
     r"|support SSL|invalid .*(?:value|port|option)",
     re.I,
 )
-# SQLSTATE classes: no such database, role, table, column or right; a server on standby. A
-# restore or an upgrade of Immich goes through them.
+# SQLSTATE classes that also a restore goes through: nothing of that name, no right, on standby.
 UNEXPECTED = ("0A", "25", "28", "3D", "42")
 
 
