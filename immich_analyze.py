@@ -838,15 +838,14 @@ def left_alone(photo: Photo, config: Config) -> str:
         return "failed_before"
     if undescribed(photo, config):
         return "has_description" if config.undo else ""
-    ours = has_ours(photo)
     current = note and same and not note.failed and note.was != text_id(photo.description)
-    wanted = {
-        Policy.NONE: False,
-        Policy.MISSING_AI: not ours,
-        Policy.OUTDATED: note is UNREAD or (ours and not current),
-        Policy.ALL: True,
-    }
-    return "" if wanted[config.policy] else "has_description"
+    if config.policy is Policy.MISSING_AI:
+        wanted = not has_ours(photo)
+    elif config.policy is Policy.OUTDATED and note is not UNREAD:
+        wanted = has_ours(photo) and not current
+    else:
+        wanted = config.policy is not Policy.NONE
+    return "" if wanted else "has_description"
 
 
 def gave_up(note: Note, config: Config) -> bool:
