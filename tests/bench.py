@@ -1072,7 +1072,7 @@ def poison() -> None:
             for list_of_rates, number in zip(rates, (POISON, 500), strict=True):
                 fleet.show(500, number)
                 requests, said = fleet.end(fleet.begin())
-                unavailable += said.count("is asked again in")
+                unavailable += said.count("will be asked again in")
                 good = [each.asked for each in requests if each.number != POISON]
                 list_of_rates.append(len(good) / (max(good) - min(good)))
                 fleet.forget()

@@ -94,11 +94,11 @@ def test_a_look_that_fails_is_said_once_and_made_up_for(hours, api, immich, olla
     with hours.service(api, ollama) as run:
         run.at(18, lambda: api.add(picture=NEW))
         run.until(90)
-        [line] = run.lines("Cannot look for new photos", level="WARNING")
+        [line] = run.lines("Cannot check for new photos", level="WARNING")
         assert "500" in line
         assert asked_at(hours, NEW, ollama) == [70]
         run.until(200)
-        assert len(run.lines("Cannot look for new photos")) == 2
+        assert len(run.lines("Cannot check for new photos")) == 2
     assert (run.counts, run.fatal) == ({"described": 1}, "")
 
 
@@ -175,11 +175,11 @@ def test_photos_that_arrive_without_an_event_are_noticed_once(
     with hours.service(database, ollama, "--api-poll-interval", "12") as run:
         run.at(arrives, lambda: database.add(picture=NEW))
         run.until(arrives + 12)
-        assert len(run.lines("only by asking the database", level="WARNING")) == said
+        assert len(run.lines("only by polling the database", level="WARNING")) == said
         run.at(200, lambda: database.add(picture=OTHER))
         run.until(300)
     assert run.counts == {"described": 2}
-    assert len(run.lines("only by asking the database")) == 1
+    assert len(run.lines("only by polling the database")) == 1
 
 
 def test_an_event_says_that_the_watch_is_well_though_a_usual_look_finds_the_photo(

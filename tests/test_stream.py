@@ -379,7 +379,7 @@ def test_waiting_ends_when_stopped(stop, error):
 
 
 WAITING = "PostgreSQL does not answer: away. Waiting."
-BACK = "It answers again, after 0:04:10."
+BACK = "It is answering again, after 0:04:10."
 
 
 def test_an_outage_is_two_lines(stop, caplog):
@@ -405,7 +405,7 @@ def test_an_outage_that_several_meet_is_two_lines(stop, caplog):
         return "answer"
 
     patience(calling([away(), another]))
-    assert caplog.messages == [WAITING, "It answers again, after 0:00:20."]
+    assert caplog.messages == [WAITING, "It is answering again, after 0:00:20."]
 
 
 @pytest.mark.parametrize("longest", [0, 60])
