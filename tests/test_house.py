@@ -1,4 +1,4 @@
-"""The laws of the house, for whoever changes it."""
+"""The house rules, for whoever changes the module."""
 
 import ast
 import functools
