@@ -761,7 +761,7 @@ def test_what_cut_an_answer_is_told_and_it_is_not_made_again(make, interface, ev
         server.script("POST", CHAT[interface], only(PICTURE, Reply(200, body)), forever=True)
         found, error = error_of(make(server).describe)
         assert found == (ia.Permanent, key)
-        assert ("--max-tokens" if key == CUT_OFF else "-c at llama.cpp") in str(error)
+        assert ("--max-tokens" if key == CUT_OFF else "-c for llama.cpp") in str(error)
         contexts = [chat.json.get("options", {}).get("num_ctx") for chat in about(PICTURE, server)]
         larger = key != CUT_OFF and "prompt_eval_count" in body  # which may help
         assert contexts == ([None, 8192] if larger else [None])
@@ -1282,8 +1282,8 @@ def unlisted(*entries):
     [
         (*unlisted(*map(model, NAMES)), "Did you mean tiny-vlm-2:7b?"),
         (*unlisted(model("tiny-vlm:7b")), "Did you mean tiny-vlm:7b?"),
-        (*unlisted(model("other", owned_by="vllm")), "but: other."),
-        (*unlisted(model("other", aliases="tiny-vlm")), "but: other."),
+        (*unlisted(model("other", owned_by="vllm")), "these are: other."),
+        (*unlisted(model("other", aliases="tiny-vlm")), "these are: other."),
         ("llamacpp", MODELS, Reply(500, "Internal Server Error"), "Internal Server Error"),
         (
             "ollama",
