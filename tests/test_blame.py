@@ -269,7 +269,7 @@ def test_a_context_too_small_for_all_photos_strikes_the_host_off(
     assert (run.code, run.counts, failure_notes(api)) == (2, {}, {})
     assert run.ended < 10
     [line] = run.lines(llamacpp.url, level="CRITICAL")
-    assert "-c at llama.cpp" in line
+    assert "-c for llama.cpp" in line
     assert "5431 tokens" in line
 
 
