@@ -63,7 +63,7 @@ import psycopg2.errors
 import psycopg2.extensions
 import psycopg2.extras
 import requests
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 from watchdog import events as fs
 from watchdog.observers import Observer
@@ -801,6 +801,7 @@ PLAIN_SIZE = (448, 448)
 SHORTEST_SIDE = 56  # pixels: servers of Qwen's models crash below 28 to 32
 USUAL_PIXELS, USUAL_SIDE = 50_000_000, 4096  # above the first, pictures are shrunk to the second
 MOST_PIXELS = 270_000_000  # a gigabyte in memory
+JPEG_SIDE = 65_500  # the longest that JPEG can have
 GAP = "\n\n"  # between a person's text and a block that is added
 
 
@@ -916,7 +917,10 @@ def prepared(data: bytes, max_size: int) -> Picture:
         with Image.open(io.BytesIO(data)) as image:
             huge = math.prod(image.size) > USUAL_PIXELS
             most = max_size or (USUAL_SIDE if huge else max(image.size))
+            most = min(most, JPEG_SIDE)
             fits = min(image.size) >= SHORTEST_SIDE and max(image.size) <= most
+            if mime == "image/jpeg":  # a PNG would be decoded for it
+                fits = fits and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
             if whole and fits and mime != "image/webp" and not image.has_transparency_data:
                 return Picture(mime, base64.b64encode(data), image.size)
             picture = plain_copy(image, most)
@@ -929,6 +933,7 @@ def prepared(data: bytes, max_size: int) -> Picture:
 def plain_copy(image: Image.Image, most: int) -> Image.Image:
     """A picture in RGB, no longer than `most`; what is too narrow has its mean colour around."""
     image.draft("RGB", (most, most))  # a JPEG is decoded at a part of its size
+    image = ImageOps.exif_transpose(image)  # as people see it; an original may lie on its side
     if math.prod(image.size) > MOST_PIXELS:
         raise ValueError("too large")
     if math.prod(image.size) > USUAL_PIXELS:  # the copies below would take gigabytes
@@ -943,6 +948,8 @@ def plain_copy(image: Image.Image, most: int) -> Image.Image:
 
 def opaque(image: Image.Image) -> Image.Image:
     """A picture in RGB; what is transparent is white, or black where what shows is light."""
+    if image.mode.startswith("I"):  # of 16 bits, which convert would cut off
+        image = image.convert("F").point(lambda value: value / 256).convert("L")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import servers
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 
 import immich_analyze as ia
 
@@ -681,3 +681,36 @@ def test_digging_leads_to_a_value_or_none(data, path, value):
 )
 def test_a_shown_address_has_no_user_password_or_query(url, shown):
     assert ia.public(url) == shown
+
+
+def test_an_original_that_lies_on_its_side_is_sent_upright():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    target = io.BytesIO()
+    drawn = Image.new("RGB", (300, 200), "red")
+    drawn.paste("blue", (0, 0, 300, 100))
+    drawn.save(target, "JPEG", exif=exif)
+    for most, size in ((0, (200, 300)), (120, (80, 120))):
+        sent = ia.prepared(target.getvalue(), most)
+        with Image.open(io.BytesIO(base64.b64decode(sent.base64))) as shown:
+            assert (sent.size, shown.size) == (size, size)
+            assert shown.getpixel((size[0] - 10, 50))[2] > 200  # what was above is on the right
+            assert not shown.getexif()
+
+
+def test_a_scan_of_16_bits_keeps_its_shades():
+    target = io.BytesIO()
+    scan = Image.new("I;16", (200, 100))
+    scan.putdata([5000 + 250 * (n % 200) for n in range(20_000)])
+    scan.save(target, "PNG")
+    sent = ia.prepared(target.getvalue(), 80)
+    with Image.open(io.BytesIO(base64.b64decode(sent.base64))) as shown:
+        dark, light = shown.convert("L").getextrema()
+    assert dark < 30
+    assert 200 < light < 230
+
+
+def test_a_picture_longer_than_a_jpeg_can_be_is_shrunk():
+    target = io.BytesIO()
+    Image.new("L", (1, 66_000), 128).save(target, "PNG")
+    assert ia.prepared(target.getvalue(), 0).size == (56, ia.JPEG_SIDE)
