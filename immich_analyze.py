@@ -1297,17 +1297,18 @@ def model_host_error(reply: Reply) -> AnalyzeError:
     hint = t(hints.get(status, "")) if status in hints else ""
     fields: dict[str, Any] = {"url": reply.url, "status": status, "words": words}
     fields["why"] = f"{hint} {why}".strip()
+    said = f" “{why}”" if why else ""
     match status:
         case _ if CANNOT_SEE.search(why):
             return Fatal("model_blind", **fields)
         case _ if HTTPS.search(words):
             return Fatal("https_needed", **fields)
         case 401 | 402 | 403:
-            return Fatal("host_key_refused", **fields)
+            return Fatal("host_key_refused", said=said, **fields)
         case 200 | 400 | 404 if NO_MODEL.search(why):
             return Fatal("model_missing", **fields)
         case 404 | 405:
-            return Unexpected("host_wrong", **fields)
+            return Unexpected("host_wrong", said=said, **fields)
         case _ if status in BUSY or (status == 200 and BUSY_WORDS.search(why)):
             return Unavailable("host_busy", pause=retry_after(reply), **fields)
         case _:

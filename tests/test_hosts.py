@@ -22,12 +22,12 @@ def busy(pause: float | None = None, url: str = A, status: int = 503) -> ia.Anal
 
 
 def refused(url: str = A) -> ia.AnalyzeError:
-    return ia.Fatal("host_key_refused", url=url, status=401)
+    return ia.Fatal("host_key_refused", url=url, status=401, said="")
 
 
 BUSY = busy()
 FAILED = ia.Retryable("host_failed", url=A, status=500, why="")
-WRONG = ia.Unexpected("host_wrong", url=A, status=404)
+WRONG = ia.Unexpected("host_wrong", url=A, status=404, said="")
 HUNG = ia.Retryable("timed_out", url=A, seconds="300")
 NOTHING_THERE = ia.Unavailable("unreachable", url=A, why="Connection refused")
 
