@@ -1455,20 +1455,6 @@ class Manner:
     refused: frozenset[str] = frozenset()  # of REFUSABLE
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """What one kind of model server wants and says: facts, no code path of their own."""
-
-    root: str  # what its paths begin with; people often give it with the address
-    chat: str
-    question: Callable[[Config, str, int], dict[str, Any]]  # with MIME type and context
-    thinking: Callable[[bool], dict[str, Any]]  # the switch to add to a question
-    sees: Callable[[Callable[..., Any], str], bool | None]  # is the model there, and can it see?
-    alive: str  # a path that is answered whenever the server is up
-    takes_context: bool = False
-    headers: tuple[Header, ...] = ()  # that it wants to know who asks by
-
-
 # What stands for the picture in a question.
 PICTURE = "immich-analyze puts the picture here"
 
@@ -1542,14 +1528,20 @@ def openai_sees(ask: Callable[..., Any], model: str) -> bool | None:
     return vision if isinstance(vision, bool) else None
 
 
-LIKE_OPENAI = Dialect(
-    root="/v1",
-    chat="/v1/chat/completions",
-    question=openai_question,
-    thinking=openai_thinking,
-    sees=openai_sees,
-    alive="/health",
-)
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What one kind of model server wants and says, as OpenAI's if nothing else is known."""
+
+    root: str = "/v1"  # what its paths begin with; people often give it with the address
+    chat: str = "/v1/chat/completions"
+    question: Callable[[Config, str, int], dict[str, Any]] = openai_question
+    thinking: Callable[[bool], dict[str, Any]] = openai_thinking  # the switch to add to it
+    sees: Callable[[Callable[..., Any], str], bool | None] = openai_sees
+    alive: str = "/health"  # a path that is answered whenever the server is up
+    takes_context: bool = False
+    headers: tuple[Header, ...] = ()  # that it wants to know who asks by
+
+
 DIALECTS = {
     "ollama": Dialect(
         root="/api",
@@ -1560,9 +1552,8 @@ DIALECTS = {
         alive="/api/version",
         takes_context=True,
     ),
-    "llamacpp": LIKE_OPENAI,
-    "openrouter": replace(
-        LIKE_OPENAI,
+    "llamacpp": Dialect(),
+    "openrouter": Dialect(
         thinking=lambda think: {"reasoning": {"enabled": think}},
         alive="/v1/key",
         headers=(("HTTP-Referer", "http://localhost"), ("X-Title", "immich-analyze")),
@@ -2232,12 +2223,14 @@ class Library(Protocol):
 
     def watch(self, event: Callable[[], None], cooldown: float) -> PreviewWatch | None:
         """Calls `event` when a preview is written, if it can tell."""
+        return None
 
     def claim(self, photo: Photo) -> Photo:
         """The photo with its note, kept from other instances; Skip if one of them has it."""
 
     def release(self, photo: Photo) -> None:
-        """Leave a claimed photo to others; raises nothing."""
+        """Leave a claimed photo to others, if claims keep it from them; raises nothing."""
+        return
 
     def look(self, photo: Photo) -> Photo:
         """The photo as it is now, with its note; Skip if it is not to be described."""
@@ -2363,8 +2356,8 @@ class Immich(Session):
         return http(self, method, self.url + path, blame=immich_error, **own | options)
 
 
-class ApiLibrary:
-    """Immich's REST API, 1.132 to 3.3.
+class ApiLibrary(Library):
+    """Immich's REST API, 1.132 to 3.3, which tells of uploads only to keys that may do everything.
 
     Every photo is read and written with the key of its owner, and JSON is read
     leniently: an odd field never costs more than that field.
@@ -2393,7 +2386,6 @@ class ApiLibrary:
         return self._server.version >= (2, 5, 0)
 
     def page(self, cursor: Walk | None, since: datetime | None = None) -> Page:
-        """A page by date of uploads, newest first."""
         return self._page(cursor or Walk(), {"createdAfter": iso(since)} if since else {})
 
     def _page(self, walk: Walk, bounds: dict[str, str]) -> Page:
@@ -2471,9 +2463,6 @@ class ApiLibrary:
             photos, walk = self._page(walk, {"updatedAfter": iso(since)} | bounds)
             yield from photos
 
-    def watch(self, event: Callable[[], None], cooldown: float) -> None:
-        """Nothing to watch: Immich tells of uploads only to keys that may do everything."""
-
     def claim(self, photo: Photo) -> Photo:
         """GET /assets/{id}/metadata/{key}; nothing arbitrates between instances but `--shard`."""
         if not self._keeps_notes():
@@ -2485,11 +2474,7 @@ class ApiLibrary:
             value = None
         return replace(photo, note=note_in(value))
 
-    def release(self, photo: Photo) -> None:
-        """Nothing was claimed."""
-
     def look(self, photo: Photo) -> Photo:
-        """GET /assets/{id}, and its note."""
         found = photo_listed(self._read(photo), photo.source, None)
         if not found:
             raise Skip("photo_excluded")
@@ -2582,7 +2567,6 @@ class ApiLibrary:
         raise Skip("key_refused", number=account.number, why=account.refused)
 
     def close(self) -> None:
-        """Close the connections."""
         self._immich.close()
 
 
@@ -2894,7 +2878,7 @@ class Database:
         self._connection = None
 
 
-class DbLibrary:
+class DbLibrary(Library):
     """Immich's own tables, 1.132 to 3.3, on PostgreSQL 14 and newer.
 
     Only one description is changed at a time, only while it is as listed, and with its note.
@@ -2906,18 +2890,14 @@ class DbLibrary:
         self.most_workers = most_workers
         self._database = database
         self._root, self._thumbs = root, thumbs
+        self._check = functools.partial(check_database, database, root, thumbs)
 
     def _rows(self, name: str, note: Note | None = None, **values: object) -> list[tuple[Any, ...]]:
         stored = psycopg2.extras.Json(note.value(datetime.now(UTC))) if note else None
         with blame(self._check):
             return self._database.rows(name, note=stored, **values)
 
-    def _check(self) -> None:
-        """Raises where nothing works: without a connection, Immich's tables, or the previews."""
-        check_database(self._database, self._root, self._thumbs)
-
     def clock(self) -> datetime:
-        """PostgreSQL's clock."""
         now: datetime = self._rows("clock")[0][0]
         return now
 
@@ -2935,7 +2915,6 @@ class DbLibrary:
         return photos, photos[-1].id if len(photos) == PAGE else None
 
     def total(self) -> int:
-        """The exact number of photos that the listing brings."""
         return int(self._rows("count")[0][0])
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
@@ -2950,7 +2929,6 @@ class DbLibrary:
         return photos
 
     def watch(self, event: Callable[[], None], cooldown: float) -> PreviewWatch:
-        """Watch `thumbs/`."""
         return PreviewWatch(self._root / self._thumbs, event, cooldown)
 
     def claim(self, photo: Photo) -> Photo:
@@ -2971,7 +2949,6 @@ class DbLibrary:
             self._database.close()
 
     def look(self, photo: Photo) -> Photo:
-        """Look the photo up by its id."""
         rows = self._rows("look", id=photo.id)
         if not rows or not rows[0][-2]:
             raise Skip("photo_excluded")
@@ -3004,17 +2981,14 @@ class DbLibrary:
         return stored.description == text
 
     def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
-        """Nothing to read back: PostgreSQL keeps what it took."""
-        return {}
+        return {}  # PostgreSQL keeps what it took
 
     def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
-        """INSERT or UPDATE the rows of `asset_metadata`."""
         for photo, note in notes:
             if note:
                 self._rows("remember", id=photo.id, note=note)
 
     def close(self) -> None:
-        """Close the connection."""
         self._database.close()
 
 
