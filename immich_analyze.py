@@ -1465,8 +1465,7 @@ def ollama_question(config: Config, _: str, context: int) -> dict[str, Any]:
     options = {"num_predict": config.max_tokens} | ({"num_ctx": context} if context else {})
     options |= config.model_options
     beside = {"keep_alive": options.pop("keep_alive")} if "keep_alive" in options else {}
-    question = {"model": config.model_name, "messages": [message], "stream": True}
-    return question | beside | {"options": options}
+    return {"messages": [message], "options": options} | beside
 
 
 def ollama_sees(ask: Callable[..., Any], model: str) -> bool | None:
@@ -1494,9 +1493,8 @@ def openai_question(config: Config, mime: str, _: int) -> dict[str, Any]:
     image = {"url": f"data:{mime};base64,{PICTURE}"}
     content = [{"type": "text", "text": config.prompt}, {"type": "image_url", "image_url": image}]
     message = {"role": "user", "content": content}
-    question = {"model": config.model_name, "messages": [message], "stream": True}
-    question |= {"stream_options": {"include_usage": True}, "max_tokens": config.max_tokens}
-    return question | config.model_options
+    limits = {"stream_options": {"include_usage": True}, "max_tokens": config.max_tokens}
+    return {"messages": [message]} | limits | config.model_options
 
 
 def openai_thinking(think: bool) -> dict[str, Any]:
@@ -1618,11 +1616,6 @@ class Host:
         return bool(self.why and (self.why.key == "unreachable" or status == 502))
 
     @property
-    def overrun(self) -> bool:
-        """Whether it has too much to do, and does not say for how long."""
-        return bool(self.why and self.why.fields.get("status") == 503 and not self.why.pause)
-
-    @property
     def full(self) -> bool:
         """Whether it has as many requests as it works on at a time."""
         return self.in_flight >= self.most
@@ -1704,8 +1697,7 @@ class Hosts:
             available = [host for host in hosts if host.wait(now) <= 0 and not host.full]
             if not available:
                 return None
-            preferred = [host for host in available if host.url not in avoid] or available
-            host = min(preferred, key=lambda host: (host.in_flight, host.latest))
+            host = min(available, key=lambda host: (host.url in avoid, host.in_flight, host.latest))
             self._latest += 1
             host.in_flight, host.latest = host.in_flight + 1, self._latest
             return host
@@ -1721,8 +1713,7 @@ class Hosts:
             left = self._unusable_since + self._wait_timeout - now
             if left <= 0:
                 raise Fatal("no_host", why="; ".join(str(host.why) for host in hosts))
-            soon = any(host.absent or host.overrun for host in hosts)
-            pause = PROBE_INTERVAL if soon else left
+            pause = PROBE_INTERVAL if any(host.absent for host in hosts) else left
             seconds = min(left, pause, *(host.wait(now) for host in hosts if not host.full))
             if not any(host.full for host in hosts):
                 return seconds
@@ -1739,11 +1730,10 @@ class Hosts:
         """The absent host that was not probed for longest, for the caller alone."""
         with self._lock:
             now = time.monotonic()
-            due = (host for host in self._hosts.values() if host.absent)
-            host = min(due, key=lambda host: host.probed_at, default=None)
-            if not host or host.probed_at > now - PROBE_INTERVAL:
-                return None
-            host.probed_at = now
+            absent = (host for host in self._hosts.values() if host.absent)
+            due = (host for host in absent if host.probed_at <= now - PROBE_INTERVAL)
+            if host := min(due, key=lambda host: host.probed_at, default=None):
+                host.probed_at = now
             return host
 
     def number(self, url: str) -> int:
@@ -1789,8 +1779,6 @@ class Hosts:
             if host.streak >= GROWTH:
                 host.most, host.streak = host.most + 1, 0
             self._unusable_since = math.inf
-            if host.why and number <= host.failed and host.overrun:
-                host.unavailable_until = 0.0
             if host.why is None or number <= host.failed:
                 return  # an answer to a question of before is no recovery
             host.why, host.pause, host.unavailable_until = None, 0.0, 0.0
@@ -1810,16 +1798,20 @@ class Hosts:
             return self._hosts[url].answered > number
 
     def queued(self, url: str, number: int, seconds: float) -> bool:
-        """Whether a request without a word in so many seconds waited for others at its host.
+        """Whether a request found no room beside others at its host, which then gets fewer.
 
-        It worked on some of before meanwhile, and on none of later. From then on it gets fewer.
+        It was refused at once, or heard no word in so many seconds, in which the host worked on
+        some of before, and on none of later.
         """
         with self._lock:
             host, began = self._hosts[url], time.monotonic() - seconds
-            if host.most <= 1 or host.begun > number or host.heard_at <= began:
+            waited = host.begun <= number and host.heard_at > began
+            if host.most <= 1 or not (waited if seconds else host.in_flight > 1):
+                # one that refuses a single request lacks no room
+                host.most = host.most if seconds else math.inf
                 return False
             host.most, host.streak = max(1, min(host.most, host.in_flight) - 1), 0
-        log.debug("%s lets requests wait: %d at a time", public(url), host.most)
+        log.debug("%s has too many requests: %d at a time", public(url), host.most)
         return True
 
     def sees(self, url: str, text: str, picture: Picture, test: Callable[[], bool]) -> bool:
@@ -1867,9 +1859,15 @@ class Tries:
         A host is unavailable if it says that it is away or has too much to do, or is silent to
         all. Of all else, its next answer tells whose fault it is. A cut answer would be cut again.
         """
-        if error.key == "timed_out" and self._hosts.queued(url, number, self._timeout):
-            self._failures.append((url, -1, 0.0))  # which counts, as nothing
+        busy = error.fields.get("status") in (429, 503)
+        seconds = 0.0 if busy else self._timeout
+        if (busy or error.key == "timed_out") and self._hosts.queued(url, number, seconds):
+            # no try, unless it is refused alone too: then it was the picture's fault
+            tries = sum(weight for *_, weight in self._failures)
+            self._failures.append((url, -1, float(busy and tries + 1 < self._most)))
             self.error = error
+            if error.pause:
+                self._hosts.unavailable(url, error)
             return
         silent = error.key in TIMED_OUT and not self._hosts.answered_since(url, number)
         of_host = error.key == "model_says_the_same"
@@ -1952,10 +1950,9 @@ class Answer:
 
     def listen(self, body: bytearray) -> None:
         """Take the lines that are there by now."""
-        end, pieces = body.rfind(b"\n", self._read) + 1, self._pieces
-        if end:
-            self._take_lines(bytes(body[self._read : end]))
-            self._read = end
+        end, pieces = max(self._read, body.rfind(b"\n") + 1), self._pieces
+        self._take_lines(bytes(body[self._read : end]))
+        self._read = end
         if self._pieces > pieces:
             self._heard = time.monotonic()
             self._tell()
@@ -2050,7 +2047,6 @@ class Ai:
         sick one costs no photo. Photos are asked about again one at a time, so a photo that
         kills its host takes no other down with it twice.
         """
-        bodies: dict[Manner, bytes] = {}
         tries = Tries(self._hosts, self._config.max_retries, self._config.timeout)
         while not tries.over():
             with (
@@ -2061,52 +2057,49 @@ class Ai:
                 doubtful = tries.doubtful(url)
                 if not (doubtful or tries.over()):  # it may count by now
                     try:
-                        return self._described(url, picture, bodies, number)
+                        return self._described(url, picture, number)
                     except AnalyzeError as error:
                         tries.blame(url, number, error)
                         doubtful = tries.doubtful(url)
-                sick = [self._is_sick(host, picture, tries) for host in doubtful]
+                away = [host for host in doubtful if self._is_away(host, picture, tries)]
             # others go first where no other host is left; a host may soon be back
-            away = any(isinstance(error, Unavailable) for error in sick)
             again = doubtful and not away and tries.hosts >= set(self._config.hosts)
-            pause = self._config.retry_delay_seconds if again or tries.enough() else 0.0
-            if pause and self._stop.wait(pause):
+            waits = (again or tries.enough()) and not tries.over()
+            if waits and self._stop.wait(self._config.retry_delay_seconds):
                 raise Stopped("stopped")
         raise tries.error.as_kind(Permanent)
 
-    def _is_sick(self, url: str, picture: Picture, tries: Tries) -> AnalyzeError | None:
-        """Why a host does not describe a plain picture of the same size: then it is unavailable."""
+    def _is_away(self, url: str, picture: Picture, tries: Tries) -> bool:
+        """Show a host a plain picture of the same size; whether it says that it is away."""
         try:
-            self._described(url, plain_picture(picture.size), {})
+            self._described(url, plain_picture(picture.size))
         except AnalyzeError as error:
             if error.key == tries.error.key == "answer_no_picture":  # of neither picture
                 error = Fatal("model_blind", url=public(url))
             tries.excuse(url, error)
-            return error
-        return None
+            return isinstance(error, Unavailable)
+        return False
 
-    def _described(
-        self, url: str, picture: Picture, bodies: dict[Manner, bytes], number: int = 0
-    ) -> str:
+    def _described(self, url: str, picture: Picture, number: int = 0) -> str:
         """What a host says of a picture; Fatal if it says the same of all."""
         number = number or self._hosts.number(url)
-        text = self._said(url, picture, bodies, number)
+        text = self._said(url, picture, number)
 
         def says_else() -> bool:
             plain = (plain_picture(PLAIN_SIZE, colour) for colour in ("gray", "red"))
-            return any(self._said(url, one, {}, number) != text for one in plain)
+            return any(self._said(url, one, number) != text for one in plain)
 
         if not self._hosts.sees(url, text, picture, says_else):
             raise Fatal("model_says_the_same", url=public(url))
         self._hosts.answered(url, number)
         return text
 
-    def _said(self, url: str, picture: Picture, bodies: dict[Manner, bytes], number: int) -> str:
+    def _said(self, url: str, picture: Picture, number: int) -> str:
         """The description in a host's answer, which is asked in another manner if it wants that."""
         config, hosts = self._config, self._hosts
         manner = hosts.manners.get(url) or Manner(config.context_length)
         while True:
-            body = bodies.get(manner) or bodies.setdefault(manner, self._body(picture, manner))
+            body = self._body(picture, manner)
             answer = Answer(url, config, functools.partial(hosts.heard, url, number))
             own: dict[str, Any] = {"data": body, "headers": JSON_BODY, "watch": answer.listen}
             log.debug("asking %s", public(url))
@@ -2119,9 +2112,9 @@ class Ai:
                 manner = hosts.manners[url] = better
 
     def _body(self, picture: Picture, manner: Manner) -> bytes:
-        """What is asked, as JSON, once for all tries."""
+        """What is asked, as JSON."""
         config, dialect = self._config, self._dialect
-        question = dialect.thinking(config.think)
+        question = {"model": config.model_name, "stream": True} | dialect.thinking(config.think)
         question |= dialect.question(config, picture.mime, manner.context)
         refused = {name: question.pop(name) for name in manner.refused & question.keys()}
         if "max_tokens" in refused:
@@ -2146,8 +2139,8 @@ class Ai:
     def check(self) -> None:
         """Ask each host for the model; Unavailable if none is there, Fatal if all need a person."""
         troubles = {url: error for url in self._config.hosts if (error := self._trouble(url))}
-        fatal = [isinstance(e, Fatal) and not isinstance(e, Unexpected) for e in troubles.values()]
-        if len(troubles) == len(self._config.hosts) and not all(fatal):
+        lasting = all(Host(url, why=error).struck_off for url, error in troubles.items())
+        if len(troubles) == len(self._config.hosts) and not lasting:
             raise Unavailable("no_host", why="; ".join(map(str, troubles.values())))
         for url, error in troubles.items():
             self._hosts.unavailable(url, error)
@@ -2165,10 +2158,10 @@ class Ai:
             if error.key == "picture_refused":  # there is no picture yet
                 return Fatal("host_refused", **error.fields)
             says = error.fields.get("why") or error.fields.get("status") == 501
-            if error.key == "model_not_listed" or (error.key == "host_failed" and says):
+            unsure = error.key == "model_not_listed" or (error.key == "host_failed" and says)
+            if unsure:
                 log.warning("%s", t("first_photo_tells", why=error, url=public(url)))
-                return None
-            return None if error.key == "host_busy" else error
+            return None if unsure or error.key == "host_busy" else error
         return None
 
     def close(self) -> None:
@@ -2247,6 +2240,7 @@ class Library(Protocol):
 
     def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
         """By id, descriptions written in the last `age` seconds, but of photos that are gone."""
+        return {}
 
     def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
         """Store the notes, or take them away, where this Immich keeps notes."""
@@ -2465,14 +2459,11 @@ class ApiLibrary(Library):
 
     def claim(self, photo: Photo) -> Photo:
         """GET /assets/{id}/metadata/{key}; nothing arbitrates between instances but `--shard`."""
-        if not self._keeps_notes():
-            return replace(photo, note=None)
-        try:
-            path = f"/assets/{photo.id}/metadata/{KEY}"
-            value = dig(self._call(int(photo.source), "GET", path, Reply.json), "value")
-        except Missing:
-            value = None
-        return replace(photo, note=note_in(value))
+        path, told = f"/assets/{photo.id}/metadata/{KEY}", None
+        with suppress(Missing):
+            if self._keeps_notes():
+                told = self._call(int(photo.source), "GET", path, Reply.json)
+        return replace(photo, note=note_in(dig(told, "value")))
 
     def look(self, photo: Photo) -> Photo:
         found = photo_listed(self._read(photo), photo.source, None)
@@ -2587,9 +2578,8 @@ def no_web_page(reply: Reply) -> bytes:
 
 def photo_listed(item: Mapping[str, Any], source: str, note: Note | None) -> Photo | None:
     """A photo as POST /search/metadata lists it; None for what the search let through besides."""
-    if item.get("type") != "IMAGE" or item.get("visibility") in ("hidden", "locked"):
-        return None
-    if item.get("isTrashed") is True or item.get("isOffline") is True:
+    hidden = item.get("type") != "IMAGE" or item.get("visibility") in ("hidden", "locked")
+    if hidden or True in (item.get("isTrashed"), item.get("isOffline")):
         return None
     description = dig(item, "exifInfo", "description")
     return Photo(
@@ -2697,10 +2687,8 @@ class Statements:
         AND rolname = session_user AND d.datname = current_database()
         GROUP BY rolconnlimit, datconnlimit"""
     reads: list[str]  # tables
-    writes: list[str]  # columns of the table that is written to
+    writes: list[str]  # columns; `lockedProperties` (2.4 on) keep a text from being extracted anew
     rights: list[str]  # others, such as "INSERT asset_metadata", where notes are kept (2.5 on)
-    undo_rights: list[str]  # more: who deletes a note also writes elsewhere, by a trigger
-    locks: bool  # a description can be kept from being extracted anew (2.4 on)
 
 
 # A text is kept from being extracted anew; so is that ours was taken back, as Immich may have
@@ -2728,9 +2716,8 @@ CHANGE = """WITH written AS (UPDATE {exif} e SET description = %(text)s {lock}
 KEEP_NOTE = """INSERT INTO asset_metadata ("assetId", key, value)
     SELECT id::uuid, %(key)s, %(note)s::jsonb FROM {}
     ON CONFLICT ("assetId", key) DO UPDATE SET value = excluded.value"""
-DROP_NOTE = (
-    """DELETE FROM asset_metadata WHERE key = %(key)s AND "assetId" IN (SELECT id FROM {})"""
-)
+DROP_NOTE = """DELETE FROM asset_metadata
+    WHERE key = %(key)s AND "assetId" IN (SELECT id FROM {})"""
 # The UUID version 7 that an `updateId` of this moment begins with.
 UUID_AT = """(lpad(to_hex((extract(epoch FROM {}) * 1000)::bigint), 12, '0')
     || repeat('0', 20))::uuid"""
@@ -2801,21 +2788,16 @@ def statements(tables: Tables, policy: Policy, ignored: tuple[str, ...] = ()) ->
         reads=[*names, "asset_job_status"],
         writes=["description", "lockedProperties"][: 1 + locks],
         rights=[f"{right} asset_metadata" for right in NOTE_RIGHTS if notes],
-        undo_rights=["INSERT asset_metadata_audit"][: "asset_metadata_audit" in tables],
-        locks=locks,
     )
 
 
-TABLES = """
-    SELECT c.relname, array_agg(a.attname::text)
+TABLES = """SELECT c.relname, array_agg(a.attname::text)
     FROM pg_catalog.pg_class c
     JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
     WHERE pg_table_is_visible(c.oid) AND c.relkind IN ('r', 'p')
     GROUP BY c.relname"""
 BEFORE_ALL_IDS = "00000000-0000-0000-0000-000000000000"
 REOPEN_AFTER = 3600.0  # seconds; Immich may have been upgraded, which changes its tables
-
-
 CONNECTION = {  # unless the setting says otherwise; a lost connection is noticed in a minute
     "application_name": "immich-analyze",
     "connect_timeout": "10",
@@ -2846,13 +2828,10 @@ class Database:
                 statement = BARE.format(statement) if "bare" in parameters else statement
                 cursor.execute(statement, parameters | {"key": KEY})
                 return cursor.fetchall() if cursor.description else [()] * cursor.rowcount
-        except Unavailable:
+        except (Unavailable, Unexpected) as error:  # the tables may be others by now
             self.close()
-            if not kept:
+            if not kept or isinstance(error, Unexpected):
                 raise
-        except Unexpected:  # the tables may be others by now
-            self.close()
-            raise
         return self.rows(name, **parameters)
 
     def _open(self) -> psycopg2.extensions.connection:
@@ -2980,9 +2959,6 @@ class DbLibrary(Library):
             raise Skip("photo_gone")
         return stored.description == text
 
-    def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
-        return {}  # PostgreSQL keeps what it took
-
     def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
         for photo, note in notes:
             if note:
@@ -3030,27 +3006,21 @@ class PreviewWatch(fs.FileSystemEventHandler):
         threading.Thread(target=self._begin, name="watch", daemon=True).start()
 
     def _begin(self) -> None:
+        self._observer = observer = Observer()
         try:
             os.scandir(self._folder).close()  # watchdog would leave it out in silence
-            self._observer = observer = Observer()
             observer.schedule(self, str(self._folder), recursive=True, event_filter=WRITTEN)
             observer.start()
-        except OSError as error:
-            self._complain(error)
-            return
-        try:
             # folders that go beyond the limit are left out in silence, but then one more does too
             nothing, parent = fs.FileSystemEventHandler(), str(self._folder.parent)
             observer.unschedule(observer.schedule(nothing, parent, event_filter=[]))
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                self._complain(error)
-        self.since = time.monotonic()
-
-    def _complain(self, error: OSError) -> None:
-        keys = {errno.ENOSPC: "watch_limit", errno.EMFILE: "watch_instances"}
-        key = keys.get(error.errno or 0, "watch_failed")
-        log.warning("%s", t(key, folder=self._folder, why=error.strerror))
+            if error.errno == errno.ENOSPC or not observer.is_alive():
+                keys = {errno.ENOSPC: "watch_limit", errno.EMFILE: "watch_instances"}
+                key = keys.get(error.errno or 0, "watch_failed")
+                log.warning("%s", t(key, folder=self._folder, why=error.strerror))
+        if observer.is_alive():
+            self.since = time.monotonic()
 
     def on_any_event(self, event: fs.FileSystemEvent) -> None:
         """Called by the observer, in its thread."""
@@ -3115,7 +3085,7 @@ def open_database(config: Config) -> tuple[Callable[[], Library], Callable[[], b
     place = config.thumbs_root or config.immich_root, "" if config.thumbs_root else "thumbs"
     with closing(Database(url, choose)) as database, closing(Database(url, choose)) as other:
         spare, chosen = database.rows("spare")[0][0], database.chosen
-        rights = chosen.rights + chosen.undo_rights * config.undo
+        rights = chosen.rights + ["INSERT asset_metadata_audit"] * config.undo  # by a trigger
         needs = {"reads": chosen.reads, "writes": chosen.writes, "rights": rights}
         if missing := database.rows("grants", **needs):
             raise Fatal("grants_missing", grants="; ".join(grant for (grant,) in missing))
@@ -3129,7 +3099,7 @@ def open_database(config: Config) -> tuple[Callable[[], Library], Callable[[], b
             say_repeated(dict(database.rows("repeated", many=MANY)), config)
     if config.policy is Policy.OUTDATED and not chosen.rights:
         raise Fatal("notes_needed")
-    if not chosen.locks:
+    if "lockedProperties" not in chosen.writes:
         log.warning("%s", t("no_lock"))
     most = max(1, spare * 3 // 4 - 1)  # a quarter for others, two for the stream
     if most < 2 * config.max_concurrent:

@@ -615,6 +615,40 @@ def test_a_host_that_lets_requests_wait_gets_fewer_at_a_time(hours, api, ollama,
     assert run.ended <= 60 / at_once * 14 + 10
 
 
+@pytest.mark.parametrize("pause", [{}, {"Retry-After": "2"}], ids=["", "for a moment"])
+@pytest.mark.parametrize("status", [503, 429])
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_host_that_refuses_the_surplus_costs_no_photo(hours, api, ollama, at_once, status, pause):
+    wanted, there = fill(api, 40), []
+
+    def serve(_: Exchange) -> Reply | None:
+        there.append(ollama.in_flight)
+        if ollama.in_flight > at_once:
+            return Reply(status, {"error": "server busy"}, pause)
+        return None
+
+    ollama.script(*CHATS, serve, forever=True)
+    hours.pace(ollama)
+    with hours.batch(api, ollama, "--max-concurrent", "4", "--max-retries", "2") as run:
+        pass
+    assert_all_well(run, api, wanted)
+    assert failure_notes(api) == {}
+    assert Counter(there[6:])[at_once] >= 30
+    assert len([number for number in there if number > at_once]) <= 6
+    assert run.ended <= 40 / at_once + 10
+
+
+def test_a_host_that_refused_all_for_a_time_gets_as_many_as_before(hours, api, ollama):
+    wanted = fill(api, 60)
+    refused = hours.slow(0.5, Reply(503, {"error": "Loading model"}))  # several at a time
+    ollama.script(*CHATS, hours.between(0, 20, refused), forever=True)
+    hours.pace(ollama)
+    with hours.batch(api, ollama, "--max-concurrent", "4") as run:
+        pass
+    assert_all_well(run, api, wanted)
+    assert run.ended <= 2 * 20 + 60 / 4 + 5
+
+
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_a_picture_that_hangs_its_whole_host_costs_no_other(hours, api, hosts, number):
     """What the host was asked before is answered meanwhile, as in a queue."""
