@@ -2389,10 +2389,9 @@ class ApiLibrary(Library):
         if walk.before:
             query["takenBefore"] = iso(walk.before)
         body = query | self._filter(visibility)
-        try:
+        told: dict[str, Any] = {}
+        with suppress(Skip):  # with its key: on to the next one
             told = self._call(number, "POST", "/search/metadata", assets_found, json=body)
-        except Skip:  # with its key: on to the next one
-            told = {}
         note, source = UNREAD if self._keeps_notes() else None, str(number)
         items = [i for i in dig_list(told, "items") if isinstance(dig(i, "id"), str)]
         listed: dict[str, datetime] = {}
@@ -2448,14 +2447,13 @@ class ApiLibrary(Library):
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
         """What was updated since then, as a photo is when its preview is made."""
-        uploaded = {"createdAfter": iso(started - UPLOAD_TIME)} if started else {}
-        return [photo for photo in self._updated(since, uploaded) if photo.ready]
-
-    def _updated(self, since: datetime, bounds: dict[str, str]) -> Iterator[Photo]:
+        bounds = {"createdAfter": iso(started - UPLOAD_TIME)} if started else {}
+        updated: list[Photo] = []
         walk: Walk | None = Walk()
         while walk:
             photos, walk = self._page(walk, {"updatedAfter": iso(since)} | bounds)
-            yield from photos
+            updated += (photo for photo in photos if photo.ready)
+        return updated
 
     def claim(self, photo: Photo) -> Photo:
         """GET /assets/{id}/metadata/{key}; nothing arbitrates between instances but `--shard`."""
@@ -2511,7 +2509,7 @@ class ApiLibrary(Library):
         stored: dict[str, str] = {}
         if len(photos) > len(self._parts):  # else these are fewer requests
             since = self.clock() - timedelta(seconds=age + 2)  # the clock has whole seconds
-            stored = {photo.id: photo.description for photo in self._updated(since, {})}
+            stored = {photo.id: photo.description for photo in self.news(since, None)}
         for photo in photos:
             if photo.id not in stored:
                 with suppress(Skip):
@@ -2733,22 +2731,17 @@ MISSING_GRANTS = """
     FROM unnest(%(rights)s::text[]) need, split_part(need, ' ', 2) name
     WHERE NOT has_table_privilege(to_regclass(name), split_part(need, ' ', 1))"""
 NOTE_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
+# Tables of photos, EXIF and files; 1.136 renamed them.
+NAMES, OLD_NAMES = ("asset", "asset_exif", "asset_file"), ("assets", "exif", "asset_files")
 # Not by coalesce(), which hides from the planner how few those are.
 EMPTY = "(e.description IS NULL OR e.description !~ '[^[:space:]]')"
 
 
-def table_names(tables: Tables) -> tuple[str, str, str]:
-    """Immich's names for the tables of photos, EXIF and files; Unexpected if it has none."""
-    newer = "asset_exif" in tables  # 1.136 renamed them
-    names = ("asset", "asset_exif", "asset_file") if newer else ("assets", "exif", "asset_files")
+def statements(tables: Tables, policy: Policy, ignored: tuple[str, ...] = ()) -> Statements:
+    """Choose SQL by tables and columns, not by version; Unexpected if they are not Immich's."""
+    asset, exif, file = names = NAMES if "asset_exif" in tables else OLD_NAMES
     if not {*names, "asset_job_status"} <= tables.keys():
         raise Unexpected("no_immich_tables")
-    return names
-
-
-def statements(tables: Tables, policy: Policy, ignored: tuple[str, ...] = ()) -> Statements:
-    """Choose SQL by tables and columns, not by version."""
-    asset, exif, file = names = table_names(tables)
     edited = 'ORDER BY "isEdited" DESC' if "isEdited" in tables[file] else ""
     old = "visibility" not in tables[asset]  # before 1.133
     live = f"""a."deletedAt" IS NULL AND a.status = 'active' AND NOT a."isOffline"
@@ -4127,8 +4120,7 @@ def ask_health(config: Config) -> int:
 
     with closing(Session()) as session:
         try:
-            direct = {"no_proxy": "*"}
-            http(session, "GET", url, timeout=10.0, blame=unhealthy, proxies=direct)
+            http(session, "GET", url, timeout=10.0, blame=unhealthy, proxies={"no_proxy": "*"})
         except AnalyzeError as error:
             log.critical("%s", error)
             return 1
@@ -4137,8 +4129,7 @@ def ask_health(config: Config) -> int:
 
 def notify(message: str) -> None:
     """Tell systemd how the service stands, by sd_notify(3); nothing where nobody listens."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
+    if address := os.environ.get("NOTIFY_SOCKET"):
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(message.encode(), re.sub("^@", "\0", address))
 
@@ -4211,9 +4202,8 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
     passing = (Unavailable, Unexpected) if service else (Unavailable,)
     at_start = functools.partial(Patience, stop, config.wait_retry_interval, passing=passing)
     pause, forever = max(1.0, config.retry_delay_seconds), math.inf if service else longest
-    hosts = Hosts(
-        config.hosts, config.max_concurrent, config.unavailable_duration, forever, lasts=service
-    )
+    limits = (config.max_concurrent, config.unavailable_duration, forever)
+    hosts = Hosts(config.hosts, *limits, lasts=service)
     patience = Patience(stop, pause, forever)
     status = Status(config, hosts, patience, tally)
     if config.health_port:
