@@ -43,6 +43,7 @@ import zipfile
 import zlib
 from array import array
 from bisect import bisect_left
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -1412,6 +1413,7 @@ ANSWER_LIMIT = 4 * 2**20  # bytes, and for long answers
 TOKEN_LIMIT = 2**10  # bytes a token, with all that a server says with it
 LEAST_CONTEXT = 256  # tokens
 CONTEXT_STEP = 4096  # a server reloads its model for each other size
+LEAD_IN = 100  # tokens that a model may say before its answer
 CHECK_STEP = 400  # characters between two looks at an answer that is being made
 CHECK_TIMEOUT = 15.0
 PICTURE_TRIES = 3  # of one photo, at hosts that are well
@@ -1429,6 +1431,7 @@ REFUSABLE = ("think", "chat_template_kwargs", "reasoning_effort", "stream_option
 # Where an answer, or a piece of one, has its message, why it ended, and the tokens of both sides.
 MESSAGE = (("message",), ("choices", 0, "delta"), ("choices", 0, "message"), ("choices", 0))
 FINISH = (("done_reason",), ("choices", 0, "finish_reason"))
+WHOLE = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence")  # ends of a whole answer
 TOKENS = (("eval_count",), ("usage", "completion_tokens"))
 PROMPT_SIZE = (("prompt_eval_count",), ("usage", "prompt_tokens"))
 TEXT_IN = (("content",), ("text",))
@@ -1574,6 +1577,8 @@ def adapted(manner: Manner, error: AnalyzeError, config: Config) -> Manner | Non
         larger = dialect.takes_context and prompt and tokens > manner.context
         return replace(manner, context=tokens) if larger else None
     refused = {name for name in REFUSABLE if re.search(rf"\b{name}\b", error.words)}
+    if re.search(r"\bstream(ing)?\b", error.words):
+        refused |= {"stream", "stream_options"}
     if not refused and THINKING.search(error.words):
         refused = set(dialect.thinking(False))
     better = replace(manner, refused=manner.refused | refused)
@@ -1946,7 +1951,7 @@ class Answer:
         self._events = self._pieces = 0  # and those of them with a token
         self._streamed = self._over = False
         self._heard = time.monotonic()
-        self._check_at, self._thinks_at = CHECK_STEP, config.max_tokens / 4
+        self._check_at, self._thinks_at = CHECK_STEP, max(config.max_tokens / 4, LEAD_IN)
 
     def listen(self, body: bytearray) -> None:
         """Take the lines that are there by now."""
@@ -1975,16 +1980,18 @@ class Answer:
                 raise Retryable("answer_repeats")
 
     def _take_lines(self, data: bytes) -> None:
-        for line in data.splitlines():
+        for line in data.removeprefix(BOM_UTF8).splitlines():
             kind, _, event = line.partition(b":")
-            if kind in (b"data", b"error"):
+            if is_event := kind in (b"data", b"error"):
                 self._streamed, line = True, event.strip()
                 self._over |= line == b"[DONE]"
             try:
-                said = json.loads(line)
-            except (ValueError, RecursionError):  # a comment, or a part of what is no stream
+                said = json.loads(line.decode("utf-8", "replace"), strict=False)
+            except (ValueError, RecursionError) as error:  # a comment, or a part of no stream
+                if is_event and line not in (b"", b"[DONE]"):
+                    raise Retryable("connection_cut", url=self._url) from error
                 continue
-            self._take(said)
+            self._take({"error": said} if kind == b"error" else said)
 
     def _take(self, said: Any) -> None:
         """Take an event, a line, or the whole."""
@@ -2000,7 +2007,7 @@ class Answer:
         self._text += text_of(text)
         self._pieces += bool(text) + bool(thought)
         self._events += isinstance(said, dict)
-        self._finish = first(said, FINISH) or self._finish
+        self._finish = str(first(said, FINISH) or self._finish).lower()
         found = zip((first(said, TOKENS), first(said, PROMPT_SIZE)), self._counts, strict=True)
         self._counts = [number if isinstance(number, int) else old for number, old in found]
         self._over |= done is True or bool(self._finish)
@@ -2013,16 +2020,20 @@ class Answer:
             self._take(reply.json())
         if self._streamed and not self._over:
             raise Retryable("connection_cut", url=self._url)
-        if self._finish == "length":
+        if self._finish in ("length", "max_tokens"):
             most, (tokens, prompt) = self._config.max_tokens, self._counts
             if not tokens and self._streamed and 2 * self._pieces < most:
                 tokens = self._pieces
             if 0 < tokens < most - 1 and not 0 < prompt < LEAST_CONTEXT - tokens:
                 raise Retryable("context_full", url=self._url, tokens=tokens, prompt=prompt)
             raise Retryable("answer_cut", tokens=most)
-        if self._finish == "content_filter":
+        if re.search("filter|safety", self._finish):
             raise Retryable("answer_withheld")
-        return description_in(self._text)
+        text = self._text.encode("utf-16", "surrogatepass")  # a letter may come in two pieces
+        description = description_in(text.decode("utf-16", "replace"))
+        if self._finish not in WHOLE:
+            raise Retryable("connection_cut", url=self._url)
+        return description
 
 
 class Ai:

@@ -641,6 +641,10 @@ NESTED = json.dumps({"error": {"code": 400, "message": servers.NO_PICTURE}})
             "answer_withheld",
             "content_filter",
         ),
+        ("llamacpp", told_in("llamacpp", "A cat.", done="SAFETY"), "answer_withheld", ""),
+        ("llamacpp", told_in("llamacpp", "A cat.", done="abort"), "connection_cut", ""),
+        ("llamacpp", told_in("llamacpp", "A cat.", done="error"), "connection_cut", ""),
+        ("ollama", told_in("ollama", "A cat.", done="unload"), "connection_cut", ""),
         ("ollama", [line("", done="load")], EMPTY, ""),
         ("ollama", told_in("ollama"), EMPTY, ""),
     ],
@@ -657,6 +661,46 @@ def test_what_is_wrong_with_an_answer_in_pieces_is_said(
         found, error = error_of(make(server).describe)
         assert found == (ia.Permanent, key)
         assert words in str(error)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b'data: {"choices":[{"delta":{"content":"A caf\xc3"}}]}', "A caf\ufffd in snow."),
+        (b'data: {"choices":[{"delta":{"content":"A\tbarn"}}]}', "A\tbarn in snow."),
+        (b'\xef\xbb\xbfdata: {"choices":[{"delta":{"content":"A barn"}}]}', "A barn in snow."),
+        (b'data: {"choices":[{"delta":{"content":"A barn', None),
+        (b'data: {"choices":[{"delta":{"content":"\\ud83d"}}]}', "\U0001f600 in snow."),
+        (b'error: {"code":500,"message":"slot unavailable"}', "slot unavailable"),
+    ],
+)
+def test_no_piece_of_an_answer_is_left_out_in_silence(make, llamacpp, data, said):
+    llamacpp.interface = "llamacpp"
+    rest = "\\ude00 in snow." if b"ud83d" in data else " in snow."
+    more = (
+        b'data: {"choices":[{"delta":{"content":"' + rest.encode() + b'"},"finish_reason":null}]}'
+    )
+    end = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}'
+    body = b"\n\n".join([data, more, end, b"data: [DONE]", b""])
+    llamacpp.script("POST", CHAT["llamacpp"], only(PICTURE, Reply(200, body)), forever=True)
+    if said and not data.startswith(b"error"):
+        assert make(llamacpp).describe() == said
+        return
+    found, error = error_of(make(llamacpp).describe)
+    assert found == (ia.Permanent, FAILS if said else "connection_cut")
+    assert (said or "") in str(error)
+
+
+@pytest.mark.parametrize("words", ["streaming is not supported", "must be verified to stream this"])
+def test_a_host_that_may_not_stream_is_asked_for_the_whole(make, llamacpp, words):
+    llamacpp.interface = "llamacpp"
+    refusal = refuses("stream", words=json.dumps({"error": {"message": words}}))
+    llamacpp.script("POST", CHAT["llamacpp"], refusal, forever=True)
+    ai = make(llamacpp)
+    assert ai.describe()
+    asked = [chat.json for chat in llamacpp.find("POST", CHAT["llamacpp"])]
+    assert ["stream" in question for question in asked] == [True, False]
+    assert "stream_options" not in asked[-1]
 
 
 @pytest.mark.parametrize("chunked", [True, False])
