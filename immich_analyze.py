@@ -982,7 +982,7 @@ def is_spoken_of(tag: re.Match[str]) -> bool:
     """Whether a tag is part of what is described: quoted, or between words of a sentence."""
     text, (start, end) = tag.string, tag.span()
     around = text[max(0, start - 3) : start] + "\0" + text[end : end + 12]
-    return bool(patterns()["spoken_of"].search(around))
+    return tag.lastgroup == "spoken" or bool(patterns()["spoken_of"].search(around))
 
 
 def without_thoughts(text: str) -> str:
