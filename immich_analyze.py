@@ -14,7 +14,7 @@ Stopping means that the stream ends. The sections below follow the way of a phot
 uses only the ones above it.
 
 Exit codes: 0 all well, nothing to do, or a service that was asked to stop · 1 some
-photos failed · 2 the settings or the surroundings are wrong and nothing will work ·
+photos failed · 2 the settings or the environment are wrong and nothing will work ·
 128+n interrupted by signal n.
 """
 
@@ -189,7 +189,7 @@ class Mode(StrEnum):
 
     @property
     def monitors(self) -> bool:
-        """Whether it goes on for ever with what arrives: a service."""
+        """Whether it keeps describing what arrives: a service."""
         return self is not Mode.BATCH
 
 
@@ -3072,7 +3072,7 @@ def inside(root: Path, path: str, thumbs: str = "thumbs") -> Path:
 def read_file(path: Path) -> bytes:
     """A regular file's content; Missing, Permanent without rights, Retryable for a sick disk."""
     try:
-        if not path.is_file():  # opening a named pipe would wait for ever
+        if not path.is_file():  # opening a named pipe would never return
             raise Missing("preview_missing")
         with path.open("rb") as file:
             return file.read(PREVIEW_LIMIT)
