@@ -2030,7 +2030,7 @@ class Answer:
         if re.search("filter|safety", self._finish):
             raise Retryable("answer_withheld")
         text = self._text.encode("utf-16", "surrogatepass")  # a letter may come in two pieces
-        description = description_in(text.decode("utf-16", "replace"))
+        description = description_in(text.decode("utf-16", "ignore"))
         if self._finish not in WHOLE:
             raise Retryable("connection_cut", url=self._url)
         return description
@@ -3010,20 +3010,21 @@ class PreviewWatch(fs.FileSystemEventHandler):
         threading.Thread(target=self._begin, name="watch", daemon=True).start()
 
     def _begin(self) -> None:
-        self._observer = observer = Observer()
+        observer = None
         try:
             os.scandir(self._folder).close()  # watchdog would leave it out in silence
+            self._observer = observer = Observer()
             observer.schedule(self, str(self._folder), recursive=True, event_filter=WRITTEN)
             observer.start()
             # folders that go beyond the limit are left out in silence, but then one more does too
             nothing, parent = fs.FileSystemEventHandler(), str(self._folder.parent)
             observer.unschedule(observer.schedule(nothing, parent, event_filter=[]))
         except OSError as error:
-            if error.errno == errno.ENOSPC or not observer.is_alive():
+            if error.errno == errno.ENOSPC or not (observer and observer.is_alive()):
                 keys = {errno.ENOSPC: "watch_limit", errno.EMFILE: "watch_instances"}
                 key = keys.get(error.errno or 0, "watch_failed")
                 log.warning("%s", t(key, folder=self._folder, why=error.strerror))
-        if observer.is_alive():
+        if observer and observer.is_alive():
             self.since = time.monotonic()
 
     def on_any_event(self, event: fs.FileSystemEvent) -> None:

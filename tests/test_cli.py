@@ -347,7 +347,7 @@ def test_the_sum_fits_eighty_columns(command, monkeypatch, language, form):
         tally.add(ia.Outcome(name), "failed_before", number)
     tally.began -= 45_296
     said = []
-    monkeypatch.setattr(ia.log, "level", ia.logging.INFO)
+    monkeypatch.setattr(ia.log, "isEnabledFor", lambda _: True)
     monkeypatch.setattr(ia.log, "handle", lambda record: said.append(record.getMessage()))
     ia.sum_up(ia.parse([], {}), tally, 0)
     assert len(said) == 2
