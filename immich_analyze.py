@@ -135,7 +135,7 @@ class AnalyzeError(Exception):
 
     def as_kind(self, kind: type[AnalyzeError]) -> AnalyzeError:
         """The same trouble, as somebody else's fault."""
-        return kind(self.key, pause=self.pause, **self.fields)
+        return kind(self.key, pause=self.pause, words=self.words, **self.fields)
 
 
 class Retryable(AnalyzeError):
@@ -636,6 +636,12 @@ def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, st
     return known
 
 
+def like(name: str, names: Iterable[str]) -> str:
+    """The name that another one was meant to be: the shortest that goes on, else the nearest."""
+    longer = min((other for other in names if other.startswith(name)), key=len, default=None)
+    return longer or difflib.get_close_matches(name, names, 1, 0.0)[0]
+
+
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """Read flags, environment and file, the first that says something; Fatal shows no secret."""
     parser = build_parser()
@@ -651,7 +657,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         raise Fatal("unknown_option", option=names[0]) if names else Fatal("unknown_word")
     variables = [*OLDER_NAMES, *(action.env_var for action in parser._actions if action.env_var)]
     strange = sorted(n for n in known if n.startswith("IMMICH_ANALYZE_") and n not in variables)
-    near = (f"{n} ({difflib.get_close_matches(n, variables, 1, 0.0)[0]}?)" for n in strange)
+    near = (f"{name} ({like(name, variables)}?)" for name in strange)
     options.notices = [AnalyzeError("unknown_variables", names=", ".join(near))] if strange else []
     if options.lang is not None and options.lang.lower() not in LANGUAGES:
         options.notices.append(AnalyzeError("unknown_language", value=options.lang))
@@ -828,8 +834,10 @@ def expression(texts: tuple[str, ...]) -> str:
 
 def undescribed(photo: Photo, config: Config) -> bool:
     """Whether a photo has no description, or one of those to ignore that is not ours."""
-    pattern = expression(config.ignore_descriptions)
-    return bool(re.match(pattern, photo.description, re.S)) and not has_ours(photo)
+    text, ignored = photo.description.strip(), config.ignore_descriptions
+    if not text or not ignored:
+        return not text
+    return bool(re.match(expression(ignored), text, re.S)) and not has_ours(photo)
 
 
 def left_alone(photo: Photo, config: Config) -> str:
@@ -1947,7 +1955,7 @@ class Answer:
         self._url, self._config, self._tell = public(url), config, heard
         self._text = self._finish = ""
         self._counts = [0, 0]  # tokens of the answer and the prompt, where the host tells
-        self._read = 0  # bytes of the body
+        self._read = self._searched = 0  # bytes of the body: its lines, and all that was there
         self._events = self._pieces = 0  # and those of them with a token
         self._streamed = self._over = False
         self._heard = time.monotonic()
@@ -1955,9 +1963,11 @@ class Answer:
 
     def listen(self, body: bytearray) -> None:
         """Take the lines that are there by now."""
-        end, pieces = max(self._read, body.rfind(b"\n") + 1), self._pieces
-        self._take_lines(bytes(body[self._read : end]))
-        self._read = end
+        end, pieces = body.rfind(b"\n", self._searched) + 1, self._pieces
+        self._searched = len(body)
+        if end:
+            self._take_lines(bytes(body[self._read : end]))
+            self._read = end
         if self._pieces > pieces:
             self._heard = time.monotonic()
             self._tell()
@@ -3460,7 +3470,7 @@ def wanted(photos: Iterable[Photo], run: Run, *, counts: bool = False) -> Iterat
     left: Counter[str] = Counter()  # counted together, as most photos have a description
     try:
         for photo in photos:
-            if zlib.crc32(photo.id.encode()) % shards != number - 1:
+            if shards > 1 and zlib.crc32(photo.id.encode()) % shards != number - 1:
                 continue
             if counts:
                 run.tally.listed += 1

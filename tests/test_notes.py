@@ -180,6 +180,8 @@ DECIDED: list[tuple[str, Any, str, str]] = [
     ("By Anna.", failed(3), "-O missing-ai", "failed_before"),
     ("By Anna.", failed(3), "-o", "failed_before"),
     ("By Anna.", failed(3), "-o --retry-failed", ""),
+    ("", noted(""), "", ""),
+    ("\n", noted(""), "--ignore-descriptions SONY*", ""),
     ("Ours.", noted("Ours.") | {"v": 2}, "-O outdated --prompt New?", "has_description"),
     ("Ours.", noted("Ours.") | {"v": 2}, "-O missing-ai", ""),
 ]

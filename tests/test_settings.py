@@ -1202,6 +1202,7 @@ def test_a_pause_of_0_is_a_short_one_and_a_limit_of_0_one_look(config, flag, fie
                 "IMMICH_ANALYZE_MODEL_NAMES (IMMICH_ANALYZE_MODEL_NAME?)",
             ],
         ),
+        ({"IMMICH_ANALYZE_MODEL": "x"}, ["IMMICH_ANALYZE_MODEL (IMMICH_ANALYZE_MODEL_NAME?)"]),
         ({"IMMICH_ANALYZE_HOST": "", "IMMICH_HOST": "x", "DB_HOST": "x"}, []),
         ({"IMMICH_ANALYZE_LLAMACPP_HOSTS": "x", "IMMICH_ANALYZE_OLLAMA_HOSTS": "x"}, []),
     ],

@@ -103,10 +103,12 @@ def test_what_is_kept_for_superusers_is_not_counted(
         uri = server.database()
         (tmp_path / "thumbs").mkdir()
         options = "--postgres-url", uri, "--immich-root", str(tmp_path)
-        ia.open_library(config(*options, "--max-concurrent", "2"))
+        ia.open_library(config(*options, "--max-concurrent", "1"))
         assert caplog.messages == []
         ia.open_library(config(*options, "--max-concurrent", "3"))
-        assert caplog.messages == [ia.t("few_connections", free=8, number=4)]
+        # one that was closed just before may be counted still
+        told = [ia.t("few_connections", free=free, number=free // 2) for free in (7, 8)]
+        assert caplog.messages in ([told[0]], [told[1]])
 
 
 def test_an_idle_service_gives_its_connections_back(
