@@ -44,12 +44,12 @@ import zlib
 from array import array
 from bisect import bisect_left
 from codecs import BOM_UTF8
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from hashlib import blake2b, sha256
@@ -743,6 +743,7 @@ class Note:
     failed: str = ""  # or the key of the error for which there is none
     why: str = ""
     tries: int = 0  # runs, or days, in which it failed so
+    facts: str = ""  # facts_id of what was known of the photo, where that was asked for
 
     def value(self, at: datetime) -> dict[str, Any]:
         """As it is stored, in JSON."""
@@ -750,13 +751,14 @@ class Note:
         failure = {"failed": self.failed, "why": self.why, "tries": self.tries}
         own |= failure if self.failed else {}
         own |= {"was": self.was} if self.was else {}
+        own |= {"facts": self.facts} if self.facts else {}
         return own | ({"text": self.text} if self.text or not self.failed else {})
 
 
 KEY = "immich-analyze"
 MOST_TRIES = 3
 UNREAD = Note("", "")  # stands for a note that the listing does not show
-NOTE = {"v": int, "model": str, "prompt": str, "at": str}
+NOTE = {"v": int, "model": str, "prompt": str, "at": str, "facts": str}  # the last may lack
 FAILURE = {"failed": str, "why": str, "tries": int}
 TEXT = {"text": str}
 NOTES = (NOTE | TEXT, NOTE | TEXT | {"was": str}, NOTE | FAILURE, NOTE | FAILURE | TEXT)
@@ -765,7 +767,8 @@ NOTES = (NOTE | TEXT, NOTE | TEXT | {"was": str}, NOTE | FAILURE, NOTE | FAILURE
 def note_in(value: object) -> Note | None:
     """The note in stored JSON; None for none, or one that another version or a person wrote."""
     given = value if isinstance(value, dict) else {}
-    if {name: type(item) for name, item in given.items()} not in NOTES or given["v"] != 1:
+    types = {"facts": str} | {name: type(item) for name, item in given.items()}
+    if types not in NOTES or given["v"] != 1:
         return None
     return Note(**{name: item for name, item in given.items() if name not in ("v", "at")})
 
@@ -780,6 +783,9 @@ def iso(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+Facts = Mapping[str, tuple[str, ...]]  # what is known of a photo, by name; words for the model
+
+
 @dataclass(frozen=True, slots=True)
 class Photo:
     """A photo as Immich showed it last."""
@@ -791,6 +797,7 @@ class Photo:
     ready: bool = True  # whether Immich has made its preview
     note: Note | None = None
     library: str = ""  # id of its external library
+    facts: Facts = field(default_factory=dict)  # those that were asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -809,6 +816,18 @@ SHORTEST_SIDE = 56  # pixels: servers of Qwen's models crash below 28 to 32
 USUAL_PIXELS, USUAL_SIDE = 50_000_000, 4096  # above the first, pictures are shrunk to the second
 MOST_PIXELS = 270_000_000  # a gigabyte in memory
 JPEG_SIDE = 65_500  # the longest that JPEG can have
+OLDEST = 120  # years
+DAYTIMES = ("night", "morning", "noon", "afternoon", "evening", "night")
+DAYTIME_ENDS = (5, 11, 14, 18, 22, 24)  # hours
+MOST_READ = 500  # letters of what is written on a photo
+# Names of files that people did not choose: of these words and single letters, or an id.
+CAMERA_WORD = re.compile(
+    r"[a-z]|img|dsc[fnx]?|pxl|m?vimg|mvi|vid|mov|gopr|g[hx]|dji|sam|pano|burst\w*|cimg|imgp|hpim|pict"
+    r"|wa|whatsapp|image|photo|bild|at|um|signal|received|fb|snapchat|telegram|cover|hdr|mp|raw"
+    r"|portrait|night|edited|copy|scan|untitled|foto|изображение|фото",
+    re.I,
+)
+HEX_NAME = re.compile(r"(?=.*\d)([0-9a-f]{4,}-?){2,}", re.I)
 GAP = "\n\n"  # between a person's text and a block that is added
 
 
@@ -849,6 +868,8 @@ def left_alone(photo: Photo, config: Config) -> str:
     if undescribed(photo, config):
         return "has_description" if config.undo else ""
     current = note and same and not note.failed and note.was != text_id(photo.description)
+    if current and note and note.facts:
+        current = note.facts == facts_id(photo.facts, config.context)
     if config.policy is Policy.MISSING_AI:
         wanted = not has_ours(photo)
     elif config.policy is Policy.OUTDATED and note is not UNREAD:
@@ -897,6 +918,153 @@ def unmerge(photo: Photo) -> str | None:
     if at:
         return kept + current[at:]
     return "" if current and is_ours(photo) else None
+
+
+def dig(data: object, *path: str | int) -> Any:
+    """The value at a path into JSON; None where it does not lead anywhere."""
+    for step in path:
+        if isinstance(step, int):
+            data = data[step] if isinstance(data, list) and len(data) > step else None
+        else:
+            data = data.get(step) if isinstance(data, dict) else None
+    return data
+
+
+def dig_list(data: object, *path: str | int) -> list[Any]:
+    """The list at a path into JSON; an empty one for anything else."""
+    value = dig(data, *path)
+    return value if isinstance(value, list) else []
+
+
+def one_line(text: object) -> str:
+    """A text in one line; "" for anything else."""
+    return " ".join(text.split()) if isinstance(text, str) else ""
+
+
+def text_at(data: object, *path: str | int) -> str:
+    """The text at a path into JSON, in one line; "" where there is none."""
+    return one_line(dig(data, *path))
+
+
+def number_at(data: object, *path: str | int) -> float:
+    """The number at a path into JSON; 0 where there is none."""
+    value = dig(data, *path)
+    return value if isinstance(value, int | float) and math.isfinite(value) else 0.0
+
+
+def taken_at(item: object) -> datetime | None:
+    """When a photo was taken, by the clock of the place."""
+    with suppress(ValueError):
+        return datetime.fromisoformat(str(dig(item, "localDateTime")))
+    return None
+
+
+def age_at(born: object, taken: datetime | None) -> int | None:
+    """A person's age in years; None where it is not known, or cannot be true."""
+    with suppress(ValueError):
+        birth = date.fromisoformat(str(born)[:10])
+        if taken:  # who was born on 29 February is a year older on 1 March in common years
+            before = (taken.month, taken.day) < (birth.month, birth.day)
+            age = taken.year - birth.year - before
+            return age if 0 <= age <= OLDEST else None
+    return None
+
+
+def people_in(item: object) -> Iterator[str]:
+    """Named people, left to right where their faces are told, else by name."""
+    people = [one for one in dig_list(item, "people") if dig(one, "isHidden") is not True]
+    named = [(text_at(one, "name"), one) for one in people if text_at(one, "name")]
+
+    def from_left(person: tuple[str, object]) -> tuple[float, str]:
+        faces = dig_list(person[1], "faces")
+        left = [number_at(f, "boundingBoxX1") / (number_at(f, "imageWidth") or 1) for f in faces]
+        return min(left, default=math.inf), person[0]
+
+    for name, person in sorted(named, key=from_left):
+        age = age_at(dig(person, "birthDate"), taken_at(item))
+        yield name if age is None else f"{name} (aged {age})"
+
+
+def place_in(item: object) -> list[str]:
+    """City, state and country."""
+    return [text_at(item, "exifInfo", part) for part in ("city", "state", "country")]
+
+
+def position_in(item: object) -> Iterator[str]:
+    """Latitude and longitude in degrees."""
+    north, east = (number_at(item, "exifInfo", part) for part in ("latitude", "longitude"))
+    if (north or east) and abs(north) <= 90 and abs(east) <= 180:
+        yield f"{north:.5f}, {east:.5f}"
+
+
+def date_in(item: object) -> Iterator[str]:
+    """Day and time of the day, by the clock of the place."""
+    if taken := taken_at(item):
+        hours = bisect_left(DAYTIME_ENDS, taken.hour + 1)
+        yield f"{taken:%A}, {taken.day} {taken:%B %Y}, {DAYTIMES[hours]}"
+
+
+def tags_in(item: object) -> list[str]:
+    """The last part of each tag, but of those that contain another one."""
+    paths = [text_at(tag, "value") for tag in dig_list(item, "tags")]
+    deepest = [p for p in paths if not any(other.startswith(f"{p}/") for other in paths)]
+    return [path.rpartition("/")[2] for path in deepest]
+
+
+def camera_in(item: object) -> Iterator[str]:
+    """Make and model, lens, and how the photo was exposed."""
+    exif = dig(item, "exifInfo")
+    make, model = text_at(exif, "make"), text_at(exif, "model")
+    brand = make.lower().split()[:1]
+    yield model if brand and brand[0] in model.lower().split() else f"{make} {model}".strip()
+    yield text_at(exif, "lensModel")
+    exposure = text_at(exif, "exposureTime")
+    yield f"{exposure} s" if re.fullmatch(r"(?=.*[1-9])\d*[./]?\d+", exposure) else ""
+    for name, form in (("fNumber", "f/{:g}"), ("focalLength", "{:g} mm"), ("iso", "ISO {:g}")):
+        value = number_at(exif, name)
+        yield form.format(value) if value > 0 else ""
+
+
+def file_in(item: object) -> Iterator[str]:
+    """The name of the file without its ending, unless a camera or a messenger gave it."""
+    name = re.sub(r"\.\w{1,5}$", "", text_at(item, "originalFileName"))
+    said = re.findall(r"[^\W\d_]+", name)
+    if not HEX_NAME.fullmatch(name) and not all(CAMERA_WORD.fullmatch(word) for word in said):
+        yield name
+
+
+def text_in(item: object) -> Iterator[str]:
+    """What Immich read on the photo."""
+    rows = [row for row in dig_list(item, "ocr") if dig(row, "isVisible") is not False]
+    yield " ".join(filter(None, (text_at(row, "text") for row in rows)))[:MOST_READ].strip()
+
+
+# What can be known of a photo, and how it is read from the JSON of Immich's API.
+FACTS: dict[str, Callable[[object], Iterable[str]]] = {
+    "people": people_in,
+    "place": place_in,
+    "gps": position_in,
+    "date": date_in,
+    "albums": lambda item: map(one_line, dig_list(item, "albums")),
+    "tags": tags_in,
+    "camera": camera_in,
+    "file": file_in,
+    "text": text_in,
+}
+RENEWED_BY = ("people", "place", "albums", "tags")  # a description is outdated once these change
+
+
+def facts_in(item: object, wanted: Iterable[str]) -> Facts:
+    """Those of the wanted facts that Immich's answer about a photo tells."""
+    read = {name: FACTS[name](item) for name in wanted if name in FACTS}
+    known = {name: tuple(dict.fromkeys(filter(None, parts))) for name, parts in read.items()}
+    return {name: parts for name, parts in known.items() if parts}
+
+
+def facts_id(facts: Facts, wanted: Container[str]) -> str:
+    """What notes call the facts that can make a description outdated; "" if none is wanted."""
+    told = {name: sorted(facts.get(name, ())) for name in RENEWED_BY if name in wanted}
+    return text_id(json.dumps(told)) if told else ""
 
 
 def picture_type(data: bytes) -> tuple[str | None, bool]:
@@ -1096,22 +1264,6 @@ def description_in(answer: object) -> str:
     if why := refusal(text):
         raise Retryable(why)
     return text
-
-
-def dig(data: object, *path: str | int) -> Any:
-    """The value at a path into JSON; None where it does not lead anywhere."""
-    for step in path:
-        if isinstance(step, int):
-            data = data[step] if isinstance(data, list) and len(data) > step else None
-        else:
-            data = data.get(step) if isinstance(data, dict) else None
-    return data
-
-
-def dig_list(data: object, *path: str | int) -> list[Any]:
-    """The list at a path into JSON; an empty one for anything else."""
-    value = dig(data, *path)
-    return value if isinstance(value, list) else []
 
 
 # ------------------------------------------------------------------------------
@@ -2203,6 +2355,7 @@ BODY_LIMIT = 10 * 2**20  # bytes that Immich takes of a request
 SWEEP_SPAN = timedelta(days=2)  # how late a preview may come after the upload
 MANY = 20  # photos that may have the same description by chance
 NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")
+GROUP_PERMISSIONS = {"albums": "album.read", "tags": "tag.read"}
 
 Version = tuple[int, int, int]
 Tables = Mapping[str, set[str]]  # with their columns
@@ -2249,6 +2402,10 @@ class Library(Protocol):
     def look(self, photo: Photo) -> Photo:
         """The photo as it is now, with its note; Skip if it is not to be described."""
 
+    def with_facts(self, photo: Photo) -> Photo:
+        """The photo with those facts that it did not come with."""
+        return photo
+
     def preview(self, photo: Photo) -> bytes | None:
         """The preview's file as it is; None if there is none."""
 
@@ -2290,6 +2447,10 @@ def blame(check: Callable[[], object]) -> Iterator[None]:
         raise error.as_kind(kind) from error
 
 
+# By the id of a photo, what it belongs to: "albums" with a name, "tags" with a path.
+Groups = Mapping[str, Sequence[tuple[str, Any]]]
+
+
 @dataclass(slots=True)
 class Account:
     """One user's API key. What is learned of the user only the listing changes, one at a time."""
@@ -2298,6 +2459,7 @@ class Account:
     number: int  # of the key as it was given, for messages
     user_id: str | None  # None until known, as some keys may not ask for it
     strangers: set[str] = field(default_factory=set)  # partners, who share their photos
+    groups: Groups | None = None  # None until they were asked for
     refused: Fatal | None = None  # why the key is not used any more
 
 
@@ -2308,6 +2470,8 @@ class Server:
     version: Version  # which may grow: each look at the clock tells
     accounts: Sequence[Account]
     size: str = SIZES[0]  # of the pictures to ask for
+    context: Sequence[str] = ()  # facts that are asked for
+    groups: Sequence[str] = ()  # those of them that are asked for once a listing
 
 
 @dataclass(frozen=True, slots=True)
@@ -2401,12 +2565,16 @@ class ApiLibrary(Library):
         return self._server.version >= (2, 5, 0)
 
     def page(self, cursor: Walk | None, since: datetime | None = None) -> Page:
+        if not cursor:
+            for number, account in enumerate(self._accounts):
+                account.groups = self._groups(number)
         return self._page(cursor or Walk(), {"createdAfter": iso(since)} if since else {})
 
     def _page(self, walk: Walk, bounds: dict[str, str]) -> Page:
         """POST /search/metadata, in the flat shape that all releases understand."""
         number, visibility = self._parts[walk.part]
         query = {"size": PAGE, "page": walk.page, "order": "desc", "withExif": True} | bounds
+        query |= {"withPeople": True} if "people" in self._server.context else {}
         if walk.before:
             query["takenBefore"] = iso(walk.before)
         body = query | self._filter(visibility)
@@ -2421,13 +2589,59 @@ class ApiLibrary(Library):
             listed[item["id"]] = date = moment(item.get("fileCreatedAt")) or date
         # made while the next page is fetched, but where whose they are is asked
         made = list if self._accounts[number].user_id is None else iter
-        fresh = ((i, photo_listed(i, source, note)) for i in items if i["id"] not in walk.seen)
+        fresh = ((i, self._photo(i, source, note)) for i in items if i["id"] not in walk.seen)
         photos = made(photo for item, photo in fresh if photo and self._owns(number, item))
         more, stable = dig(told, "nextPage") is not None, self._server.version >= (3, 1, 0)
         step = onward(walk, listed, more, stable)
         if step is None and walk.part + 1 < len(self._parts):
             step = Walk(walk.part + 1)
         return photos, step
+
+    def _photo(self, item: Mapping[str, Any], source: str, note: Note | None) -> Photo | None:
+        """A photo in an answer, with the facts that are known by it."""
+        photo, context = photo_listed(item, source, note), self._server.context
+        if not photo or not context:
+            return photo
+        account = self._accounts[int(source)]
+        if account.groups is None:
+            account.groups = self._groups(int(source))
+        told = account.groups.get(photo.id, ())
+        groups = {name: [one for kind, one in told if kind == name] for name in self._server.groups}
+        return replace(photo, facts=facts_in({**item, **groups}, context))
+
+    def _groups(self, number: int) -> Groups:
+        """By photo, its albums and tags: one search for each of them, of all that a user has."""
+        groups: dict[str, list[tuple[str, Any]]] = defaultdict(list)
+        for kind, query, told in self._all_groups(number):
+            with suppress(Skip):  # deleted meanwhile
+                for photo_id in self._members(number, query):
+                    groups[photo_id].append((kind, told))
+        return groups
+
+    def _all_groups(self, number: int) -> Iterator[tuple[str, dict[str, list[str]], Any]]:
+        """GET /albums and GET /tags: the kind, how to search for members, and what a photo has."""
+        ask = functools.partial(self._call, number, "GET", read=Reply.json)
+        albums: dict[str, str] = {}
+        if "albums" in self._server.groups:
+            both = self._server.version >= (3, 0, 0)
+            for path in ("/albums",) if both else ("/albums", "/albums?shared=true"):
+                albums |= {str(dig(a, "id")): dig(a, "albumName") for a in dig_list(ask(path=path))}
+        yield from (("albums", {"albumIds": [key]}, name) for key, name in albums.items())
+        if "tags" in self._server.groups:
+            for tag in dig_list(ask(path="/tags")):
+                yield "tags", {"tagIds": [str(dig(tag, "id"))]}, tag
+
+    def _members(self, number: int, query: dict[str, Any]) -> Iterator[str]:
+        """POST /search/metadata: the ids of photos, and of some that are others'."""
+        all_at_once = self._server.version >= (3, 0, 0)  # which lists archived photos, too
+        parts = [{}] if all_at_once else [self._filter(v) for v in ("timeline", "archive")]
+        for part in parts:
+            page: Any = 1
+            while page:
+                body = part | query | {"size": PAGE, "page": int(page)}
+                told = self._call(number, "POST", "/search/metadata", assets_found, json=body)
+                yield from (str(dig(item, "id")) for item in dig_list(told, "items"))
+                page = dig(told, "nextPage")
 
     def _filter(self, visibility: str) -> dict[str, Any]:
         """Always an explicit visibility: what goes without saying differs by release."""
@@ -2485,10 +2699,21 @@ class ApiLibrary(Library):
         return replace(photo, note=note_in(dig(told, "value")))
 
     def look(self, photo: Photo) -> Photo:
-        found = photo_listed(self._read(photo), photo.source, None)
+        found = self._photo(self._read(photo), photo.source, None)
         if not found:
             raise Skip("photo_excluded")
         return self.claim(found)
+
+    def with_facts(self, photo: Photo) -> Photo:
+        """GET /assets/{id} for tags, GET /assets/{id}/ocr for what is written on it."""
+        server, told = self._server, dict[str, Any]()
+        if "tags" in server.context and "tags" not in server.groups:
+            told |= self._read(photo)
+        if "text" in server.context and server.version >= (2, 2, 0):
+            path = f"/assets/{photo.id}/ocr"
+            told["ocr"] = self._call(int(photo.source), "GET", path, Reply.json)
+        more = facts_in(told, [name for name in ("tags", "text") if name in server.context])
+        return replace(photo, facts={**photo.facts, **more})
 
     def preview(self, photo: Photo) -> bytes | None:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
@@ -2615,13 +2840,16 @@ def photo_listed(item: Mapping[str, Any], source: str, note: Note | None) -> Pho
 def open_api(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
     """Check Immich's address and each key; one that is refused is left out."""
     url = config.immich_api_url
+    renews = config.policy is Policy.OUTDATED
+    groups = [n for n in config.context if n == "albums" or (n == "tags" and renews)]
+    needed = (*NEEDED_PERMISSIONS, *(GROUP_PERMISSIONS[name] for name in groups))
     accounts: dict[str, Account] = {}  # by user, as two keys may be of one
     refused: list[Fatal] = []
     with closing(Immich(url, config.immich_header)) as immich:
         _, version = immich_version(immich)
         for number, key in enumerate(config.immich_api_keys, 1):
             try:
-                user_id = user_of(immich, key, version)
+                user_id = user_of(immich, key, version, needed)
                 accounts.setdefault(user_id or key, Account(key, number, user_id))
             except Unexpected:  # says nothing of the key
                 raise
@@ -2633,7 +2861,11 @@ def open_api(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]
         log.error("%s", trouble)
     if config.policy is Policy.OUTDATED and version < (2, 5, 0):
         raise Fatal("notes_needed")
-    server = Server(version, list(accounts.values()), config.thumbnail_size)
+    if "albums" in groups and version < (1, 135, 0):
+        groups.remove("albums")
+        log.warning("%s", t("no_albums"))
+    size, context = config.thumbnail_size, config.context
+    server = Server(version, list(accounts.values()), size, context, groups)
     return (
         lambda: ApiLibrary(Immich(url, config.immich_header), server),
         lambda: not refused and not any(account.refused for account in server.accounts),
@@ -2663,10 +2895,10 @@ def granted(immich: Immich, key: str, version: Version) -> list[Any]:
     return dig_list(told, "permissions")
 
 
-def user_of(immich: Immich, key: str, version: Version) -> str | None:
+def user_of(immich: Immich, key: str, version: Version, needed: Sequence[str]) -> str | None:
     """The id of a key's user, None if it may not ask; Fatal for a key that cannot work."""
     allowed = granted(immich, key, version)
-    missing = [p for p in NEEDED_PERMISSIONS if p not in allowed and "all" not in allowed]
+    missing = [p for p in needed if p not in allowed and "all" not in allowed]
     if missing:
         raise Fatal("immich_permission_missing", permission=", ".join(missing))
     try:
@@ -3644,6 +3876,7 @@ def story(photo: Photo, library: Library, ai: Ai, run: Run) -> Outcome:
     run ends.
     """
     with claimed(photo, library, run) as photo:
+        photo = run.patience(functools.partial(library.with_facts, photo))
         preview = settled(photo, library, run)
         try:
             picture = prepared(preview, run.config.max_image_size)
@@ -3700,11 +3933,12 @@ def failure_note(photo: Photo, error: AnalyzeError, config: Config) -> Note:
 
 def store(photo: Photo, text: str, library: Library, run: Run) -> None:
     """Write a description; merge it anew, or leave the photo alone, if somebody was quicker."""
-    config = run.config
+    config, facts = run.config, facts_id(photo.facts, run.config.context)
     for _ in range(LIBRARY_TRIES):
         stored = merge(photo, text, config)
         was = text_id(photo.description) if library.must_confirm and is_ours(photo) else ""
-        note = Note(config.model_name, config.prompt_id, text=text_id(stored), was=was)
+        own = text_id(stored)
+        note = Note(config.model_name, config.prompt_id, text=own, was=was, facts=facts)
         if put(photo, text, stored, note, library, run):
             log.debug("%s (%s), written: %s", photo.name, photo.id, stored)
             return
