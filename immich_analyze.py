@@ -993,7 +993,7 @@ def place_in(item: object) -> list[str]:
 def position_in(item: object) -> Iterator[str]:
     """Latitude and longitude in degrees."""
     north, east = (number_at(item, "exifInfo", part) for part in ("latitude", "longitude"))
-    if (north or east) and abs(north) <= 90 and abs(east) <= 180:
+    if north and east and abs(north) <= 90 and abs(east) <= 180:
         yield f"{north:.5f}, {east:.5f}"
 
 
@@ -1019,7 +1019,7 @@ def camera_in(item: object) -> Iterator[str]:
     yield model if brand and brand[0] in model.lower().split() else f"{make} {model}".strip()
     yield text_at(exif, "lensModel")
     exposure = text_at(exif, "exposureTime")
-    yield f"{exposure} s" if re.fullmatch(r"(?=.*[1-9])\d*[./]?\d+", exposure) else ""
+    yield f"{exposure} s" if re.fullmatch(r"(?=[^/]*[1-9])\d+([./]\d+)?", exposure) else ""
     for name, form in (("fNumber", "f/{:g}"), ("focalLength", "{:g} mm"), ("iso", "ISO {:g}")):
         value = number_at(exif, name)
         yield form.format(value) if value > 0 else ""

@@ -1,0 +1,249 @@
+"""What is known of a photo: who, where, when, in which album, and how it gets into a question."""
+
+import itertools
+from typing import Any
+
+import pytest
+
+import immich_analyze as ia
+
+TAKEN = "2019-07-14T15:30:00.000Z"  # the clock of the place, although it ends with Z
+
+
+def known(name: str, **item: Any) -> list[str]:
+    """The parts of one fact, by what the API says of a photo."""
+    return list(ia.facts_in({"localDateTime": TAKEN} | item, [name]).get(name, ()))
+
+
+def person(name: Any, born: Any = None, *, hidden: Any = False, left: int | None = None) -> dict:
+    faces = {} if left is None else {"faces": [{"boundingBoxX1": left, "imageWidth": 100}]}
+    return {"name": name, "birthDate": born, "isHidden": hidden, **faces}
+
+
+# --- Who ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("people", "names"),
+    [
+        ([person("Zoe"), person("Anna")], ["Anna", "Zoe"]),
+        ([person("Anna", left=60), person("Zoe", left=10)], ["Zoe", "Anna"]),
+        ([person("  Anna\n Maria ")], ["Anna Maria"]),
+        ([person(""), person(" "), person(None), person(7), None, "x"], []),
+        ([person("Anna", hidden=True)], []),
+        ([person("Anna"), person("Anna")], ["Anna"]),
+        ("nobody", []),
+    ],
+)
+def test_people_are_those_with_a_name_who_are_not_hidden(people, names):
+    assert known("people", people=people) == names
+
+
+@pytest.mark.parametrize(
+    ("born", "taken", "age"),
+    [
+        ("2012-07-14", "2019-07-14T00:00:00Z", 7),
+        ("2012-07-15", "2019-07-14T23:59:59Z", 6),
+        ("2012-02-29", "2019-02-28T12:00:00Z", 6),
+        ("2012-02-29", "2019-03-01T12:00:00Z", 7),
+        ("2012-02-29", "2020-02-29T12:00:00Z", 8),
+        ("2019-07-14T00:00:00.000Z", "2019-07-14T10:00:00Z", 0),
+        ("2019-07-15", "2019-07-14T10:00:00Z", None),
+        ("0001-01-01", "2019-07-14T10:00:00Z", None),
+        ("not a date", "2019-07-14T10:00:00Z", None),
+        (None, "2019-07-14T10:00:00Z", None),
+        ("2012-07-14", None, None),
+        ("2012-07-14", "-0044-03-15T12:00:00Z", None),
+    ],
+)
+def test_the_age_is_that_on_the_day_of_the_photo(born, taken, age):
+    told = known("people", people=[person("Ben", born)], localDateTime=taken)
+    assert told == ["Ben" if age is None else f"Ben (aged {age})"]
+
+
+# --- Where and when ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("place", "parts"),
+    [
+        (("Warnemünde", "Mecklenburg", "Germany"), ["Warnemünde", "Mecklenburg", "Germany"]),
+        (("Berlin", "Berlin", "Germany"), ["Berlin", "Germany"]),
+        (("", None, "Germany"), ["Germany"]),
+        ((None, None, None), []),
+        ((1, [], {}), []),
+    ],
+)
+def test_a_place_is_told_from_small_to_large(place, parts):
+    exif = dict(zip(("city", "state", "country"), place, strict=True))
+    assert known("place", exifInfo=exif) == parts
+
+
+@pytest.mark.parametrize(
+    ("north", "east", "parts"),
+    [
+        (54.18, 12.08, ["54.18000, 12.08000"]),
+        (-33.9, 18.4, ["-33.90000, 18.40000"]),
+        (0, 12.5, []),
+        (0, 0, []),
+        (91, 5, []),
+        (None, 5, []),
+        ("54", "12", []),
+        (float("nan"), 0, []),
+    ],
+)
+def test_a_position_is_in_degrees(north, east, parts):
+    assert known("gps", exifInfo={"latitude": north, "longitude": east}) == parts
+
+
+@pytest.mark.parametrize(
+    ("taken", "told"),
+    [
+        ("2019-07-14T15:30:00.000Z", "Sunday, 14 July 2019, afternoon"),
+        ("2019-07-01T00:00:00", "Monday, 1 July 2019, night"),
+        ("2024-02-29T05:00:00+00:00", "Thursday, 29 February 2024, morning"),
+        ("2019-07-14T10:59:59Z", "Sunday, 14 July 2019, morning"),
+        ("2019-07-14T11:00:00Z", "Sunday, 14 July 2019, noon"),
+        ("2019-07-14T14:00:00Z", "Sunday, 14 July 2019, afternoon"),
+        ("2019-07-14T18:00:00Z", "Sunday, 14 July 2019, evening"),
+        ("2019-07-14T23:59:59Z", "Sunday, 14 July 2019, night"),
+        ("yesterday", None),
+        (None, None),
+        (5, None),
+    ],
+)
+def test_the_date_is_by_the_clock_of_the_place(taken, told):
+    assert known("date", localDateTime=taken) == ([told] if told else [])
+
+
+# --- What it belongs to ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        (["Travel/Sea", "Travel"], ["Sea"]),
+        (["Travel", "Travelling"], ["Travel", "Travelling"]),
+        (["A/B/C", "A/B", "A/D"], ["C", "D"]),
+        (["Sea", "Travel/Sea"], ["Sea"]),
+        (["", None, 5], []),
+    ],
+)
+def test_of_a_path_of_tags_the_deepest_is_told(values, parts):
+    assert known("tags", tags=[{"value": value} for value in values]) == parts
+
+
+def test_albums_are_told_once_each():
+    assert known("albums", albums=["Summer", "Sea  side", "Summer", "", None]) == [
+        "Summer",
+        "Sea side",
+    ]
+
+
+# --- How it was taken --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("exif", "parts"),
+    [
+        ({"make": "Canon", "model": "Canon EOS R6"}, ["Canon EOS R6"]),
+        ({"make": "NIKON CORPORATION", "model": "NIKON D750"}, ["NIKON D750"]),
+        ({"make": "Apple", "model": "iPhone 12"}, ["Apple iPhone 12"]),
+        ({"make": None, "model": "Pixel 7"}, ["Pixel 7"]),
+        ({"make": "Google", "model": ""}, ["Google"]),
+        (
+            {"lensModel": "RF 50mm", "exposureTime": "1/250", "fNumber": 2.8, "iso": 100},
+            ["RF 50mm", "1/250 s", "f/2.8", "ISO 100"],
+        ),
+        ({"exposureTime": "0.5", "focalLength": 50}, ["0.5 s", "50 mm"]),
+        ({"exposureTime": "0", "fNumber": 0, "iso": None, "focalLength": "50"}, []),
+        ({"exposureTime": "0/1"}, []),
+        ({"exposureTime": "inf", "fNumber": float("inf")}, []),
+        (None, []),
+    ],
+)
+def test_a_camera_is_told_without_saying_its_make_twice(exif, parts):
+    assert known("camera", exifInfo=exif) == parts
+
+
+OWN_NAMES = [
+    "IMG_1234.JPG",
+    "IMG_E1234.HEIC",
+    "IMG_1234(2).jpg",
+    "DSC01234.JPG",
+    "_DSC1234.NEF",
+    "DSCF0001.RAF",
+    "DSCN1.jpg",
+    "PXL_20230101_120000123.jpg",
+    "PXL_20230101_120000123.MP.jpg",
+    "MVIMG_20190714_093000.jpg",
+    "GOPR0123.JPG",
+    "GH010123.JPG",
+    "DJI_0001.JPG",
+    "P1010123.JPG",
+    "IMG-20190714-WA0001.jpg",
+    "WA0001.jpg",
+    "20190714_093000.jpg",
+    "20190714_093000~2.jpg",
+    "2019-07-14.jpg",
+    "100_1234.jpg",
+    "SAM_0001.jpg",
+    "3f2504e0-4f89-11d3-9a0c-0305e82c3301.jpg",
+    "deadbeef01deadbeef.jpg",
+    "image0.jpeg",
+    "WhatsApp Image 2019-07-14 at 09.30.00.jpeg",
+    "img_1.jpg",
+    ".jpg",
+]
+CHOSEN_NAMES = [
+    "Anna.jpg",
+    "Anna_2019.jpg",
+    "20190714_Hochzeit.jpg",
+    "海.jpg",
+    "facade.jpg",
+    "effaced-decade.jpg",
+    "Screenshot_20190714-093000.png",
+    "Screenshot_20190714_WhatsApp.png",
+    "Дача_2019.jpg",
+    "Oma.tar.gz",
+]
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_a_name_that_a_camera_or_messenger_gave_says_nothing(name):
+    assert known("file", originalFileName=name) == []
+
+
+@pytest.mark.parametrize("name", CHOSEN_NAMES)
+def test_a_name_that_a_person_chose_is_told_without_its_ending(name):
+    assert known("file", originalFileName=name) == [name.rpartition(".")[0]]
+
+
+def test_what_is_written_on_a_photo_is_told_in_order_up_to_500_letters():
+    rows = [{"text": " HARBOUR\n"}, {"text": "hidden", "isVisible": False}, {"text": "café"}, {}]
+    assert known("text", ocr=rows) == ["HARBOUR café"]
+    assert known("text", ocr=[{"text": "x" * 400}] * 2) == [f"{'x' * 400} {'x' * 99}"]
+    assert known("text", ocr=[]) == []
+
+
+# --- All together ------------------------------------------------------------------------------
+
+
+def test_only_what_is_wanted_is_told():
+    item = {"exifInfo": {"city": "Rostock"}, "localDateTime": TAKEN, "people": [person("Anna")]}
+    assert ia.facts_in(item, []) == {}
+    assert set(ia.facts_in(item, ["people", "place"])) == {"people", "place"}
+    assert set(ia.facts_in(item, ia.FACTS)) == {"people", "place", "date"}
+
+
+@pytest.mark.parametrize("item", [{}, {"people": 5, "exifInfo": [], "tags": {}, "ocr": None}, None])
+def test_odd_answers_leave_no_trace(item):
+    assert ia.facts_in(item, ia.FACTS) == {}
+
+
+def test_the_order_of_facts_does_not_change_what_a_note_calls_them():
+    names = {ia.facts_id({"people": p}, ["people"]) for p in itertools.permutations("abc")}
+    assert len(names) == 1
+    assert ia.facts_id({"people": ("a",)}, ["people"]) not in names
+    assert ia.facts_id({"date": ("a",)}, ["date", "camera"]) == ""
+    assert ia.facts_id({}, ["people"]) != ia.facts_id({}, ["people", "place"])
