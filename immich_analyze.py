@@ -2918,12 +2918,14 @@ def user_of(immich: Immich, key: str, version: Version, needed: Sequence[str]) -
     return user_id if isinstance(user_id, str) else None
 
 
-def statements(tables: Tables, policy: Policy, ignored: tuple[str, ...] = ()) -> dict[str, Any]:
+def statements(tables: Tables, config: Config) -> dict[str, Any]:
     """The SQL of immich.sql by name, for these tables; Unexpected if they are not Immich's."""
+    ignored = config.ignore_descriptions
     given = {
         "tables": tables,
-        "described": policy is not Policy.NONE,
+        "described": config.policy is not Policy.NONE,
         "ignored": expression(ignored) if ignored else "",
+        "context": config.context,
     }
     named: dict[str, Any] = vars(template(data_file("immich.sql")).make_module(given))
     if not tables.keys() >= {*named["needed"]}:
@@ -3004,9 +3006,16 @@ class DbLibrary(Library):
 
     must_confirm = False
 
-    def __init__(self, database: Database, root: Path, thumbs: str, most_workers: int) -> None:
+    def __init__(
+        self,
+        database: Database,
+        root: Path,
+        thumbs: str,
+        most_workers: int,
+        context: Sequence[str] = (),
+    ) -> None:
         self.most_workers = most_workers
-        self._database = database
+        self._database, self._context = database, context
         self._root, self._thumbs = root, thumbs
         self._check = functools.partial(check_database, database, root, thumbs)
 
@@ -3029,7 +3038,7 @@ class DbLibrary(Library):
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
         """One page by id: only photos with work to do, each with its preview's path."""
         rows = self._listed("listing", since=since, after=cursor or BEFORE_ALL_IDS)
-        photos = [row_listed(row) for row in rows]
+        photos = [row_listed(row, self._context) for row in rows]
         return photos, photos[-1].id if len(photos) == PAGE else None
 
     def total(self) -> int:
@@ -3042,7 +3051,7 @@ class DbLibrary(Library):
         after = BEFORE_ALL_IDS
         while after:
             rows = self._listed("news", since=since, uploaded=uploaded, after=after)
-            photos += map(row_listed, rows)
+            photos += (row_listed(row, self._context) for row in rows)
             after = rows[-1][-1] if len(rows) == PAGE else ""
         return photos
 
@@ -3070,7 +3079,13 @@ class DbLibrary(Library):
         rows = self._rows("look", id=photo.id)
         if not rows or not rows[0][-2]:
             raise Skip("photo_excluded")
-        return replace(row_listed(rows[0]), ready=rows[0][-1])
+        return replace(row_listed(rows[0], self._context), ready=rows[0][-1])
+
+    def with_facts(self, photo: Photo) -> Photo:
+        if "text" not in self._context:
+            return photo
+        rows = [{"text": text} for (text,) in self._rows("written_on", id=photo.id)]
+        return replace(photo, facts={**photo.facts, **facts_in({"ocr": rows}, ["text"])})
 
     def preview(self, photo: Photo) -> bytes | None:
         """Read the file that `asset_file.path` names, or names by now.
@@ -3107,11 +3122,11 @@ class DbLibrary(Library):
         self._database.close()
 
 
-def row_listed(row: Sequence[Any]) -> Photo:
+def row_listed(row: Sequence[Any], context: Sequence[str]) -> Photo:
     """A photo as the statements list it."""
-    asset_id, name, description, path, note, library = row[:6]
-    kept, library = note_in(note), str(library or "")
-    return Photo(str(asset_id), name, description, path or "", note=kept, library=library)
+    asset_id, name, description, path, note, library, told = row[:7]
+    more = {"library": str(library or ""), "facts": facts_in(told, context)}
+    return Photo(str(asset_id), name, description, path or "", note=note_in(note), **more)
 
 
 PREVIEW_NAME = re.compile(
@@ -3220,8 +3235,7 @@ def read_file(path: Path) -> bytes:
 
 def open_database(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
     """Check the connection, tables, rights and the folder of the previews."""
-    url, ignored = postgres_url(config.postgres_url), config.ignore_descriptions
-    choose = functools.partial(statements, policy=config.policy, ignored=ignored)
+    url, choose = postgres_url(config.postgres_url), functools.partial(statements, config=config)
     place = config.thumbs_root or config.immich_root, "" if config.thumbs_root else "thumbs"
     with closing(Database(url, choose)) as database, closing(Database(url, choose)) as other:
         spare, chosen = database.rows("spare")[0][0], database.chosen
@@ -3242,7 +3256,7 @@ def open_database(config: Config) -> tuple[Callable[[], Library], Callable[[], b
     most = max(1, spare * 3 // 4 - 1)  # a quarter for others, two for the stream
     if most < 2 * config.max_concurrent:
         log.warning("%s", t("few_connections", free=spare + 1, number=most))
-    return lambda: DbLibrary(Database(url, choose), *place, most), lambda: True
+    return lambda: DbLibrary(Database(url, choose), *place, most, config.context), lambda: True
 
 
 def check_database(database: Database, root: Path, thumbs: str) -> None:

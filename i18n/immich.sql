@@ -6,8 +6,8 @@
 -- and statements is sent, so these comments are not.
 --
 -- The template is given `tables` with their columns; `described`, whether photos that have a
--- description are wanted, too; and `ignored`, the expression of the descriptions that count as none,
--- or "".
+-- description are wanted, too; `ignored`, the expression of the descriptions that count as none, or
+-- ""; and `context`, the names of the facts that are asked for.
 
 
 -- ------------------------------------------------------------------------------
@@ -18,6 +18,22 @@
 {% set asset, exif, file = ('asset', 'asset_exif', 'asset_file') if 'asset_exif' in tables
                       else ('assets', 'exif', 'asset_files') %}
 {% set needed = [asset, exif, file, 'asset_job_status'] %}
+{% set face, album, in_album, of_album, tag =
+    ('asset_face', 'album', 'album_asset', 'album_user', 'tag') if 'asset_exif' in tables else
+    ('asset_faces', 'albums', 'albums_assets_assets', 'albums_shared_users_users', 'tags') %}
+
+-- Until 2.3, tables that join two others call their columns "assetsId" and so on.
+{% set s = 's' if 'assetsId' in tables.get('tag_asset', ()) else '' %}
+
+-- 3.2 on: each user may give a group of faces a name.
+{% set group = 'personGroupId' if 'personGroupId' in tables.get(face, ()) else 'personId' %}
+{% set group_key = 'personGroupId' if group == 'personGroupId' else 'id' %}
+
+-- The tables of the facts that are asked for; that of what is written on photos is of 2.2.
+{% set known_by = {'people': ['person', face], 'albums': [album, in_album, of_album],
+                   'tags': [tag, 'tag_asset'], 'text': ['asset_ocr']} %}
+{% set facts_from = known_by.items() | selectattr(0, 'in', context) | map('last') | sum(start=[])
+                    | select('in', tables) | list %}
 
 -- 1.133 on; before, a photo "isVisible" or not.
 {% set visibility = 'visibility' in tables.get(asset, ()) %}
@@ -51,10 +67,62 @@ LEFT JOIN LATERAL (
 ) f ON true
 {% endmacro %}
 
+-- What is known of a photo, as Immich's API tells it. The names are those that its owner gave.
+{% macro people() %}
+SELECT jsonb_agg(to_jsonb(p)) FROM (
+    SELECT p.name, p."isHidden", p."birthDate", jsonb_agg(jsonb_build_object(
+        'boundingBoxX1', f."boundingBoxX1", 'imageWidth', f."imageWidth")) AS faces
+    FROM {{ face }} f
+    JOIN person p ON p."{{ group_key }}" = f."{{ group }}" AND p."ownerId" = a."ownerId"
+    WHERE f."assetId" = a.id AND f."deletedAt" IS NULL
+      {% if 'isVisible' in tables[face] %} AND f."isVisible" {% endif %}
+    GROUP BY p."ownerId", p."{{ group_key }}"
+) p
+{% endmacro %}
+
+-- Albums of others that are not shared with the owner of the photo are theirs alone.
+{% macro albums() %}
+SELECT jsonb_agg(b."albumName" ORDER BY b."albumName")
+FROM {{ in_album }} i
+JOIN {{ album }} b ON b.id = i."album{{ s }}Id" AND b."deletedAt" IS NULL
+WHERE i."asset{{ s }}Id" = a.id AND (
+    EXISTS (SELECT FROM {{ of_album }} u
+            WHERE u."album{{ s }}Id" = b.id AND u."user{{ s }}Id" = a."ownerId")
+    {% if 'ownerId' in tables[album] %} OR b."ownerId" = a."ownerId" {% endif %}
+)
+{% endmacro %}
+
+{% macro tags() %}
+SELECT jsonb_agg(jsonb_build_object('value', t.value) ORDER BY t.value)
+FROM tag_asset i
+JOIN {{ tag }} t ON t.id = i."tag{{ s }}Id" AND t."userId" = a."ownerId"
+WHERE i."asset{{ s }}Id" = a.id
+{% endmacro %}
+
+{% macro facts() %}
+{% if context %}
+jsonb_build_object(
+    'originalFileName', a."originalFileName",
+    'localDateTime', a."localDateTime" AT TIME ZONE 'UTC',
+    'exifInfo', jsonb_build_object(
+        'city', e.city, 'state', e.state, 'country', e.country,
+        'latitude', e.latitude, 'longitude', e.longitude,
+        'make', e.make, 'model', e.model, 'lensModel', e."lensModel", 'iso', e.iso,
+        'exposureTime', e."exposureTime", 'fNumber', e."fNumber", 'focalLength', e."focalLength"
+    )
+    {% if 'people' in context %}, 'people', ({{ people() }}) {% endif %}
+    {% if 'albums' in context %}, 'albums', ({{ albums() }}) {% endif %}
+    {% if 'tags' in context %}, 'tags', ({{ tags() }}) {% endif %}
+)
+{% else %}
+NULL
+{% endif %}
+{% endmacro %}
+
 -- What the tool knows of a photo.
 {% macro columns() %}
 a.id, a."originalFileName", coalesce(e.description, ''), f.path,
-{% if notes %} m.value {% else %} NULL {% endif %}, a."libraryId"
+{% if notes %} m.value {% else %} NULL {% endif %}, a."libraryId", {{ facts() }}
 {% endmacro %}
 
 -- A photo that people find in their library.
@@ -129,7 +197,7 @@ LIMIT %(limit)s
 
 -- The same pages without texts, one of which PostgreSQL cannot decode.
 {% macro bare(page) %}
-SELECT id, id::text, '', '', NULL, NULL, mark FROM ({{ page }}) photos
+SELECT id, id::text, '', '', NULL, NULL, NULL, mark FROM ({{ page }}) photos
 {% endmacro %}
 {% set bare_listing = bare(listing) %}
 {% set bare_news = bare(news) %}
@@ -143,6 +211,15 @@ SELECT count(*) {{ source() }} WHERE {{ wanted() }}
 SELECT {{ columns() }}, {{ live() }}, {{ ready() }}
 {{ source() }}
 WHERE a.id = %(id)s::uuid
+{% endset %}
+
+-- id → what Immich read on a photo, line by line.
+{% set written_on %}
+{% if 'asset_ocr' in tables %}
+SELECT text FROM asset_ocr WHERE "assetId" = %(id)s::uuid AND "isVisible" ORDER BY "updateId"
+{% else %}
+SELECT WHERE false
+{% endif %}
 {% endset %}
 
 -- The paths of some previews, to see that the folder is theirs.
@@ -257,7 +334,7 @@ GROUP BY rolconnlimit, datconnlimit
 {% macro quoted(names) %} ARRAY['{{ names | join("', '") }}'] {% endmacro %}
 {% set grants %}
 SELECT format('GRANT SELECT ON %%I TO %%I', name, current_user)
-FROM unnest({{ quoted(needed) }}) name
+FROM unnest({{ quoted(needed + facts_from) }}) name
 WHERE NOT has_any_column_privilege(name, 'SELECT')
 UNION ALL
 SELECT format('GRANT UPDATE (%%I) ON {{ exif }} TO %%I', name, current_user)
