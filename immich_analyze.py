@@ -3125,8 +3125,8 @@ class DbLibrary(Library):
 def row_listed(row: Sequence[Any], context: Sequence[str]) -> Photo:
     """A photo as the statements list it."""
     asset_id, name, description, path, note, library, told = row[:7]
-    more = {"library": str(library or ""), "facts": facts_in(told, context)}
-    return Photo(str(asset_id), name, description, path or "", note=note_in(note), **more)
+    kept, facts = note_in(note), facts_in(told, context)
+    return Photo(str(asset_id), name, description, path or "", True, kept, library or "", facts)
 
 
 PREVIEW_NAME = re.compile(

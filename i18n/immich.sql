@@ -122,7 +122,7 @@ NULL
 -- What the tool knows of a photo.
 {% macro columns() %}
 a.id, a."originalFileName", coalesce(e.description, ''), f.path,
-{% if notes %} m.value {% else %} NULL {% endif %}, a."libraryId", {{ facts() }}
+{% if notes %} m.value {% else %} NULL {% endif %}, a."libraryId"::text, {{ facts() }}
 {% endmacro %}
 
 -- A photo that people find in their library.
