@@ -25,7 +25,7 @@
 -- Until 2.3, tables that join two others call their columns "assetsId" and so on.
 {% set s = 's' if 'assetsId' in tables.get('tag_asset', ()) else '' %}
 
--- 3.2 on: each user may give a group of faces a name.
+-- 3.2 on: faces belong to groups, and each user may give such a group a name.
 {% set group = 'personGroupId' if 'personGroupId' in tables.get(face, ()) else 'personId' %}
 {% set group_key = 'personGroupId' if group == 'personGroupId' else 'id' %}
 
@@ -213,10 +213,13 @@ SELECT {{ columns() }}, {{ live() }}, {{ ready() }}
 WHERE a.id = %(id)s::uuid
 {% endset %}
 
--- id → what Immich read on a photo, line by line.
+-- id → what Immich read on a photo, line by line: 2.2 on; later it can be hidden, and has an order.
+{% set ocr = tables.get('asset_ocr', ()) %}
 {% set written_on %}
-{% if 'asset_ocr' in tables %}
-SELECT text FROM asset_ocr WHERE "assetId" = %(id)s::uuid AND "isVisible" ORDER BY "updateId"
+{% if ocr %}
+SELECT text FROM asset_ocr
+WHERE "assetId" = %(id)s::uuid {% if 'isVisible' in ocr %} AND "isVisible" {% endif %}
+ORDER BY {% if 'updateId' in ocr %} "updateId" {% else %} y1, x1 {% endif %}
 {% else %}
 SELECT WHERE false
 {% endif %}
