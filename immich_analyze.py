@@ -38,6 +38,8 @@ import socketserver
 import sys
 import threading
 import time
+import traceback
+import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -85,6 +87,7 @@ DATA_FOLDERS = ("i18n", "immich_analyze_i18n")  # in a checkout, once installed
 _language = "en"
 
 
+@functools.cache
 def data_file(name: str) -> str:
     """The text of a file that lies in the folder beside this one, be it in a zip archive."""
     home = Path(__file__).parent
@@ -95,10 +98,20 @@ def data_file(name: str) -> str:
 
 @functools.cache
 def template(text: str) -> Any:
-    """A text of Jinja, ready to be filled in; a name that is given no value is an error."""
-    import jinja2  # here, as each start would wait for it
+    """A text of Jinja, ready to be filled in, which sees nothing but what it is given."""
+    return templates().from_string(text)
 
-    return jinja2.Template(text, undefined=jinja2.StrictUndefined)
+
+@functools.cache
+def templates() -> Any:
+    """Where templates are made; a name that is given no value is an error."""
+    from jinja2 import StrictUndefined, sandbox  # here, as each start would wait for it
+
+    made = sandbox.ImmutableSandboxedEnvironment(
+        keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    made.globals.clear()  # with `range`, loops in loops would never end
+    return made
 
 
 @functools.cache
@@ -224,6 +237,12 @@ PROMPT = (
     " The format must be correct."
     " If in doubt, name the most likely option and don't think too long."
 )
+# What can be known of a photo, by the names of the placeholders.
+ENRICHED = ("people", "place", "date", "tags", "camera", "file")
+FACTS = (*ENRICHED, "gps", "albums", "text", "description")
+PLACEHOLDERS = (*FACTS, "context", "language")
+TAG = "{[{%#]"  # how a placeholder, a statement or a comment of a template begins
+SHOWN = r"(?s){{.*?}}|{%-?\s*(?:for|set)\b.*?%}"  # what puts something into the text
 INTERFACES = ("ollama", "llamacpp", "openrouter")
 USUAL_HOSTS = {"openrouter": "https://openrouter.ai/api"}  # else on this machine
 SIZES = ("preview", "thumbnail", "fullsize")  # of a picture, as Immich calls them
@@ -274,7 +293,10 @@ class Config:
     api_key: str = field(repr=False)
     host_header: tuple[Header, ...] = field(repr=False)
     preflight_model_check: bool
-    prompt: str
+    prompt: str  # a template, if it has any TAG
+    context: tuple[str, ...]  # the FACTS that are asked for
+    description_language: str  # in English, where it is a known one; "" for any
+    show_prompt: str  # id of the photo whose question is to be shown, or a link to it
     think: bool
     max_tokens: int
     context_length: int  # tokens, 0 = the server's
@@ -302,9 +324,11 @@ class Config:
 
     @property
     def prompt_id(self) -> str:
-        """What notes call the prompt, with the options: 12 hex digits of their SHA-256."""
+        """What notes call all that shapes an answer: 12 hex digits of its SHA-256."""
         options = json.dumps(self.model_options, sort_keys=True) if self.model_options else ""
-        return sha256((self.prompt + options).encode()).hexdigest()[:12]
+        more = [*self.context, self.description_language]
+        further = json.dumps(more) if any(more) else ""
+        return sha256((self.prompt + options + further).encode()).hexdigest()[:12]
 
 
 def language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
@@ -428,8 +452,30 @@ def web_addresses(text: str) -> tuple[str, ...]:
     return tuple(map(web_address, words(text) or ("",)))
 
 
+def facts(text: str) -> tuple[str, ...]:
+    """Converter for a list of facts; `all` stands for all but the coordinates."""
+    known = {name: (name,) for name in FACTS} | {"all": tuple(n for n in FACTS if n != "gps")}
+    return tuple(fact for word in words(text) for fact in known[one_of(known)(word)])
+
+
+@functools.cache
+def languages() -> dict[str, list[str]]:
+    """The name of a language and its scripts, by its code and by that name in lower case."""
+    import tomllib  # here, as each start would wait for it
+
+    rows = tomllib.loads(data_file("languages.toml"))
+    return {key: row for code, row in rows.items() for key in (code, row[0].lower())}
+
+
+def language_name(text: str) -> str:
+    """Converter for a language: its name in English, or the text as it is for an unknown one."""
+    name = unicode_text(text).strip()
+    return languages().get(name.lower(), [name])[0]
+
+
 LISTS: dict[str, Callable[[str], Any]] = {  # what adds up when it is repeated, and its converter
     "hosts": web_addresses,
+    "context": facts,
     "ignore_descriptions": words,
     "immich_api_keys": words,
     "immich_header": headers,
@@ -462,10 +508,11 @@ class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
         return settings
 
 
-def read_text(file: str) -> str:
+def read_text(file: str, *, whole: bool = False) -> str:
     """What a file that holds a setting says; Fatal if it cannot be read."""
     try:
-        return plain(Path(file).read_text(encoding="utf-8-sig"))
+        text = Path(file).read_text(encoding="utf-8-sig")
+        return text if whole else plain(text)
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
         raise Fatal("unreadable_file", file=file, why=why) from error
@@ -555,7 +602,13 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
     add(work, "--shard", type=shard, default="1/1", metavar="K/N")
     add(work, "--undo", env="", action="store_true")
     add(work, "--dry-run", env="", action="store_true")
-    add(work, "--prompt", default=PROMPT, metavar="TEXT")
+    prompt = work.add_mutually_exclusive_group()
+    add(prompt, "--prompt", default=PROMPT, metavar="TEXT")
+    add(prompt, "--prompt-file", type=Path, metavar="FILE")
+    add(work, "--context", type=facts, action="extend", metavar="LIST")
+    add(work, "--enrich-prompt", default=False, **switch)
+    add(work, "--description-language", type=language_name, metavar="LANGUAGE")
+    add(work, "--show-prompt", env="", metavar="ID")
 
     library = parser.add_argument_group(t("help_group_library"))
     add(library, "--data-access-mode", "-d", type=one_of(list(Access)), metavar="ACCESS")
@@ -698,7 +751,7 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         raise Fatal("wrapper_needed")
     if (options.undo and options.mode.monitors) or (options.dry_run and not options.undo):
         raise Fatal("undo_alone")
-    given |= {
+    given |= asked(options) | {
         "policy": policy,
         "preserve_human": preserve,
         "retry_failed": options.retry_failed or options.undo,
@@ -718,6 +771,55 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         if re.search("[^!-~]", "".join(given[name])):  # it could not be sent as a header
             raise Fatal("bad_key", option=f"--{name.replace('_', '-')}")
     return Config(**{name: given[name] for name in Config.__slots__})
+
+
+def asked(options: argparse.Namespace) -> dict[str, Any]:
+    """What shapes the question; a placeholder of the template asks for its fact, too."""
+    prompt = options.prompt
+    if options.prompt_file:
+        prompt = read_text(options.prompt_file, whole=True)
+    wanted = placeholders(prompt).union(options.context, ENRICHED if options.enrich_prompt else ())
+    return {
+        "prompt": prompt,
+        "context": tuple(name for name in FACTS if name in wanted),
+        "description_language": options.description_language or "",
+        "show_prompt": options.show_prompt or "",
+    }
+
+
+def marked(text: str) -> Any:
+    """A template in which a form feed marks each line that is empty on purpose."""
+    return template(re.sub(r"(?m)^[ \t\r]*$", "\f", text))
+
+
+def tidy(text: str) -> str:
+    """What came out of a template, without the lines in which nothing was filled in."""
+    text = re.sub(r"(?m)(?:\n[ \t]*)+\Z|^[ \t]*\n", "", text)
+    return re.sub("\f(?:\n\f)+", "\f", text).replace("\f", "")
+
+
+def placeholders(text: str) -> set[str]:
+    """What a template asks for; Fatal, with the line, if it is broken or cannot be filled in."""
+    if not re.search(TAG, text):
+        return set()
+    from jinja2 import TemplateAssertionError, TemplateError, meta, nodes
+
+    usual = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+    try:
+        tree = templates().parse(text)
+        names = meta.find_undeclared_variables(tree)
+        for node in tree.find_all(nodes.Name):
+            if node.name in names.difference(PLACEHOLDERS):
+                why = t("not_one_of", value=node.name, names=", ".join(PLACEHOLDERS))
+                raise TemplateAssertionError(why, node.lineno)
+        for sample in ("", "1"):
+            marked(text).render(dict.fromkeys(PLACEHOLDERS, sample))
+    except (TemplateError, *usual) as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        lines = [line for frame, line in frames if frame.f_code.co_filename == "<template>"]
+        line, why = getattr(error, "lineno", [1, *lines][-1]), str(error).partition("\n")[0]
+        raise Fatal("bad_template", line=line, why=why) from error
+    return names
 
 
 def database(environ: Mapping[str, str]) -> tuple[str, bool]:
@@ -815,6 +917,7 @@ class Picture:
     mime: str
     base64: bytes
     size: tuple[int, int]
+    question: str = ""  # what is asked about it
 
 
 # Our text among a person's: from a line [AI] to the next line [/AI] with no other [AI] between.
@@ -836,7 +939,7 @@ CAMERA_WORD = re.compile(
     re.I,
 )
 HEX_NAME = re.compile(r"(?=.*\d)([0-9a-f]{4,}-?){2,}", re.I)
-GAP = "\n\n"  # between a person's text and a block that is added
+GAP = "\n\n"  # between a person's text, or a prompt, and what is added
 
 
 def is_ours(photo: Photo) -> bool:
@@ -865,6 +968,32 @@ def undescribed(photo: Photo, config: Config) -> bool:
     if not text or not ignored:
         return not text
     return bool(re.match(expression(ignored), text, re.S)) and not has_ours(photo)
+
+
+def persons_text(photo: Photo, config: Config) -> str:
+    """What a person wrote of a photo: the description without ours."""
+    rest = unmerge(photo)
+    text = photo.description if rest is None else rest
+    return "" if undescribed(replace(photo, description=text), config) else text
+
+
+def question(photo: Photo, config: Config) -> str:
+    """What is asked about a photo: the prompt, then what it leaves out of facts and language."""
+    prompt, known = config.prompt, dict.fromkeys(PLACEHOLDERS, "")
+    if not (config.context or config.description_language or re.search(TAG, prompt)):
+        return prompt
+    shown = {*re.findall(r"\w+", "".join(re.findall(SHOWN, prompt)))} & {*PLACEHOLDERS}
+    told = {**photo.facts, "description": (persons_text(photo, config),)}
+    for name in config.context:  # in one line, whatever people wrote
+        known[name] = " ".join(", ".join(told.get(name, ())).split())
+    known["language"] = config.description_language
+    words = marked(data_file("question.jinja")).make_module(known | dict.fromkeys(shown, ""))
+    known["context"] = tidy(words.context)
+    if re.search(TAG, prompt):
+        prompt = tidy(marked(prompt).render(known))
+    follows = ["" if shown - {"language"} else known["context"], tidy(words.request)]
+    rest = GAP.join(filter(None, follows))
+    return prompt.rstrip("\n") + GAP + rest if rest else prompt
 
 
 def left_alone(photo: Photo, config: Config) -> str:
@@ -1048,7 +1177,7 @@ def text_in(item: object) -> Iterator[str]:
 
 
 # What can be known of a photo, and how it is read from the JSON of Immich's API.
-FACTS: dict[str, Callable[[object], Iterable[str]]] = {
+READERS: dict[str, Callable[[object], Iterable[str]]] = {
     "people": people_in,
     "place": place_in,
     "gps": position_in,
@@ -1064,7 +1193,7 @@ RENEWED_BY = ("people", "place", "albums", "tags")  # a description is outdated 
 
 def facts_in(item: object, wanted: Iterable[str]) -> Facts:
     """Those of the wanted facts that Immich's answer about a photo tells."""
-    read = {name: FACTS[name](item) for name in wanted if name in FACTS}
+    read = {name: READERS[name](item) for name in wanted if name in READERS}
     known = {name: tuple(dict.fromkeys(filter(None, parts))) for name, parts in read.items()}
     return {name: parts for name, parts in known.items() if parts}
 
@@ -1261,7 +1390,18 @@ def refusal(text: str) -> str:
     return "answer_declined" if reason["declined"] else "answer_no_picture"
 
 
-def description_in(answer: object) -> str:
+def is_foreign(text: str, language: str) -> bool:
+    """Whether a text is mainly in scripts that a language does not use, but for quotations."""
+    scripts, letters = languages().get(language.lower(), [])[1:], Counter[bool]()
+    said = unicodedata.normalize("NFKC", patterns()["quotation"].sub("", text))
+    for letter in filter(str.isalpha, said):
+        script = re.split("[ -]", unicodedata.name(letter, ""))[0]
+        # a wide one, such as a Chinese one, says as much as some of an alphabet
+        letters[script in scripts] += 2 if unicodedata.east_asian_width(letter) == "W" else 1
+    return bool(scripts) and letters[False] > max(10, letters[True])  # few may be in any
+
+
+def description_in(answer: object, language: str = "") -> str:
     """The description in a model's answer; Retryable if there is none."""
     text = clean(answer) if isinstance(answer, str) else ""
     # no bare number: Immich would store 1.50 as 1.5
@@ -1271,6 +1411,8 @@ def description_in(answer: object) -> str:
         raise Retryable("answer_repeats")
     if why := refusal(text):
         raise Retryable(why)
+    if language and is_foreign(text, language):
+        raise Retryable("answer_foreign", language=language)
     return text
 
 
@@ -1630,9 +1772,9 @@ class Manner:
 PICTURE = "immich-analyze puts the picture here"
 
 
-def ollama_question(config: Config, _: str, context: int) -> dict[str, Any]:
+def ollama_question(config: Config, picture: Picture, context: int) -> dict[str, Any]:
     """Body of POST /api/chat; images are bare base64 there."""
-    message = {"role": "user", "content": config.prompt, "images": [PICTURE]}
+    message = {"role": "user", "content": picture.question, "images": [PICTURE]}
     options = {"num_predict": config.max_tokens} | ({"num_ctx": context} if context else {})
     options |= config.model_options
     beside = {"keep_alive": options.pop("keep_alive")} if "keep_alive" in options else {}
@@ -1659,10 +1801,11 @@ def nearest(model: str, names: Iterable[str]) -> str:
     return " " + t("did_you_mean", name=by_base[found[0]]) if found else ""
 
 
-def openai_question(config: Config, mime: str, _: int) -> dict[str, Any]:
+def openai_question(config: Config, picture: Picture, _: int) -> dict[str, Any]:
     """Body of POST /v1/chat/completions."""
-    image = {"url": f"data:{mime};base64,{PICTURE}"}
-    content = [{"type": "text", "text": config.prompt}, {"type": "image_url", "image_url": image}]
+    image = {"url": f"data:{picture.mime};base64,{PICTURE}"}
+    text = {"type": "text", "text": picture.question}
+    content = [text, {"type": "image_url", "image_url": image}]
     message = {"role": "user", "content": content}
     limits = {"stream_options": {"include_usage": True}, "max_tokens": config.max_tokens}
     return {"messages": [message]} | limits | config.model_options
@@ -1703,7 +1846,7 @@ class Dialect:
 
     root: str = "/v1"  # what its paths begin with; people often give it with the address
     chat: str = "/v1/chat/completions"
-    question: Callable[[Config, str, int], dict[str, Any]] = openai_question
+    question: Callable[[Config, Picture, int], dict[str, Any]] = openai_question
     thinking: Callable[[bool], dict[str, Any]] = openai_thinking  # the switch to add to it
     sees: Callable[[Callable[..., Any], str], bool | None] = openai_sees
     alive: str = "/health"  # a path that is answered whenever the server is up
@@ -2200,7 +2343,8 @@ class Answer:
         if re.search("filter|safety", self._finish):
             raise Retryable("answer_withheld")
         text = self._text.encode("utf-16", "surrogatepass")  # a letter may come in two pieces
-        description = description_in(text.decode("utf-16", "ignore"))
+        language = self._config.description_language
+        description = description_in(text.decode("utf-16", "ignore"), language)
         if self._finish not in WHOLE:
             raise Retryable("connection_cut", url=self._url)
         return description
@@ -2253,7 +2397,7 @@ class Ai:
     def _is_away(self, url: str, picture: Picture, tries: Tries) -> bool:
         """Show a host a plain picture of the same size; whether it says that it is away."""
         try:
-            self._described(url, plain_picture(picture.size))
+            self._described(url, replace(plain_picture(picture.size), question=picture.question))
         except AnalyzeError as error:
             if error.key == tries.error.key == "answer_no_picture":  # of neither picture
                 error = Fatal("model_blind", url=public(url))
@@ -2268,7 +2412,8 @@ class Ai:
 
         def says_else() -> bool:
             plain = (plain_picture(PLAIN_SIZE, colour) for colour in ("gray", "red"))
-            return any(self._said(url, one, number) != text for one in plain)
+            shown = (replace(one, question=picture.question) for one in plain)
+            return any(self._said(url, one, number) != text for one in shown)
 
         if not self._hosts.sees(url, text, picture, says_else):
             raise Fatal("model_says_the_same", url=public(url))
@@ -2296,7 +2441,7 @@ class Ai:
         """What is asked, as JSON."""
         config, dialect = self._config, self._dialect
         question = {"model": config.model_name, "stream": True} | dialect.thinking(config.think)
-        question |= dialect.question(config, picture.mime, manner.context)
+        question |= dialect.question(config, picture, manner.context)
         refused = {name: question.pop(name) for name in manner.refused & question.keys()}
         if "max_tokens" in refused:
             question["max_completion_tokens"] = refused["max_tokens"]
@@ -3785,6 +3930,7 @@ def story(photo: Photo, library: Library, ai: Ai, run: Run) -> Outcome:
         preview = settled(photo, library, run)
         try:
             picture = prepared(preview, run.config.max_image_size)
+            picture = replace(picture, question=question(photo, run.config))
             text = ai.describe(picture, functools.partial(run.checks.check_library, photo))
             store(photo, text, library, run)
         except Permanent as error:
@@ -4387,6 +4533,20 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
     return complete()
 
 
+def show_prompt(config: Config) -> None:
+    """Print what would be asked about one photo; nobody is asked, and nothing is written."""
+    ids = re.findall("[0-9a-f-]{36}", config.show_prompt.lower())
+    sources = range(max(1, len(config.immich_api_keys))) if ids else ()
+    new_library, _ = open_library(config)
+    with closing(new_library()) as library:
+        for source in sources:
+            with suppress(Skip, Permanent, IndexError):  # the last where two keys are of one user
+                photo = library.with_facts(library.look(Photo(ids[-1], "", "", str(source))))
+                sys.stdout.write(question(photo, config) + "\n")
+                return
+    raise Fatal("unknown_photo", photo=config.show_prompt)
+
+
 def sum_up(config: Config, tally: Tally, code: int) -> None:
     """Say what became of the photos, as the last thing before the end."""
     level = logging.WARNING if code or config.undo else logging.INFO
@@ -4416,6 +4576,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             log.warning("%s", notice)
         if config.healthcheck:
             return ask_health(config)
+        if config.show_prompt:
+            show_prompt(config)
+            return 0
         if config.undo:
             tally = Tally("tally_dry_run" if config.dry_run else "tally_undo")
         signals.grace, signals.sum_up = config.grace, functools.partial(sum_up, config, tally)
@@ -4423,7 +4586,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 0 if complete and not tally.counts[Outcome.FAILED] else 1
     except Stopped:
         return signals.exit_code(config.mode)
-    except Fatal as error:
+    except AnalyzeError as error:
         log.critical("%s", error)
         if not tally.counts:
             return 2

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -50,7 +51,7 @@ class Model(ia.Ai):
         self.hosts, self.stop = hosts, stop
 
     def describe(self, picture=PICTURE, check=lambda: None) -> str:
-        return super().describe(picture, check)
+        return super().describe(replace(picture, question=self._config.prompt), check)
 
     def troubles(self) -> list[str | None]:
         """What is wrong with each host, as a key."""

@@ -233,12 +233,12 @@ def test_only_what_is_wanted_is_told():
     item = {"exifInfo": {"city": "Rostock"}, "localDateTime": TAKEN, "people": [person("Anna")]}
     assert ia.facts_in(item, []) == {}
     assert set(ia.facts_in(item, ["people", "place"])) == {"people", "place"}
-    assert set(ia.facts_in(item, ia.FACTS)) == {"people", "place", "date"}
+    assert set(ia.facts_in(item, ia.READERS)) == {"people", "place", "date"}
 
 
 @pytest.mark.parametrize("item", [{}, {"people": 5, "exifInfo": [], "tags": {}, "ocr": None}, None])
 def test_odd_answers_leave_no_trace(item):
-    assert ia.facts_in(item, ia.FACTS) == {}
+    assert ia.facts_in(item, ia.READERS) == {}
 
 
 def test_the_order_of_facts_does_not_change_what_a_note_calls_them():

@@ -65,13 +65,15 @@ def immich_analyze(installed: Path, *argv: str) -> str:
     return run(installed / "bin" / "immich-analyze", *argv, PYTHONPATH=str(installed))
 
 
-def test_the_wheel_holds_the_module_its_texts_patterns_and_sql(wheel):
+def test_the_wheel_holds_the_module_and_what_it_reads(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == {
         "immich_analyze.py",
         "immich_analyze_i18n/answers.toml",
         "immich_analyze_i18n/en.json",
         "immich_analyze_i18n/immich.sql",
+        "immich_analyze_i18n/languages.toml",
+        "immich_analyze_i18n/question.jinja",
         "immich_analyze_i18n/ru.json",
     }
 

@@ -84,6 +84,9 @@ DEFAULTS = {
     "host_header": (),
     "preflight_model_check": True,
     "prompt": PROMPT,
+    "context": (),
+    "description_language": "",
+    "show_prompt": "",
     "think": False,
     "max_tokens": 4096,
     "context_length": 0,
@@ -207,6 +210,14 @@ OPTIONS = [
     ),
     Option("--api-key", "IMMICH_ANALYZE_API_KEY", "api_key", "a", "a", "b", "b"),
     Option("--prompt", "IMMICH_ANALYZE_PROMPT", "prompt", "What's that?", "What's that?", "b", "b"),
+    Option(
+        *("--context", "IMMICH_ANALYZE_CONTEXT", "context"),
+        *("Date, people,date", ("people", "date"), "gps", ("gps",)),
+    ),
+    Option(
+        *("--description-language", "IMMICH_ANALYZE_DESCRIPTION_LANGUAGE", "description_language"),
+        *("DE", "German", "Klingon", "Klingon"),
+    ),
     whole("--max-concurrent", "max_concurrent"),
     seconds("--unavailable-duration", "unavailable_duration"),
     seconds("--timeout", "timeout"),
@@ -270,6 +281,7 @@ SWITCHES = [
     ("preserve-human", "preserve_human", True, False),
     ("disable-ai-wrapper", "preserve_human", False, False),  # the default, said aloud
     ("retry-failed", "retry_failed", True, False),
+    ("enrich-prompt", "context", ia.ENRICHED, ()),
     ("think", "think", True, False),
     ("wait-for-immich", "wait_for_immich", True, False),
     ("preflight-model-check", "preflight_model_check", True, False),
@@ -382,6 +394,7 @@ def test_an_empty_variable_counts_as_unset(config, empty):
 
 
 ONLY_FLAGS = ("help", "version", "config", "monitor", "combined", "healthcheck", "undo", "dry_run")
+ONLY_FLAGS += ("show_prompt",)
 
 
 def test_every_option_with_a_value_has_a_variable_and_a_row_here():

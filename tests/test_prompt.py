@@ -1,0 +1,201 @@
+"""What a model is asked about a photo: the prompt, what is known of the photo, and the language."""
+
+import hashlib
+
+import pytest
+import servers
+from worlds import CHATS, asking
+
+import immich_analyze as ia
+
+FACTS = {
+    "people": ("Anna {{ 7 * 7 }}", "Ben (aged 7)"),
+    "place": ("Warnemünde", "Germany"),
+    "date": ("Sunday, 14 July 2019, afternoon",),
+    "gps": ("54.18, 12.08",),
+    "text": ("CAFÉ", "open\n\ndaily"),
+    "description": ("At the sea",),
+}
+TOLD = "Anna {{ 7 * 7 }}, Ben (aged 7)"
+RUSSIAN, GERMAN = "Кошка сидит на подоконнике и смотрит", "Eine Katze sitzt am Fenster und schaut"
+CHINESE = "一只猫坐在窗台上看着外面的街道"
+
+
+@pytest.fixture
+def asked(config):
+    """What is asked about a photo of which these facts are known."""
+
+    def ask(*argv: str, facts=FACTS) -> str:
+        return ia.question(ia.Photo("id", "photo.jpg", "", "", facts=facts), config(*argv))
+
+    return ask
+
+
+@pytest.mark.parametrize("prompt", ["Describe.\n", "\r\n\n\n Say {}, }} or % \n\n", ia.PROMPT])
+def test_a_plain_prompt_is_asked_to_the_byte_and_keeps_the_name_it_had(asked, config, prompt):
+    assert asked("--prompt", prompt) == prompt
+    before = hashlib.sha256(prompt.encode()).hexdigest()[:12]
+    assert config("--prompt", prompt).prompt_id == before
+
+
+def test_what_is_known_follows_the_prompt_each_fact_once_and_the_language_last(asked):
+    told = asked("--prompt", "Look.\n", "--context", "all", "--description-language", "de")
+    first, context, last = told.split("\n\n")
+    assert (first, last) == ("Look.", "Write the description in this language: German.")
+    lines = [TOLD, "Warnemünde, Germany", *FACTS["date"], "CAFÉ, open daily", "At the sea"]
+    assert [told.count(line) for line in lines] == [1] * len(lines)
+    assert all(context.splitlines())
+    assert FACTS["gps"][0] not in told
+    assert "invent no names" in context
+    assert "Mention the place and the date" in context
+
+
+def test_nothing_is_left_where_nothing_is_known(asked):
+    assert asked("--prompt", "Look.\n", "--context", "all", facts={}) == "Look.\n"
+    told = asked("--prompt", "Look.", "--context", "people,date", facts={"date": ("July 2019",)})
+    assert "Date: July 2019\n" in told
+    assert "People" not in told
+    assert told.count("\n\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "with_facts", "without"),
+    [
+        ("A.\n{{ people }}\nB.\n", f"A.\n{TOLD}\nB.\n", "A.\nB.\n"),
+        ("A.\n\n{{ people }}\n\nB.", f"A.\n\n{TOLD}\n\nB.", "A.\n\nB."),
+        ("A.\n{% if people %}\nSee {{ people }}.\n{% endif %}", f"A.\nSee {TOLD}.", "A."),
+        ("{{ people }}\nB{% if place %}!{% endif %}", f"{TOLD}\nB!", "B"),
+        ("{% for one in people.split(', ') %}<{{ one }}>{% endfor %}", "<Anna {{ 7 * 7 }}>"
+         "<Ben (aged 7)>", "<>"),
+        ("Use {{ language }}.", "Use Serbian.", "Use Serbian."),
+    ],
+)  # fmt: skip
+def test_a_template_is_filled_in(asked, prompt, with_facts, without):
+    argv = ["--prompt", prompt, "--description-language", "sr"]
+    request = "" if "language" in prompt else "\n\nWrite the description in this language: Serbian."
+    for facts, text in ((FACTS, with_facts), ({}, without)):
+        assert asked(*argv, facts=facts) == (text.rstrip("\n") if request else text) + request
+
+
+def test_a_template_may_say_where_the_rest_stands(asked):
+    told = asked("--prompt", "{{ place }}.\n\n{{ context }}\n\nB.\n", "--context", "people,place")
+    assert told.startswith("Warnemünde, Germany.\n\nThis is known of the photo:\nPeople")
+    assert told.endswith("\n\nB.\n")
+    assert [told.count(text) for text in (TOLD, "Warnemünde")] == [1, 1]
+    told = asked("--prompt", "{% if people %}Name them.{% endif %}")  # which says none of it
+    assert told.startswith("Name them.\n\nThis is known")
+    assert told.count(TOLD) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "line"),
+    [
+        ("A\n\n{{ peple }}", 3),
+        ("A\n{% if people %}{% if place %}{{ peple }}{% endif %}{% endif %}", 2),
+        ("A\n{% if people %}", 2),
+        ("A\n{{ 1 / people|length }}", 2),
+        ("A\n{{ people.__class__ }}", 2),
+        ("A\n{{ people|nothing }}", 2),
+        ("{% include 'secret' %}", 1),
+        ("\n{% for a in range(9 ** 9) %}{% for b in range(9 ** 9) %}{% endfor %}{% endfor %}", 2),
+        ("\n{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", 2),
+    ],
+)
+def test_a_template_that_cannot_work_is_refused_with_its_line(command, prompt, line):
+    done = command("--prompt", prompt)
+    assert done.returncode == 2
+    assert done.stderr.startswith(ia.t("bad_template", line=line, why=""))
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_prompt_may_be_in_a_file_but_not_also_beside_it(config, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text('"Look" at {{ place }}.\n')
+    asked = config("--prompt-file", str(file), environ={"IMMICH_ANALYZE_PROMPT": "Weaker"})
+    assert (asked.prompt, asked.context) == ('"Look" at {{ place }}.\n', ("place",))
+    named = {"IMMICH_ANALYZE_PROMPT_FILE": str(file)}
+    assert config(environ=named) == asked
+    assert config("--prompt", "P", environ=named).prompt == "P"
+    both = named | {"IMMICH_ANALYZE_PROMPT": "P"}
+    for argv, environ in ((["--prompt", "P", "--prompt-file", str(file)], {}), ([], both)):
+        with pytest.raises(ia.Fatal):
+            config(*argv, environ=environ)
+
+
+def test_what_shapes_the_answer_makes_another_prompt(config):
+    enriched = ["--context", "date,people", "--context", "place,tags,camera,file"]
+    made = [
+        config("--prompt", "P", *more).prompt_id
+        for more in (
+            *([], ["--description-language", "de"], ["--context", "date"], enriched),
+            *(["--description-language", "German"], ["--enrich-prompt"]),
+        )
+    ]
+    assert made[1] == made[4]
+    assert made[3] == made[5]
+    assert len(set(made)) == 4
+
+
+@pytest.mark.parametrize(
+    ("language", "answer", "taken"),
+    [
+        ("German", GERMAN, True),
+        ("German", CHINESE, False),
+        ("German", RUSSIAN, False),
+        ("German", f"{GERMAN} auf das Schild „{RUSSIAN}, {RUSSIAN}“.", True),
+        ("Serbian", GERMAN, True),
+        ("Serbian", RUSSIAN, True),
+        ("Serbian", CHINESE, False),
+        ("Japanese", "東京駅前広場", True),
+        ("Japanese", "ソファーの上に猫がいます", True),
+        ("Japanese", GERMAN, False),
+        ("Chinese", f"{CHINESE}, Samsung Galaxy Note", True),
+        ("Russian", "Selfie, 12:45", True),
+        ("Hindi", "एक बिल्ली खिड़की पर बैठी है", True),
+        ("Klingon", RUSSIAN, True),
+        ("", CHINESE, True),
+    ],
+)
+def test_an_answer_in_a_script_of_other_languages_is_none(language, answer, taken):
+    if taken:
+        assert ia.description_in(answer, language) == answer
+    else:
+        with pytest.raises(ia.Retryable) as caught:
+            ia.description_in(answer, language)
+        assert caught.value.key == "answer_foreign"
+
+
+def test_all_names_of_scripts_are_those_of_unicode():
+    letters = "Aя中あアα가عאतबతகকਗગಕകකไລមမאአሀაհᠠ"
+    known = {ia.unicodedata.name(letter).split()[0] for letter in letters}
+    assert {script for _, *scripts in ia.languages().values() for script in scripts} <= known
+
+
+@pytest.mark.slow
+def test_a_photo_whose_answer_is_in_another_script_is_asked_about_again(api, ollama, command):
+    id = api.add(picture=servers.own_picture(0))
+    said = iter([CHINESE, "Grau.", GERMAN])  # the second, of a plain picture
+    ollama.answer = lambda *_: next(said)
+    argv = ["--description-language", "de", "--retry-delay-seconds", "0"]
+    done = command(*api.argv, *asking(ollama), *argv)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert api.texts() == {id: GERMAN}
+    asked = {chat.json["messages"][0]["content"] for chat in ollama.find(*CHATS)}
+    assert asked == {f"{ia.PROMPT}\n\nWrite the description in this language: German."}
+
+
+@pytest.mark.slow
+def test_the_question_is_shown_and_nothing_is_asked_or_written(library, ollama, command):
+    id, before = library.add(picture=servers.own_picture(0)), library.state()
+    argv = [*library.argv, *asking(ollama), "--prompt", "Look.", "--description-language", "ru"]
+    for named in (id, f"https://photos.example.org/albums/{id[::-1]}/photos/{id}"):
+        done = command(*argv, "--show-prompt", named)
+        asked = "Look.\n\nWrite the description in this language: Russian.\n"
+        assert (done.returncode, done.stdout, done.stderr) == (0, asked, "")
+    for strange in (id[:-1] + ("1" if id[-1] == "0" else "0"), "x/y"):
+        done = command(*argv, "--show-prompt", strange)
+        unknown = ia.t("unknown_photo", photo=strange)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{unknown}\n")
+    assert ollama.find(*CHATS) == []
+    assert library.state() == before
+    assert library.writes() == []
