@@ -1141,6 +1141,11 @@ def date_in(item: object) -> Iterator[str]:
         yield f"{taken:%A}, {taken.day} {taken:%B %Y}, {DAYTIMES[hours]}"
 
 
+def albums_in(item: object) -> list[str]:
+    """The names of the albums that the photo's owner has or shares."""
+    return [one_line(name) for name in dig_list(item, "albums")]
+
+
 def tags_in(item: object) -> list[str]:
     """The last part of each tag, but of those that contain another one."""
     paths = [text_at(tag, "value") for tag in dig_list(item, "tags")]
@@ -1182,7 +1187,7 @@ READERS: dict[str, Callable[[object], Iterable[str]]] = {
     "place": place_in,
     "gps": position_in,
     "date": date_in,
-    "albums": lambda item: map(one_line, dig_list(item, "albums")),
+    "albums": albums_in,
     "tags": tags_in,
     "camera": camera_in,
     "file": file_in,
