@@ -1,11 +1,22 @@
 """What is known of a photo: who, where, when, in which album, and how it gets into a question."""
 
 import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import sandbox
+import servers
+from facts import Album, Line, Person
+from hours import Hours
+from servers import FakeImmich, FakeOllama
+from worlds import CHATS, ApiWorld, SqlWorld, World, shown
 
 import immich_analyze as ia
+
+pytestmark = pytest.mark.slow
 
 TAKEN = "2019-07-14T15:30:00.000Z"  # the clock of the place, although it ends with Z
 
@@ -247,3 +258,115 @@ def test_the_order_of_facts_does_not_change_what_a_note_calls_them():
     assert ia.facts_id({"people": ("a",)}, ["people"]) not in names
     assert ia.facts_id({"date": ("a",)}, ["date", "camera"]) == ""
     assert ia.facts_id({}, ["people"]) != ia.facts_id({}, ["people", "place"])
+
+
+# --- In whole libraries, of all generations ----------------------------------------------------
+
+ALL = "people,place,gps,date,albums,tags,camera,file,text"
+READABLE = ("asset.read", "asset.view", "asset.update", "album.read", "tag.read")
+CITIES = (("Warnemünde", "Mecklenburg-Vorpommern", "Germany"), ("Oslo", "", "Norway"))
+
+
+def api(version: str, *, partners: bool = False) -> FakeImmich:
+    """A server whose one key may read albums and tags."""
+    keys = {"key": servers.FakeKey("alice", READABLE)}
+    return FakeImmich(version, keys, partners={"alice": ["bob"]} if partners else {})
+
+
+@pytest.fixture(params=["1.132.3", "1.135.3", "2.7.5", "3.1.0", "3.3.5"])
+def any_api(request: pytest.FixtureRequest) -> Iterator[ApiWorld]:
+    with api(request.param, partners=True) as server:
+        yield ApiWorld(server)
+    server.check()
+
+
+@pytest.fixture(params=sandbox.VERSIONS)
+def any_database(request: Any, photos: Any, postgres: sandbox.Postgres) -> SqlWorld:
+    return SqlWorld(photos(request.param), postgres)
+
+
+@pytest.fixture(params=["any_api", "any_database"])
+def any_library(request: pytest.FixtureRequest) -> World:
+    return request.getfixturevalue(request.param)
+
+
+def questions(model: FakeOllama) -> dict[bytes, str]:
+    """What was asked about each photo, by its picture."""
+    return {shown(chat): chat.json["messages"][0]["content"] for chat in model.find(*CHATS)}
+
+
+def told(question: str) -> dict[str, str]:
+    """The facts in a question, by the words before them; each is there once."""
+    lines = [line.partition(": ")[::2] for line in question.splitlines() if ": " in line]
+    names = {"People in it", "Place", "Coordinates", "Date", "Albums", "Tags", "Camera"}
+    names |= {"File name", "Text in it", "A person's description"}
+    found = [(name, text) for name, text in lines if name in names]
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+PEOPLE = [
+    Person("Zoë", "1980-02-29", x=100),
+    Person("Anna {{ x }}", x=500),
+    Person("Ben", "2012-07-15", x=300),
+    Person("", x=700),
+    Person("Hidden", hidden=True, x=50),
+]
+TAKEN_ON = "2019-07-14T15:30:00"
+NAMES = {"Zoë": "Zoë (aged 39)", "Anna {{ x }}": "Anna {{ x }}", "Ben": "Ben (aged 6)"}
+CAMERA = {"make": "Canon", "model": "Canon EOS R6", "exposureTime": "1/250", "iso": 100}
+
+
+def some_facts(rng: random.Random, library: World) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a photo is put in with, and what is to be told of it."""
+    version = getattr(getattr(library, "server", None), "version", (99,))
+    on_it = [person for person in PEOPLE if rng.random() < 0.5]
+    known = [person for person in on_it if person.name in NAMES]
+    boxes = isinstance(library, SqlWorld) or version < (3,)
+    known.sort(key=lambda person: person.x if boxes else person.name)
+    city, state, country = place = rng.choice(CITIES)
+    tags = rng.sample(["Travel/Sea", "Travel", "Family"], rng.randint(0, 3))
+    albums = rng.sample(["Summer", "Home, 2019"], rng.randint(0, 2))
+    text = rng.choice([[], ["HARBOUR", Line("gone", visible=False), "café"]])
+    fields = {"people": on_it, "place": place, "tags": tags, "albums": albums, "ocr": text}
+    fields |= {"gps": (54.5, 12.25), "taken": TAKEN_ON, "camera": CAMERA}
+    deepest = {tag.rpartition("/")[2] for tag in tags} - ({"Travel"} if "Travel/Sea" in tags else set())
+    wanted = {
+        "People in it": ", ".join(NAMES[person.name] for person in known),
+        "Place": f"{city}, {state}, {country}" if state else f"{city}, {country}",
+        "Coordinates": "54.50000, 12.25000",
+        "Date": "Sunday, 14 July 2019, afternoon",
+        "Albums": ", ".join(sorted(albums)),
+        "Tags": ", ".join(sorted(deepest)),
+        "Camera": "Canon EOS R6, 1/250 s, ISO 100",
+        "File name": "Our boat",
+        "Text in it": "HARBOUR café" if text else "",
+    }
+    return fields, wanted
+
+
+def in_order(facts: dict[str, str]) -> dict[str, str]:
+    """Facts whose order nobody chose, sorted."""
+    split = {name: sorted(text.split(", ")) for name, text in facts.items()}
+    return facts | {n: ", ".join(split[n]) for n in ("Albums", "Tags") if n in facts}
+
+
+def test_each_question_holds_the_facts_of_its_photo_and_no_others(
+    hours: Hours, any_library: World, ollama: FakeOllama
+) -> None:
+    rng, wanted = random.Random(11), {}
+    version = getattr(getattr(any_library, "server", None), "version", None)
+    version = version or any_library.photos.version
+    for number in range(40):
+        fields, facts = some_facts(rng, any_library)
+        if isinstance(any_library, ApiWorld) and version < (1, 135):
+            facts["Albums"] = ""
+        if not any_library.has_text():
+            facts["Text in it"] = ""
+        picture = servers.own_picture(number)
+        any_library.add("Our boat.jpg", picture=picture, **fields)
+        wanted[picture] = in_order({name: text for name, text in facts.items() if text})
+    with hours.batch(any_library, ollama, "--context", ALL) as run:
+        pass
+    assert run.counts == {"described": 40}
+    assert {picture: in_order(told(text)) for picture, text in questions(ollama).items()} == wanted
