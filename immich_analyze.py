@@ -380,9 +380,9 @@ class Config:
         "MODE", one_of(Mode), default="batch", alone=(Mode.MONITOR, Mode.COMBINED), heading="work"
     )
     policy: Policy = option("POLICY", one_of(Policy), flags=("--overwrite-policy", "-O"))
-    overwrite_existing: bool = switch(flags=("--overwrite-existing", "-o"))
+    overwrite_existing: bool = switch(flags=("--overwrite-existing", "-o"))  # then policy is all
     preserve_human: bool = switch(flags=("--preserve-human", "-p"))
-    disable_ai_wrapper: bool = switch()
+    disable_ai_wrapper: bool = switch()  # refused with preserve_human
     retry_failed: bool = switch()
     ignore_descriptions: tuple[str, ...] = option("TEXTS", words, action="extend")
     shard: tuple[int, int] = option("K/N", share, default="1/1")  # which, of how many
@@ -459,7 +459,7 @@ class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
             items = [item for line in stream for item in read([line]).items()]
         except (configargparse.ConfigFileParserException, UnicodeDecodeError) as error:
             raise Fatal("bad_config_file", file=stream.name) from error
-        lists = [one.name for one in fields(Config) if one.metadata.get("action") == "extend"]
+        lists = [f.name for f in fields(Config) if f.metadata.get("action") == "extend"]
         for name, value in items:
             key = name.lstrip("-")
             text = "\n".join(map(str, value)) if isinstance(value, list) else value
