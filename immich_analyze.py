@@ -50,7 +50,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
@@ -246,8 +246,7 @@ SHOWN = r"(?s){{.*?}}|{%-?\s*(?:for|set)\b.*?%}"  # what puts something into the
 INTERFACES = ("ollama", "llamacpp", "openrouter")
 USUAL_HOSTS = {"openrouter": "https://openrouter.ai/api"}  # else on this machine
 SIZES = ("preview", "thumbnail", "fullsize")  # of a picture, as Immich calls them
-PAUSES = ("unavailable_duration", "wait_retry_interval", "file_check_interval")
-SHORTEST_PAUSE = 0.5  # seconds, for those of 0
+SHORTEST_PAUSE = 0.5  # seconds, where 0 is asked for
 CONFIG_FILES = ("/etc/immich-analyze.conf", "~/.config/immich-analyze.conf")
 DB_KEYWORDS = {  # Immich's own variables: keyword of libpq and default
     "DB_HOSTNAME": ("host", "database"),
@@ -260,95 +259,21 @@ DB_KEYWORDS = {  # Immich's own variables: keyword of libpq and default
 OURS = ("IMMICH_", "DB_")  # how the names of variables begin
 # In logging's numbers; `warn` and `trace` as in RUST_LOG.
 LOG_LEVELS = {"error": 40, "warning": 30, "warn": 30, "info": 20, "debug": 10, "trace": 10}
+Convert = Callable[[str], Any]  # what turns an option's text into its value
 Header = tuple[str, str]  # name and value
 HEADER = r"(?!content-length|transfer-enc)([\w!#-'*+.^`|~-]+)[ \t]*:[ \t]*([!-~][\t -~]*)"
 NOT_UTF8 = "[\ud800-\udfff]"  # how Python reads other bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
-    """What was asked. Durations are seconds; secrets never show in its repr."""
-
-    mode: Mode
-    policy: Policy
-    preserve_human: bool  # our text in a block of its own, all else as it was
-    retry_failed: bool
-    undo: bool
-    dry_run: bool
-    ignore_descriptions: tuple[str, ...]  # with * for any part
-    access: Access
-    access_ambiguous: bool  # both libraries were given, and nothing said which to take
-    notices: tuple[AnalyzeError, ...]  # what is odd about the settings, for people to know
-    immich_root: Path
-    thumbs_root: Path | None  # where it is not below immich_root
-    postgres_url: str = field(repr=False)
-    immich_api_url: str = field(repr=False)
-    immich_api_keys: tuple[str, ...] = field(repr=False)
-    immich_header: tuple[Header, ...] = field(repr=False)
-    thumbnail_size: str
-    api_poll_interval: float
-    interface: str
-    model_name: str
-    hosts: tuple[str, ...] = field(repr=False)
-    api_key: str = field(repr=False)
-    host_header: tuple[Header, ...] = field(repr=False)
-    preflight_model_check: bool
-    prompt: str  # a template, if it has any TAG
-    context: tuple[str, ...]  # the FACTS that are asked for
-    description_language: str  # in English, where it is a known one; "" for any
-    show_prompt: str  # id of the photo whose question is to be shown, or a link to it
-    think: bool
-    max_tokens: int
-    context_length: int  # tokens, 0 = the server's
-    model_options: dict[str, Any]  # further parameters of the model
-    max_image_size: int  # pixels of the longer side, 0 = as Immich made it
-    max_concurrent: int
-    shard: tuple[int, int]  # which, from 1 on, of how many
-    timeout: float
-    max_retries: int  # 0 = no limit
-    retry_delay_seconds: float
-    unavailable_duration: float
-    file_write_timeout: float
-    file_check_interval: float
-    event_cooldown: float
-    wait_for_immich: bool
-    wait_timeout: float  # 0 = no limit
-    wait_retry_interval: float
-    health_port: int  # 0 = off
-    health_host: str
-    healthcheck: bool
-    grace: float
-    final_output: bool
-    lang: str
-    log_level: int | None  # None = by where the output goes
-
-    @property
-    def prompt_id(self) -> str:
-        """What notes call all that shapes an answer: 12 hex digits of its SHA-256."""
-        options = json.dumps(self.model_options, sort_keys=True) if self.model_options else ""
-        more = [*self.context, self.description_language]
-        further = json.dumps(more) if any(more) else ""
-        return sha256((self.prompt + options + further).encode()).hexdigest()[:12]
-
-
-def language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
-    """The language of all texts, which complaints about options need too."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--lang", nargs="?", default=environ.get("IMMICH_ANALYZE_LANG"))
-    chosen = (finder.parse_known_args(argv)[0].lang or "").lower()
-    locale = next((v for n in ("LC_ALL", "LC_MESSAGES", "LANG") if (v := environ.get(n))), "")
-    return next((code for code in (chosen, locale[:2]) if code in LANGUAGES), "en")
-
-
-def number(least: float, *, whole: bool = False, above: bool = False) -> Callable[[str], float]:
-    """Converter for a finite number from `least` on (or strictly above it)."""
+def number(least: float, *, whole: bool = False, above: bool = False, zero: float = 0) -> Convert:
+    """Converter for a finite number from `least` on (or strictly above it), `zero` for 0."""
     key = "not_a_whole_number" if whole else "not_above" if above else "not_a_number"
 
     def convert(text: str) -> float:
         with suppress(ValueError, OverflowError):
             value = int(text) if whole else float(text)
             if math.isfinite(value) and (value > least if above else value >= least):
-                return value if whole else min(value, threading.TIMEOUT_MAX)
+                return value if whole else min(value or zero, threading.TIMEOUT_MAX)
         raise argparse.ArgumentTypeError(t(key, value=text, least=f"{least:g}"))
 
     return convert
@@ -362,7 +287,7 @@ def port(text: str) -> int:
     return value
 
 
-def shard(text: str) -> tuple[int, int]:
+def share(text: str) -> tuple[int, int]:
     """Converter for a share of the photos such as 2/5, the second of five."""
     match = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", text)
     which, count = map(int, match.groups()) if match else (0, 0)
@@ -371,7 +296,7 @@ def shard(text: str) -> tuple[int, int]:
     return which, count
 
 
-def model_options(text: str) -> dict[str, Any]:
+def parameters(text: str) -> dict[str, Any]:
     """Converter for further parameters of the model: a JSON object, without what is ours."""
     with suppress(ValueError, RecursionError):
         value = json.loads(text)
@@ -380,14 +305,15 @@ def model_options(text: str) -> dict[str, Any]:
     raise argparse.ArgumentTypeError(t("not_model_options", value=text))
 
 
-def one_of(names: Iterable[str], **others: str) -> Callable[[str], str]:
+def one_of(names: Iterable[str], **others: str) -> Convert:
     """Converter for one of a few words, in any case, or another word for one of them."""
 
     def convert(text: str) -> str:
         word = others.get(text.lower(), text.lower())
-        if word not in names:
-            raise argparse.ArgumentTypeError(t("not_one_of", value=text, names=", ".join(names)))
-        return next(name for name in names if name == word)
+        for name in names:
+            if name == word:
+                return name
+        raise argparse.ArgumentTypeError(t("not_one_of", value=text, names=", ".join(names)))
 
     return convert
 
@@ -473,14 +399,117 @@ def language_name(text: str) -> str:
     return languages().get(name.lower(), [name])[0]
 
 
-LISTS: dict[str, Callable[[str], Any]] = {  # what adds up when it is repeated, and its converter
-    "hosts": web_addresses,
-    "context": facts,
-    "ignore_descriptions": words,
-    "immich_api_keys": words,
-    "immich_header": headers,
-    "host_header": headers,
-}
+def file_text(file: str) -> str:
+    """What a file that holds a setting says; Fatal if it cannot be read."""
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise Fatal("unreadable_file", file=file, why=why) from error
+
+
+def read_text(file: str) -> str:
+    """The same without line ends and quotes around it."""
+    return plain(file_text(file))
+
+
+def option(metavar: str, convert: Convert = unicode_text, *, shown: bool = True, **row: Any) -> Any:
+    """A field that an option sets; `add_setting` and argparse tell what its row may hold."""
+    return field(repr=shown, metadata={"metavar": metavar, "type": convert} | row)
+
+
+def secret(metavar: str, convert: Convert = unicode_text, **row: Any) -> Any:
+    """A field that is never shown, and that a file may hold, which a second option names."""
+    return option(metavar, convert, shown=False, in_file=read_text, **row)
+
+
+def switch(**row: Any) -> Any:
+    """A field that is on or off; the opposite of its option begins with --no-."""
+    return field(metadata={"action": argparse.BooleanOptionalAction, "default": False} | row)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What was asked: each setting with its option, in the order of --help, which explains them.
+
+    Durations are seconds. Lists add up when they are repeated. Secrets never show in the repr.
+    """
+
+    notices: tuple[AnalyzeError, ...]  # what is odd about the settings, for people to know
+    access_ambiguous: bool  # both libraries were given, and nothing said which to take
+
+    mode: Mode = option(
+        "MODE", one_of(Mode), default="batch", alone=(Mode.MONITOR, Mode.COMBINED), heading="work"
+    )
+    policy: Policy = option("POLICY", one_of(Policy), flags=("--overwrite-policy", "-O"))
+    overwrite_existing: bool = switch(flags=("--overwrite-existing", "-o"))  # then policy is all
+    preserve_human: bool = switch(flags=("--preserve-human", "-p"))
+    disable_ai_wrapper: bool = switch()  # refused with preserve_human
+    retry_failed: bool = switch()
+    ignore_descriptions: tuple[str, ...] = option("TEXTS", words, action="extend")
+    shard: tuple[int, int] = option("K/N", share, default="1/1")  # which, of how many
+    undo: bool = switch(action="store_true", env="")
+    dry_run: bool = switch(action="store_true", env="")
+    prompt: str = option("TEXT", default=PROMPT, in_file=file_text)  # a template, if it has a TAG
+    context: tuple[str, ...] = option("LIST", facts, action="extend")  # the FACTS asked for
+    enrich_prompt: bool = switch()  # then they are ENRICHED at least
+    description_language: str = option("LANGUAGE", language_name, default="")
+    show_prompt: str = option("ID", default="", env="")  # of a photo, or a link to it
+
+    access: Access = option(
+        "ACCESS", one_of(Access), flags=("--data-access-mode", "-d"), heading="library"
+    )
+    immich_root: Path = option("FOLDER", Path, default=Path("/var/lib/immich"))
+    thumbs_root: Path | None = option("FOLDER", Path)
+    postgres_url: str = secret("URL")
+    immich_api_url: str = option("URL", web_address, shown=False, env="IMMICH_API_URL")
+    immich_api_keys: tuple[str, ...] = secret("KEYS", words, action="extend", env="IMMICH_API_KEY")
+    immich_header: tuple[Header, ...] = secret("HEADER", headers, action="extend")
+    thumbnail_size: str = option("SIZE", one_of(SIZES), default=SIZES[0])
+    api_poll_interval: float = option("S", number(0, above=True), default=10)
+    wait_for_immich: bool = switch(default=True)
+    wait_timeout: float = option("S", number(0), default=120)
+    wait_retry_interval: float = option("S", number(0, zero=SHORTEST_PAUSE), default=5)
+
+    interface: str = option(
+        "NAME", one_of(INTERFACES, openai="llamacpp"), default="ollama", heading="model"
+    )
+    hosts: tuple[str, ...] = option("URLS", web_addresses, shown=False, action="extend")
+    model_name: str = option("NAME", default="qwen3-vl:4b-thinking-q4_K_M")
+    api_key: str = secret("KEY")
+    host_header: tuple[Header, ...] = secret("HEADER", headers, action="extend")
+    preflight_model_check: bool = switch(default=True)
+    max_concurrent: int = option("N", number(1, whole=True), default=4)
+    timeout: float = option("S", number(0, above=True), default=300)
+    max_tokens: int = option("N", number(1, whole=True), default=4096)
+    context_length: int = option("N", number(0, whole=True), default=0)
+    model_options: dict[str, Any] = option("JSON", parameters, default="{}")
+    think: bool = switch()
+    max_image_size: int = option("PIXELS", number(0, whole=True), default=0)
+    max_retries: int = option("N", number(0, whole=True), default=0)
+    retry_delay_seconds: float = option("S", number(0), default=5)
+    unavailable_duration: float = option("S", number(0, zero=SHORTEST_PAUSE), default=60)
+
+    file_write_timeout: float = option("S", number(0), default=30, heading="files")
+    file_check_interval: float = option("MS", number(0, zero=1000 * SHORTEST_PAUSE), default=500)
+    event_cooldown: float = option("S", number(0), default=2)
+
+    health_port: int = option("PORT", port, default=0, heading="health")
+    health_host: str = option("HOST", default="127.0.0.1")
+    healthcheck: bool = switch(action="store_true", env="")
+
+    lang: str = option("LANG", heading="output")
+    log_level: int | None = option("LEVEL", one_of(LOG_LEVELS))  # None = by where the output goes
+    final_output: bool = switch(default=True)
+    grace: float = option("S", number(0), default=30)
+
+    @property
+    def prompt_id(self) -> str:
+        """What notes call all that shapes an answer: 12 hex digits of its SHA-256."""
+        options = json.dumps(self.model_options, sort_keys=True) if self.model_options else ""
+        more = [*self.context, self.description_language]
+        further = json.dumps(more) if any(more) else ""
+        return sha256((self.prompt + options + further).encode()).hexdigest()[:12]
 
 
 def opposite(switch: str) -> str:
@@ -498,24 +527,15 @@ class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
             items = [item for line in stream for item in read([line]).items()]
         except (configargparse.ConfigFileParserException, UnicodeDecodeError) as error:
             raise Fatal("bad_config_file", file=stream.name) from error
+        lists = [f.name for f in fields(Config) if f.metadata.get("action") == "extend"]
         for name, value in items:
             key = name.lstrip("-")
             text = "\n".join(map(str, value)) if isinstance(value, list) else value
             if key.startswith("no-") and opposite(text) != text:
                 key, text = key.removeprefix("no-"), opposite(text)
-            adds_up = key in settings and key.replace("-", "_") in LISTS
+            adds_up = key in settings and key.replace("-", "_") in lists
             settings[key] = f"{settings[key]}\n{text}" if adds_up else text
         return settings
-
-
-def read_text(file: str, *, whole: bool = False) -> str:
-    """What a file that holds a setting says; Fatal if it cannot be read."""
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-        return text if whole else plain(text)
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or type(error).__name__
-        raise Fatal("unreadable_file", file=file, why=why) from error
 
 
 def open_config(file: str) -> IO[str]:
@@ -547,8 +567,34 @@ class Parser(configargparse.ArgumentParser):  # type: ignore[misc]
         raise Fatal("bad_setting", problem=f"{name}: {problem}")
 
 
-def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
-    """The table of options: name, variable, converter, default."""
+def add(group: Any, *flags: str, env: str | None = None, **more: Any) -> None:
+    """Add an option; its variable is IMMICH_ANALYZE_<OPTION> unless named."""
+    option = flags[0].lstrip("-").replace("-", "_")
+    variable = f"IMMICH_ANALYZE_{option.upper()}" if env is None else env
+    text, default = t(f"help_{option}"), more.get("default")
+    if default not in (None, False, "", argparse.SUPPRESS):
+        text += f" ({default})".replace("%", "%%")
+    text += f" [{variable}]" if variable else ""
+    group.add_argument(*flags, env_var=variable, help=text, **more)
+
+
+def add_setting(group: Any, name: str, row: dict[str, Any]) -> None:
+    """Add a field's option; beside it those that say one value alone, or name a file with it."""
+    flags = row.pop("flags", [f"--{name.replace('_', '-')}"])
+    alone, in_file = row.pop("alone", ()), row.pop("in_file", False)
+    ways = group.add_mutually_exclusive_group()
+    add(ways, *flags, dest=name, **row)
+    for value in alone:
+        const = {"action": "store_const", "const": value, "default": argparse.SUPPRESS}
+        add(ways, f"--{value}", f"-{value[0]}", env="", dest=name, **const)
+    if in_file:
+        env, action = row.get("env"), row.get("action", "store")
+        more = {"action": action, "type": lambda file: [unicode_text(file)], "metavar": "FILE"}
+        add(ways, f"{flags[0]}-file", env=env and f"{env}_FILE", **more)
+
+
+def build_parser() -> Parser:
+    """All options: those of Config, and the parser's own."""
     parser = Parser(
         prog="immich-analyze",
         usage="%(prog)s [options]",
@@ -563,104 +609,16 @@ def build_parser() -> Parser:  # noqa: PLR0915 - a table, one row an option
         config_file_parser_class=FileParser,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
     )
-
-    def add(group: Any, *flags: str, env: str | None = None, **more: Any) -> None:
-        """Add an option; its variable is IMMICH_ANALYZE_<OPTION> unless named."""
-        option = flags[0].lstrip("-").replace("-", "_")
-        variable = f"IMMICH_ANALYZE_{option.upper()}" if env is None else env
-        text = t(f"help_{option}")
-        default = more.get("default")
-        if default not in (None, False, argparse.SUPPRESS):
-            shown = f"{default:g}" if isinstance(default, float) else str(default)
-            text += f" ({shown})".replace("%", "%%")
-        text += f" [{variable}]" if variable else ""
-        group.add_argument(*flags, env_var=variable, help=text, **more)
-
-    def secret(group: Any, flag: str, metavar: str, env: str | None = None) -> None:
-        """Add an option, and its twin that names a file which holds the same."""
-        convert, twins = LISTS.get(flag[2:].replace("-", "_")), group.add_mutually_exclusive_group()
-        action, files = ("extend", "append") if convert else ("store", "store")
-        add(twins, flag, env=env, action=action, type=convert, metavar=metavar)
-        add(twins, f"{flag}-file", env=env and f"{env}_FILE", action=files, metavar="FILE")
-
-    parser.register("type", None, unicode_text)  # of options that name no other
-    switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-    seconds = number(0, above=True)
-
-    work = parser.add_argument_group(t("help_group_work"))
-    mode = work.add_mutually_exclusive_group()
-    add(mode, "--mode", type=one_of(list(Mode)), default=Mode.BATCH.value, metavar="MODE")
-    for flag, value in (("-m", Mode.MONITOR), ("-c", Mode.COMBINED)):
-        more = {"const": value, "default": argparse.SUPPRESS}
-        add(mode, f"--{value}", flag, env="", action="store_const", dest="mode", **more)
-    add(work, "--overwrite-policy", "-O", type=one_of(list(Policy)), metavar="POLICY")
-    add(work, "--overwrite-existing", "-o", default=False, **switch)
-    add(work, "--preserve-human", "-p", default=False, **switch)
-    add(work, "--disable-ai-wrapper", default=False, **switch)
-    add(work, "--retry-failed", default=False, **switch)
-    add(work, "--ignore-descriptions", type=words, action="extend", metavar="TEXTS")
-    add(work, "--shard", type=shard, default="1/1", metavar="K/N")
-    add(work, "--undo", env="", action="store_true")
-    add(work, "--dry-run", env="", action="store_true")
-    prompt = work.add_mutually_exclusive_group()
-    add(prompt, "--prompt", default=PROMPT, metavar="TEXT")
-    add(prompt, "--prompt-file", type=Path, metavar="FILE")
-    add(work, "--context", type=facts, action="extend", metavar="LIST")
-    add(work, "--enrich-prompt", default=False, **switch)
-    add(work, "--description-language", type=language_name, metavar="LANGUAGE")
-    add(work, "--show-prompt", env="", metavar="ID")
-
-    library = parser.add_argument_group(t("help_group_library"))
-    add(library, "--data-access-mode", "-d", type=one_of(list(Access)), metavar="ACCESS")
-    add(library, "--immich-root", type=Path, default=Path("/var/lib/immich"), metavar="FOLDER")
-    add(library, "--thumbs-root", type=Path, metavar="FOLDER")
-    secret(library, "--postgres-url", "URL")
-    add(library, "--immich-api-url", env="IMMICH_API_URL", type=web_address, metavar="URL")
-    secret(library, "--immich-api-keys", "KEYS", env="IMMICH_API_KEY")
-    secret(library, "--immich-header", "HEADER")
-    add(library, "--thumbnail-size", type=one_of(SIZES), default=SIZES[0], metavar="SIZE")
-    add(library, "--api-poll-interval", type=seconds, default=10.0, metavar="S")
-    add(library, "--wait-for-immich", default=True, **switch)
-    add(library, "--wait-timeout", type=number(0), default=120.0, metavar="S")
-    add(library, "--wait-retry-interval", type=number(0), default=5.0, metavar="S")
-
-    model = parser.add_argument_group(t("help_group_model"))
-    speaks = one_of(INTERFACES, openai="llamacpp")
-    add(model, "--interface", type=speaks, default="ollama", metavar="NAME")
-    add(model, "--hosts", type=web_addresses, action="extend", metavar="URLS")
-    add(model, "--model-name", default="qwen3-vl:4b-thinking-q4_K_M", metavar="NAME")
-    secret(model, "--api-key", "KEY")
-    secret(model, "--host-header", "HEADER")
-    add(model, "--preflight-model-check", default=True, **switch)
-    add(model, "--max-concurrent", type=number(1, whole=True), default=4, metavar="N")
-    add(model, "--timeout", type=seconds, default=300.0, metavar="S")
-    add(model, "--max-tokens", type=number(1, whole=True), default=4096, metavar="N")
-    add(model, "--context-length", type=number(0, whole=True), default=0, metavar="N")
-    add(model, "--model-options", type=model_options, default="{}", metavar="JSON")
-    add(model, "--think", default=False, **switch)
-    add(model, "--max-image-size", type=number(0, whole=True), default=0, metavar="PIXELS")
-    add(model, "--max-retries", type=number(0, whole=True), default=0, metavar="N")
-    add(model, "--retry-delay-seconds", type=number(0), default=5.0, metavar="S")
-    add(model, "--unavailable-duration", type=number(0), default=60.0, metavar="S")
-
-    files = parser.add_argument_group(t("help_group_files"))
-    add(files, "--file-write-timeout", type=number(0), default=30.0, metavar="S")
-    add(files, "--file-check-interval", type=number(0), default=500.0, metavar="MS")
-    add(files, "--event-cooldown", type=number(0), default=2.0, metavar="S")
-
-    health = parser.add_argument_group(t("help_group_health"))
-    add(health, "--health-port", type=port, default=0, metavar="PORT")
-    add(health, "--health-host", default="127.0.0.1", metavar="HOST")
-    add(health, "--healthcheck", env="", action="store_true")
-
-    output = parser.add_argument_group(t("help_group_output"))
-    add(output, "--lang", metavar="LANG")
-    add(output, "--log-level", type=one_of(LOG_LEVELS), metavar="LEVEL")
-    add(output, "--final-output", default=True, **switch)
-    add(output, "--grace", type=number(0), default=30.0, metavar="S")
-    add(output, "--config", env="", type=str, is_config_file=True, metavar="FILE")
-    add(output, "--help", "-h", env="", action="help")
-    add(output, "--version", "-V", env="", action="version", version=f"%(prog)s {__version__}")
+    group: Any = parser
+    for setting in fields(Config):
+        row = dict(setting.metadata)
+        if heading := row.pop("heading", ""):
+            group = parser.add_argument_group(t(f"help_group_{heading}"))
+        if row:
+            add_setting(group, setting.name, row)
+    add(group, "--config", env="", type=str, is_config_file=True, metavar="FILE")
+    add(group, "--help", "-h", env="", action="help")
+    add(group, "--version", "-V", env="", action="version", version=f"%(prog)s {__version__}")
     return parser
 
 
@@ -697,6 +655,15 @@ def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, st
     return known
 
 
+def language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
+    """The language of all texts, which complaints about options need too."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--lang", nargs="?", default=environ.get("IMMICH_ANALYZE_LANG"))
+    chosen = (finder.parse_known_args(argv)[0].lang or "").lower()
+    locale = next((v for n in ("LC_ALL", "LC_MESSAGES", "LANG") if (v := environ.get(n))), "")
+    return next((code for code in (chosen, locale[:2]) if code in LANGUAGES), "en")
+
+
 def like(name: str, names: Iterable[str]) -> str:
     """The name that another one was meant to be: the shortest that goes on, else the nearest."""
     longer = min((other for other in names if other.startswith(name)), key=len, default=None)
@@ -729,36 +696,37 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Config:
     """Apply the rules that span several options; Fatal where they contradict each other."""
     given = vars(options)
-    for name in ("postgres_url", "api_key", *LISTS):
-        convert, files = LISTS.get(name, str.strip), given.get(f"{name}_file") or []
-        for file in [files] if isinstance(files, str) else files:
-            given[name] = (given[name] or convert("")) + convert(read_text(file))
-    given |= {name: tuple(dict.fromkeys(given[name] or ())) for name in LISTS}
-    for name in ("immich_root", "thumbs_root"):
-        if (root := given[name]) and not root.is_absolute():
-            given[name] = root.absolute()
-            options.notices.append(AnalyzeError("root_relative", root=given[name]))
+    for setting in fields(Config):
+        name, row = setting.name, setting.metadata
+        if files := given.get(f"{name}_file"):
+            given[name] = row["type"]("\n".join(map(row["in_file"], files)))
+        if row.get("action") == "extend":
+            given[name] = tuple(dict.fromkeys(given[name] or ()))
+    roots = {n: root.absolute() for n in ("immich_root", "thumbs_root") if (root := given[n])}
+    moved = [root for name, root in roots.items() if root != given[name]]
     url, (database_url, named) = (options.postgres_url or "").strip(), database(environ)
     api_url, keys = options.immich_api_url or "", options.immich_api_keys
     wanted = (api_url and keys) or ((api_url or keys) and not named)
-    access = options.data_access_mode or (Access.API if wanted and not url else Access.DATABASE)
+    access = options.access or (Access.API if wanted and not url else Access.DATABASE)
     if access == Access.API and not (api_url and keys):
         raise Fatal("api_key_missing" if api_url else "api_url_missing")
     usual = Policy.ALL if options.overwrite_existing else Policy.NONE
-    policy = Policy.ALL if options.undo else options.overwrite_policy or usual
+    policy = Policy.ALL if options.undo else options.policy or usual
     preserve = options.preserve_human or policy is Policy.MISSING_AI
     if preserve and options.disable_ai_wrapper:
         raise Fatal("wrapper_needed")
     if (options.undo and options.mode.monitors) or (options.dry_run and not options.undo):
         raise Fatal("undo_alone")
-    given |= asked(options) | {
+    wanted = placeholders(options.prompt).union(options.context, ENRICHED * options.enrich_prompt)
+    given |= roots | {
+        "context": tuple(name for name in FACTS if name in wanted),
         "policy": policy,
         "preserve_human": preserve,
         "retry_failed": options.retry_failed or options.undo,
         "ignore_descriptions": () if options.undo else given["ignore_descriptions"],
         "access": access,
-        "access_ambiguous": bool((url or named) and keys and not options.data_access_mode),
-        "notices": tuple(options.notices),
+        "access_ambiguous": bool((url or named) and keys and not options.access),
+        "notices": (*options.notices, *(AnalyzeError("root_relative", root=r) for r in moved)),
         "postgres_url": url or database_url or "host=localhost user=postgres dbname=immich",
         "immich_api_url": api_url and without_end(api_url, "/api") + "/api",
         "api_key": (options.api_key or "").strip(),
@@ -766,25 +734,10 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         "file_check_interval": options.file_check_interval / 1000,
         "log_level": LOG_LEVELS.get(options.log_level),
     }
-    given |= {name: given[name] or SHORTEST_PAUSE for name in PAUSES}
     for name in ("immich_api_keys", "api_key"):
         if re.search("[^!-~]", "".join(given[name])):  # it could not be sent as a header
             raise Fatal("bad_key", option=f"--{name.replace('_', '-')}")
     return Config(**{name: given[name] for name in Config.__slots__})
-
-
-def asked(options: argparse.Namespace) -> dict[str, Any]:
-    """What shapes the question; a placeholder of the template asks for its fact, too."""
-    prompt = options.prompt
-    if options.prompt_file:
-        prompt = read_text(options.prompt_file, whole=True)
-    wanted = placeholders(prompt).union(options.context, ENRICHED if options.enrich_prompt else ())
-    return {
-        "prompt": prompt,
-        "context": tuple(name for name in FACTS if name in wanted),
-        "description_language": options.description_language or "",
-        "show_prompt": options.show_prompt or "",
-    }
 
 
 def marked(text: str) -> Any:

@@ -3,13 +3,12 @@
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import sandbox
 import servers
-from facts import Album, Line, Person
+from facts import Line, Person
 from hours import Hours
 from servers import FakeImmich, FakeOllama
 from worlds import CHATS, ApiWorld, SqlWorld, World, shown
@@ -330,7 +329,9 @@ def some_facts(rng: random.Random, library: World) -> tuple[dict[str, Any], dict
     text = rng.choice([[], ["HARBOUR", Line("gone", visible=False), "café"]])
     fields = {"people": on_it, "place": place, "tags": tags, "albums": albums, "ocr": text}
     fields |= {"gps": (54.5, 12.25), "taken": TAKEN_ON, "camera": CAMERA}
-    deepest = {tag.rpartition("/")[2] for tag in tags} - ({"Travel"} if "Travel/Sea" in tags else set())
+    deepest = {tag.rpartition("/")[2] for tag in tags} - (
+        {"Travel"} if "Travel/Sea" in tags else set()
+    )
     wanted = {
         "People in it": ", ".join(NAMES[person.name] for person in known),
         "Place": f"{city}, {state}, {country}" if state else f"{city}, {country}",

@@ -228,8 +228,7 @@ SIZES = {node: node.end_lineno - node.lineno + 1 for node in FUNCTIONS}
 
 
 def test_a_function_fits_on_a_page():
-    long = {node.name for node, size in SIZES.items() if size > LONGEST_FUNCTION}
-    assert long == {"build_parser"}  # a table
+    assert [node.name for node, size in SIZES.items() if size > LONGEST_FUNCTION] == []
 
 
 def test_most_functions_are_a_few_lines():

@@ -1,6 +1,7 @@
 """Every text for people exists in every language, is used, and is needed for nothing else."""
 
 import ast
+import dataclasses
 import inspect
 import json
 import re
@@ -92,6 +93,8 @@ HELP = {
     f"help_{action.option_strings[0].removeprefix('--').replace('-', '_')}"
     for action in ia.build_parser()._actions
 }
+HEADINGS = [field.metadata.get("heading") for field in dataclasses.fields(ia.Config)]
+HELP |= {f"help_group_{heading}" for heading in HEADINGS if heading}
 
 
 def test_each_language_has_a_catalogue():
@@ -130,7 +133,7 @@ def test_a_text_differs_from_language_to_language():
 
 def test_what_is_no_key_in_the_code_is_known_here():
     unknown = {ast.unparse(call.args[0]) for call, keys in SPOKEN if not keys}
-    assert unknown == {"self.key", "self._form", "f'help_{option}'"}
+    assert unknown == {"self.key", "self._form", "f'help_{option}'", "f'help_group_{heading}'"}
 
 
 def test_every_key_in_the_code_has_a_text_and_every_text_a_use():
