@@ -213,13 +213,13 @@ SELECT {{ columns() }}, {{ live() }}, {{ ready() }}
 WHERE a.id = %(id)s::uuid
 {% endset %}
 
--- id → what Immich read on a photo, line by line: 2.2 on; later it can be hidden, and has an order.
+-- id → what Immich read on a photo (2.2 on), from top to bottom, but for what was cut off.
 {% set ocr = tables.get('asset_ocr', ()) %}
 {% set written_on %}
 {% if ocr %}
 SELECT text FROM asset_ocr
 WHERE "assetId" = %(id)s::uuid {% if 'isVisible' in ocr %} AND "isVisible" {% endif %}
-ORDER BY {% if 'updateId' in ocr %} "updateId" {% else %} y1, x1 {% endif %}
+ORDER BY y1, x1
 {% else %}
 SELECT WHERE false
 {% endif %}

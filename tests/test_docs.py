@@ -62,7 +62,7 @@ def test_every_option_is_documented_with_its_variable_and_default(action):
     assert CODE.findall(variable) == ([action.env_var] if action.env_var else [])
     assert meaning
     literal = re.fullmatch(CODE, default)
-    if action.default in (None, ia.PROMPT, argparse.SUPPRESS):
+    if action.default in (None, "", ia.PROMPT, argparse.SUPPRESS):
         assert not literal, "a default that is no value of the setting is told in words"
     elif isinstance(action.default, bool):
         assert default == f"`{str(action.default).lower()}`"
