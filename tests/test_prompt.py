@@ -14,7 +14,6 @@ FACTS = {
     "date": ("Sunday, 14 July 2019, afternoon",),
     "gps": ("54.18, 12.08",),
     "text": ("CAFÉ", "open\n\ndaily"),
-    "description": ("At the sea",),
 }
 TOLD = "Anna {{ 7 * 7 }}, Ben (aged 7)"
 RUSSIAN, GERMAN = "Кошка сидит на подоконнике и смотрит", "Eine Katze sitzt am Fenster und schaut"
@@ -26,7 +25,8 @@ def asked(config):
     """What is asked about a photo of which these facts are known."""
 
     def ask(*argv: str, facts=FACTS) -> str:
-        return ia.question(ia.Photo("id", "photo.jpg", "", "", facts=facts), config(*argv))
+        text = "At the sea" if facts else ""
+        return ia.question(ia.Photo("id", "photo.jpg", text, "", facts=facts), config(*argv))
 
     return ask
 
