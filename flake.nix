@@ -19,6 +19,7 @@
           build-system = [ pkgs.python3Packages.hatchling ];
           dependencies = with pkgs.python3Packages; [
             configargparse
+            jinja2
             pillow
             psycopg2
             requests

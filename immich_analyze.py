@@ -96,6 +96,14 @@ def data_file(name: str) -> str:
 
 
 @functools.cache
+def template(text: str) -> Any:
+    """A text of Jinja, ready to be filled in; a name that is given no value is an error."""
+    import jinja2  # here, as each start would wait for it
+
+    return jinja2.Template(text, undefined=jinja2.StrictUndefined)
+
+
+@functools.cache
 def catalogue(language: str) -> dict[str, str]:
     """Texts by key."""
     return dict(json.loads(data_file(f"{language}.json")))
@@ -276,8 +284,8 @@ class Config:
     preflight_model_check: bool
     prompt: str  # a template, if it has any TAG
     context: tuple[str, ...]  # the FACTS that are asked for
-    description_language: str  # in English, where it is a known one; "" for any
-    show_prompt: str  # id of the photo whose question is to be shown, or a link to it
+    description_language: str | None  # in English, where it is a known one
+    show_prompt: str | None  # id of the photo whose question is to be shown, or a link to it
     think: bool
     max_tokens: int
     context_length: int  # tokens, 0 = the server's
@@ -755,34 +763,23 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
 
 
 def asked(options: argparse.Namespace) -> dict[str, Any]:
-    """What shapes the question; a placeholder of the template asks for its fact, too."""
+    """The prompt, and the facts that are asked for, by name or by a placeholder in it."""
     prompt = options.prompt
     if options.prompt_file:
         prompt = read_text(options.prompt_file, whole=True)
     wanted = placeholders(prompt).union(options.context, ENRICHED if options.enrich_prompt else ())
-    return {
-        "prompt": prompt,
-        "context": tuple(name for name in FACTS if name in wanted),
-        "description_language": options.description_language or "",
-        "show_prompt": options.show_prompt or "",
-    }
+    return {"prompt": prompt, "context": tuple(name for name in FACTS if name in wanted)}
 
 
 @functools.cache
-def templates() -> Any:
-    """Makes templates, which see nothing but what they are given."""
-    from jinja2 import StrictUndefined, sandbox  # here, as each start would wait for it
+def own_template(text: str) -> Any:
+    """A person's template, which sees nothing else; a form feed marks lines that are empty."""
+    from jinja2 import StrictUndefined, sandbox
 
-    made = sandbox.ImmutableSandboxedEnvironment(
-        keep_trailing_newline=True, undefined=StrictUndefined
-    )
+    kind = sandbox.ImmutableSandboxedEnvironment
+    made = kind(keep_trailing_newline=True, undefined=StrictUndefined)
     made.globals.clear()  # with `range`, loops in loops would never end
-    return made
-
-
-def template(text: str) -> Any:
-    """A template in which a form feed marks each line that is empty on purpose."""
-    return templates().from_string(re.sub(r"(?m)^[ \t\r]*$", "\f", text))
+    return made.from_string(re.sub(r"(?m)^[ \t\r]*$", "\f", text))
 
 
 def tidy(text: str) -> str:
@@ -799,14 +796,15 @@ def placeholders(text: str) -> set[str]:
 
     usual = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
     try:
-        tree = templates().parse(text)
+        made = own_template(text)
+        tree = made.environment.parse(text)
         names = meta.find_undeclared_variables(tree)
         for node in tree.find_all(nodes.Name):
             if node.name in names.difference(PLACEHOLDERS):
                 why = t("not_one_of", value=node.name, names=", ".join(PLACEHOLDERS))
                 raise TemplateAssertionError(why, node.lineno)
         for sample in ("", "1"):
-            template(text).render(dict.fromkeys(PLACEHOLDERS, sample))
+            made.render(dict.fromkeys(PLACEHOLDERS, sample))
     except (TemplateError, *usual) as error:
         frames = traceback.walk_tb(error.__traceback__)
         lines = [line for frame, line in frames if frame.f_code.co_filename == "<template>"]
@@ -953,11 +951,11 @@ def question(photo: Photo, config: Config) -> str:
     shown = {*re.findall(r"\w+", "".join(re.findall(SHOWN, prompt)))} & {*PLACEHOLDERS}
     for name in config.context:  # in one line, whatever people wrote
         known[name] = " ".join(", ".join(photo.facts.get(name, ())).split())
-    known["language"] = config.description_language
+    known["language"] = config.description_language or ""
     words = template(data_file("question.jinja")).make_module(known | dict.fromkeys(shown, ""))
     known["context"] = tidy(words.context)
     if re.search(TAG, prompt):
-        prompt = tidy(template(prompt).render(known))
+        prompt = tidy(own_template(prompt).render(known))
     follows = ["" if shown - {"language"} else known["context"], tidy(words.request)]
     rest = GAP.join(filter(None, follows))
     return prompt.rstrip("\n") + GAP + rest if rest else prompt
@@ -1219,7 +1217,7 @@ def is_foreign(text: str, language: str) -> bool:
     return bool(scripts) and letters[False] > max(10, letters[True])  # few may be in any
 
 
-def description_in(answer: object, language: str = "") -> str:
+def description_in(answer: object, language: str | None = None) -> str:
     """The description in a model's answer; Retryable if there is none."""
     text = clean(answer) if isinstance(answer, str) else ""
     # no bare number: Immich would store 1.50 as 1.5
@@ -2817,133 +2815,20 @@ def user_of(immich: Immich, key: str, version: Version) -> str | None:
     return user_id if isinstance(user_id, str) else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Statements:
-    """The SQL for one generation of Immich's tables."""
-
-    listing: str  # since, after, limit → the columns of a Photo, and a mark to go on after
-    news: str  # since, uploaded, after, limit → the same, in the order of the marks
-    look: str  # id → the columns of a Photo, whether it is live, and whether it is ready
-    count: str
-    write: str  # id, text, listed, note
-    forget: str  # the same, and takes the note away
-    remember: str  # id, note
-    samples: str  # → paths of some previews
-    repeated: str  # → descriptions that are left out, not ours, and how many photos have them
-    grants: str  # reads, writes, rights → the statements that grant what is missing
-    # two numbers, as Immich's own locks have one; the first says whose they are
-    claim: str = "SELECT pg_try_advisory_lock(1229802817, hashtext(%(id)s))"
-    release: str = "SELECT pg_advisory_unlock(1229802817, hashtext(%(id)s))"
-    clock: str = "SELECT clock_timestamp()"
-    read_only: str = "SHOW transaction_read_only"
-    # how many connections could be had besides this one
-    spare: str = """SELECT least(current_setting('max_connections')::int
-        - current_setting('superuser_reserved_connections')::int - count(*),
-        nullif(rolconnlimit, -1) - count(*) FILTER (WHERE usename = rolname),
-        nullif(datconnlimit, -1) - count(*) FILTER (WHERE s.datname = d.datname))
-        FROM pg_stat_activity s, pg_roles, pg_database d WHERE datid IS NOT NULL
-        AND rolname = session_user AND d.datname = current_database()
-        GROUP BY rolconnlimit, datconnlimit"""
-    reads: list[str]  # tables
-    writes: list[str]  # columns; `lockedProperties` (2.4 on) keep a text from being extracted anew
-    rights: list[str]  # others, such as "INSERT asset_metadata", where notes are kept (2.5 on)
-
-
-# A text is kept from being extracted anew; so is that ours was taken back, as Immich may have
-# written ours to the XMP file.
-LOCK = """, "lockedProperties" = (SELECT array_agg(DISTINCT p) FROM unnest(
-    coalesce(e."lockedProperties", '{}') || ARRAY['description']::varchar[]) p)"""
-SOURCE = """FROM {asset} a {memory}
-    LEFT JOIN {exif} e ON e."assetId" = a.id
-    LEFT JOIN asset_job_status j ON j."assetId" = a.id
-    LEFT JOIN LATERAL (SELECT path FROM {file} WHERE "assetId" = a.id AND type = 'preview'
-                       {edited} LIMIT 1) f ON true"""
-# Long texts, as ours are, would take long to sort.
-REPEATED = """SELECT e.description, count(*) - count({ours}) {source} WHERE {live}
-    AND e.description = ANY (ARRAY(
-        SELECT e.description FROM {exif} e WHERE octet_length(e.description) BETWEEN 1 AND 400
-        GROUP BY 1 HAVING count(*) > %(many)s AND NOT {listed}))
-    GROUP BY 1 HAVING count(*) - count({ours}) > %(many)s ORDER BY 2 DESC LIMIT 3"""
-BARE = "SELECT id, id::text, '', '', NULL, NULL, mark FROM ({}) photos"
-MEMORY = 'LEFT JOIN asset_metadata m ON m."assetId" = a.id AND m.key = %(key)s'
-CHANGE = """WITH written AS (UPDATE {exif} e SET description = %(text)s {lock}
-    FROM {asset} a JOIN asset_job_status j ON j."assetId" = a.id
-    WHERE e."assetId" = %(id)s::uuid AND a.id = e."assetId" AND {ready}
-    AND coalesce(e.description, '') = %(listed)s RETURNING a.id) {kept}
-    SELECT id FROM written"""
-KEEP_NOTE = """INSERT INTO asset_metadata ("assetId", key, value)
-    SELECT id::uuid, %(key)s, %(note)s::jsonb FROM {}
-    ON CONFLICT ("assetId", key) DO UPDATE SET value = excluded.value"""
-DROP_NOTE = """DELETE FROM asset_metadata
-    WHERE key = %(key)s AND "assetId" IN (SELECT id FROM {})"""
-# The UUID version 7 that an `updateId` of this moment begins with.
-UUID_AT = """(lpad(to_hex((extract(epoch FROM {}) * 1000)::bigint), 12, '0')
-    || repeat('0', 20))::uuid"""
-
-MISSING_GRANTS = """
-    SELECT format('GRANT SELECT ON %%I TO %%I', name, current_user) FROM unnest(%(reads)s) name
-    WHERE NOT has_any_column_privilege(quote_ident(name)::regclass, 'SELECT')
-    UNION ALL
-    SELECT format('GRANT UPDATE (%%I) ON {exif} TO %%I', name, current_user)
-    FROM unnest(%(writes)s) name WHERE NOT has_column_privilege('{exif}', name, 'UPDATE')
-    UNION ALL
-    SELECT format('GRANT %%s ON %%I TO %%I', split_part(need, ' ', 1), name, current_user)
-    FROM unnest(%(rights)s::text[]) need, split_part(need, ' ', 2) name
-    WHERE NOT has_table_privilege(to_regclass(name), split_part(need, ' ', 1))"""
-NOTE_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
-# Tables of photos, EXIF and files; 1.136 renamed them.
-NAMES, OLD_NAMES = ("asset", "asset_exif", "asset_file"), ("assets", "exif", "asset_files")
-# Not by coalesce(), which hides from the planner how few those are.
-EMPTY = "(e.description IS NULL OR e.description !~ '[^[:space:]]')"
-
-
-def statements(tables: Tables, policy: Policy, ignored: tuple[str, ...] = ()) -> Statements:
-    """Choose SQL by tables and columns, not by version; Unexpected if they are not Immich's."""
-    asset, exif, file = names = NAMES if "asset_exif" in tables else OLD_NAMES
-    if not {*names, "asset_job_status"} <= tables.keys():
+def statements(tables: Tables, policy: Policy, ignored: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The SQL of immich.sql by name, for these tables; Unexpected if they are not Immich's."""
+    given = {
+        "tables": tables,
+        "described": policy is not Policy.NONE,
+        "ignored": expression(ignored) if ignored else "",
+    }
+    named: dict[str, Any] = vars(template(data_file("immich.sql")).make_module(given))
+    if not tables.keys() >= {*named["needed"]}:
         raise Unexpected("no_immich_tables")
-    edited = 'ORDER BY "isEdited" DESC' if "isEdited" in tables[file] else ""
-    old = "visibility" not in tables[asset]  # before 1.133
-    live = f"""a."deletedAt" IS NULL AND a.status = 'active' AND NOT a."isOffline"
-        AND {'a."isVisible"' if old else "a.visibility IN ('timeline', 'archive')"}
-        AND a.type = 'IMAGE'"""
-    extracted = 'j."metadataExtractedAt" IS NOT NULL'
-    ready = f'{extracted} AND e."assetId" IS NOT NULL AND f.path IS NOT NULL'
-    locks, notes = "lockedProperties" in tables[exif], "isEdited" in tables[asset]
-    columns = f"""a.id, a."originalFileName", coalesce(e.description, ''), f.path,
-        {"m.value" if notes else "NULL"}, a."libraryId\""""
-    memory, kept = (MEMORY, ", kept AS ({})") if notes else ("", "")
-    ours = "m.value->>'text'" if notes else "NULL"
-    source = SOURCE.format(asset=asset, exif=exif, file=file, edited=edited, memory=memory)
-    empty = f"({EMPTY} OR e.description ~ $re${expression(ignored)}$re$)".replace("%", "%%")
-    listed = "true" if policy is not Policy.NONE else empty if ignored else EMPTY
-    wanted = f"{live} AND {ready} AND {listed}"
-    row = {"exif": exif, "asset": asset, "lock": LOCK if locks else ""}
-    row["ready"] = f"{live} AND {extracted}"
-    return Statements(
-        listing=f"""SELECT {columns}, a.id AS mark {source} WHERE {wanted}
-            AND (%(since)s IS NULL OR a."createdAt" >= %(since)s)
-            AND a.id > %(after)s::uuid AND e."assetId" > %(after)s::uuid
-            AND j."assetId" > %(after)s::uuid ORDER BY a.id LIMIT %(limit)s""",
-        news=f"""SELECT {columns}, n."updateId" AS mark {source}
-            JOIN {file} n ON n."assetId" = a.id AND n.type = 'preview'
-            WHERE {wanted} AND (%(uploaded)s IS NULL OR a."createdAt" >= %(uploaded)s)
-            AND n."updateId" > greatest(%(after)s::uuid, {UUID_AT.format("%(since)s")})
-            ORDER BY n."updateId" LIMIT %(limit)s""",
-        look=f"SELECT {columns}, {live}, {ready} {source} WHERE a.id = %(id)s::uuid",
-        count=f"SELECT count(*) {source} WHERE {wanted}",
-        write=CHANGE.format(**row, kept=kept.format(KEEP_NOTE.format("written"))),
-        forget=CHANGE.format(**row, kept=kept.format(DROP_NOTE.format("written"))),
-        remember=KEEP_NOTE.format("(SELECT %(id)s AS id) one") if notes else "SELECT",
-        samples=f"SELECT path FROM {file} WHERE type = 'preview' LIMIT 50",  # noqa: S608
-        repeated=REPEATED.format(source=source, live=live, ours=ours, exif=exif, listed=listed),
-        grants=MISSING_GRANTS.format(exif=exif),
-        reads=[*names, "asset_job_status"],
-        writes=["description", "lockedProperties"][: 1 + locks],
-        rights=[f"{right} asset_metadata" for right in NOTE_RIGHTS if notes],
-    )
+    return named
 
 
+# The tables and columns there are, by which all other SQL is chosen.
 TABLES = """SELECT c.relname, array_agg(a.attname::text)
     FROM pg_catalog.pg_class c
     JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
@@ -2964,9 +2849,9 @@ CONNECTION = {  # unless the setting says otherwise; a lost connection is notice
 class Database:
     """One connection, opened when it is first needed, again after it was lost, and each hour."""
 
-    chosen: Statements  # for the tables as they were when the connection was made
+    chosen: Mapping[str, Any]  # for the tables as they were when the connection was made
 
-    def __init__(self, url: str, choose: Callable[[Tables], Statements]) -> None:
+    def __init__(self, url: str, choose: Callable[[Tables], Mapping[str, Any]]) -> None:
         self._url = url
         self._choose = choose  # makes the statements for the tables that a connection finds
         self._connection: psycopg2.extensions.connection | None = None
@@ -2977,9 +2862,7 @@ class Database:
         kept = self._connection is not None  # since an earlier call, and maybe dead since then
         try:
             with sql(), self._open().cursor() as cursor:
-                statement = getattr(self.chosen, name)
-                statement = BARE.format(statement) if "bare" in parameters else statement
-                cursor.execute(statement, parameters | {"key": KEY})
+                cursor.execute(self.chosen[name], parameters | {"key": KEY})
                 return cursor.fetchall() if cursor.description else [()] * cursor.rowcount
         except (Unavailable, Unexpected) as error:  # the tables may be others by now
             self.close()
@@ -3038,7 +2921,7 @@ class DbLibrary(Library):
         try:
             return self._rows(name, limit=PAGE, **bounds)
         except Permanent:
-            return self._rows(name, limit=PAGE, bare=True, **bounds)
+            return self._rows(f"bare_{name}", limit=PAGE, **bounds)
 
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
         """One page by id: only photos with work to do, each with its preview's path."""
@@ -3239,9 +3122,7 @@ def open_database(config: Config) -> tuple[Callable[[], Library], Callable[[], b
     place = config.thumbs_root or config.immich_root, "" if config.thumbs_root else "thumbs"
     with closing(Database(url, choose)) as database, closing(Database(url, choose)) as other:
         spare, chosen = database.rows("spare")[0][0], database.chosen
-        rights = chosen.rights + ["INSERT asset_metadata_audit"] * config.undo  # by a trigger
-        needs = {"reads": chosen.reads, "writes": chosen.writes, "rights": rights}
-        if missing := database.rows("grants", **needs):
+        if missing := database.rows("grants", undo=config.undo):
             raise Fatal("grants_missing", grants="; ".join(grant for (grant,) in missing))
         check_database(database, *place)
         lock = os.urandom(8).hex()
@@ -3251,9 +3132,9 @@ def open_database(config: Config) -> tuple[Callable[[], Library], Callable[[], b
                 raise Fatal("pooled_by_transaction")
         with suppress(Permanent):
             say_repeated(dict(database.rows("repeated", many=MANY)), config)
-    if config.policy is Policy.OUTDATED and not chosen.rights:
+    if config.policy is Policy.OUTDATED and not chosen["notes"]:
         raise Fatal("notes_needed")
-    if "lockedProperties" not in chosen.writes:
+    if not chosen["locks"]:
         log.warning("%s", t("no_lock"))
     most = max(1, spare * 3 // 4 - 1)  # a quarter for others, two for the stream
     if most < 2 * config.max_concurrent:
@@ -4388,9 +4269,9 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
     return complete()
 
 
-def show_prompt(config: Config) -> None:
+def show_prompt(config: Config, link: str) -> int:
     """Print what would be asked about one photo; nobody is asked, and nothing is written."""
-    ids = re.findall("[0-9a-f-]{36}", config.show_prompt.lower())
+    ids = re.findall("[0-9a-f-]{36}", link.lower())
     sources = range(max(1, len(config.immich_api_keys))) if ids else ()
     new_library, _ = open_library(config)
     with closing(new_library()) as library:
@@ -4398,8 +4279,8 @@ def show_prompt(config: Config) -> None:
             with suppress(Skip, Permanent, IndexError):  # the last where two keys are of one user
                 photo = library.look(Photo(ids[-1], "", "", str(source)))
                 sys.stdout.write(question(photo, config) + "\n")
-                return
-    raise Fatal("unknown_photo", photo=config.show_prompt)
+                return 0
+    raise Fatal("unknown_photo", photo=link)
 
 
 def sum_up(config: Config, tally: Tally, code: int) -> None:
@@ -4432,8 +4313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.healthcheck:
             return ask_health(config)
         if config.show_prompt:
-            show_prompt(config)
-            return 0
+            return show_prompt(config, config.show_prompt)
         if config.undo:
             tally = Tally("tally_dry_run" if config.dry_run else "tally_undo")
         signals.grace, signals.sum_up = config.grace, functools.partial(sum_up, config, tally)

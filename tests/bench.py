@@ -54,7 +54,8 @@ POISON = 99_999_999  # the number of a picture on which every host fails
 TESTS = Path(__file__).resolve().parent
 TOOL = TESTS.parent / "immich_analyze.py"
 PACKAGES = (
-    *("requests", "urllib3", "psycopg2-binary", "pillow", "ConfigArgParse", "tqdm", "watchdog"),
+    *("requests", "urllib3", "psycopg2-binary", "pillow"),
+    *("ConfigArgParse", "jinja2", "tqdm", "watchdog"),
 )
 FOREIGN = ("IMMICH_", "DB_", "RUST_LOG", "TEST_DATABASE_URL")
 ENVIRONMENT = {name: text for name, text in os.environ.items() if not name.startswith(FOREIGN)}
@@ -409,7 +410,7 @@ def postgres_server(
                     library.run("UPDATE {exif} SET description = '', \"lockedProperties\" = NULL")
 
             note = json.dumps(ia.Note("m", "p", text=ia.text_id(text)).value(datetime.now(UTC)))
-            told = {"uri": uri, "root": folder, "listing": sql.listing, "write": sql.write}
+            told = {"uri": uri, "root": folder, "listing": sql["listing"], "write": sql["write"]}
             yield told | {"key": ia.KEY, "note": note}, reset
 
 

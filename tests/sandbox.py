@@ -35,9 +35,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 
+import facts
 import psycopg2
 import psycopg2.extensions
 import tiny_vlm
+from facts import Album, Line, Person
 from PIL import Image, ImageDraw
 
 TESTS = Path(__file__).resolve().parent
@@ -412,7 +414,12 @@ class PhotoLibrary:
         "status": ("asset_job_status",),
         "user": ("user", "users"),
         "face": ("asset_face", "asset_faces"),
+        "person": ("person",),
         "tag": ("tag", "tags"),
+        "tag_asset": ("tag_asset",),
+        "album": ("album", "albums"),
+        "album_user": ("album_user", "albums_shared_users_users"),
+        "album_asset": ("album_asset", "albums_assets_assets"),
     }
     PREFIXES: ClassVar = {
         "data": "/data/",
@@ -434,6 +441,7 @@ class PhotoLibrary:
         self._owners: dict[str, str] = {}
         self._cluster_group = str(uuid.uuid4())
         self._count = itertools.count(1)
+        self._made: set[tuple[str, str]] = set()
         self._roles: list[str] = []
         for part in ("thumbs", "upload"):
             (root / part).mkdir(parents=True, exist_ok=True)
@@ -513,6 +521,12 @@ class PhotoLibrary:
                 f"COPY \"{table}\" ({names}) FROM STDIN (FORMAT csv, NULL '{NULL}')", buffer
             )
 
+    def _once(self, key: str, row: dict[str, Any]) -> None:
+        """Insert a row that several assets share, the first time."""
+        if (key, row["id"]) not in self._made:
+            self._made.add((key, row["id"]))
+            self._copy(key, [row])
+
     def close(self) -> None:
         """End the connection, and remove the roles, which would outlive the database."""
         with suppress(psycopg2.Error):
@@ -548,8 +562,18 @@ class PhotoLibrary:
         status: str = "active",
         trashed: bool = False,
         offline: bool = False,
+        favorite: bool = False,
+        library: str | None = None,
         description: str = "",
         locked: Sequence[str] = (),
+        taken: str | None = None,
+        place: Sequence[str | None] | None = None,
+        gps: Sequence[float] | None = None,
+        camera: Mapping[str, Any] | None = None,
+        people: Sequence[Person] = (),
+        tags: Sequence[str] = (),
+        ocr: Sequence[Line | str] = (),
+        albums: Sequence[Album | str] = (),
         exif: bool = True,
         extracted: bool = True,
         preview: bool = True,
@@ -575,17 +599,20 @@ class PhotoLibrary:
             "status": "trashed" if trashed and status == "active" else status,
             "deletedAt": "now" if trashed or offline else None,
             "isOffline": offline,
-            "isExternal": offline,
+            "isExternal": offline or library is not None,
+            "isFavorite": favorite,
+            "libraryId": library,
             "isEdited": edited_preview is not None,
             "thumbhash": r"\x3132" if preview else None,
             "checksumAlgorithm": "sha1",
             "deviceId": "sandbox",
             **self._visibility(visibility),
         }
-        self._copy("asset", (common | self._own_values(id, name) for id in ids))
+        self._copy("asset", (common | self._own_values(id, name, taken) for id in ids))
         if exif:
             words = "{" + ",".join(locked) + "}" if locked else None
             row = {"description": description, "fileSizeInByte": 1000, "lockedProperties": words}
+            row |= facts.exif(place, gps, taken, camera)
             self._copy("exif", ({"assetId": id, **row} for id in ids))
         when = "now" if extracted else None
         self._copy("status", ({"assetId": id, "metadataExtractedAt": when} for id in ids))
@@ -597,7 +624,25 @@ class PhotoLibrary:
             if not isinstance(edited_preview, bytes):
                 edited_preview = draw(edited_preview)
             self._previews(ids, owner_id, prefix, edited_preview if files else None, edited=True)
+        for id in ids:
+            self._add_facts(id, people, tags, ocr, albums)
         return ids
+
+    def _add_facts(
+        self,
+        id: str,
+        people: Sequence[Person],
+        tags: Sequence[str],
+        ocr: Sequence[Line | str],
+        albums: Sequence[Album | str],
+    ) -> None:
+        for person in people:
+            self.add_person(id, person)
+        for tag in tags:
+            self.add_tag(id, tag)
+        self.add_ocr(id, ocr)
+        for album in albums:
+            self.add_to_album(id, album)
 
     def _visibility(self, visibility: str) -> dict[str, Any]:
         if self._has("asset", "visibility"):
@@ -606,10 +651,11 @@ class PhotoLibrary:
             raise ValueError("this generation of Immich has no locked folder")
         return {"isVisible": visibility != "hidden", "isArchived": visibility == "archive"}
 
-    def _own_values(self, id: str, name: str | None) -> dict[str, Any]:
-        """Return what no two assets share."""
+    def _own_values(self, id: str, name: str | None, taken: str | None) -> dict[str, Any]:
+        """Return what no two assets share, unless they are said to be taken at one time."""
         number = next(self._count)
-        taken = self.TAKEN + datetime.timedelta(minutes=number)
+        moment = self.TAKEN + datetime.timedelta(minutes=number)
+        times = {"local": moment, "created": moment} | facts.times(taken)
         name = name or f"photo-{number:06}.jpg"
         return {
             "id": id,
@@ -617,7 +663,8 @@ class PhotoLibrary:
             "originalPath": f"{self.prefix}upload/{id[:2]}/{id[2:4]}/{id}{Path(name).suffix}",
             "checksum": rf"\x{uuid.UUID(id).hex}",
             "deviceAssetId": id,
-            **dict.fromkeys(("fileCreatedAt", "fileModifiedAt", "localDateTime"), taken),
+            **dict.fromkeys(("fileCreatedAt", "fileModifiedAt"), times["created"]),
+            "localDateTime": times["local"],
         }
 
     def _previews(
@@ -648,6 +695,10 @@ class PhotoLibrary:
         [(owner_id,)] = self.run('SELECT "ownerId" FROM {asset} WHERE "id" = %s', id)
         return owner_id
 
+    def _name_of_owner(self, id: str) -> str:
+        owner_id = self._owner_of(id)
+        return next(name for name, known in self._owners.items() if known == owner_id)
+
     @staticmethod
     def _write(file: Path, picture: bytes) -> None:
         try:
@@ -656,24 +707,86 @@ class PhotoLibrary:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(picture)
 
-    def add_person(self, id: str, name: str, *, hidden: bool = False) -> None:
-        """Add a face to an asset, and the person it belongs to ("" for one without a name)."""
+    def add_person(self, id: str, face: Person) -> None:
+        """Add a face to an asset, and the person it belongs to."""
+        if not (face.visible or self._has("face", "isVisible")):
+            return  # what an edited picture does not show, before there were edited pictures
         owner_id = self._owner_of(id)
-        group, person = str(uuid.uuid4()), {"ownerId": owner_id, "name": name, "isHidden": hidden}
+        person = {
+            "id": facts.own_id(owner_id, face.id),
+            "personGroupId": face.id,
+            "ownerId": owner_id,
+            "name": face.name,
+            "birthDate": face.birth,
+            "isHidden": face.hidden,
+        }
         if "person_group" in self._columns:
-            self._copy("person_group", [{"id": group, "clusterGroupId": self._cluster_group}])
-        self._copy("person", [{"id": group, "personGroupId": group, **person}])
-        self._copy("face", [{"assetId": id, "personId": group, "personGroupId": group}])
+            self._once("person_group", {"id": face.id, "clusterGroupId": self._cluster_group})
+        self._once("person", person)
+        row = {"assetId": id, "personId": person["id"], "personGroupId": face.id}
+        row |= {"deletedAt": "now" if face.deleted else None, "isVisible": face.visible}
+        self._copy("face", [row | facts.face_box(face)])
+
+    def name_person(self, person: Person, name: str, owner: str = "someone") -> None:
+        """Give a person the name that this user knows it by."""
+        if self._has("person", "personGroupId"):
+            whose, ids = '"personGroupId" = %s AND "ownerId" = %s', (person.id, self.owner(owner))
+        else:
+            whose, ids = '"id" = %s', (facts.own_id(self.owner(owner), person.id),)
+        self.run(f'UPDATE {{person}} SET "name" = %s WHERE {whose}', name, *ids)
 
     def add_tag(self, id: str, value: str) -> None:
         """Put a tag on an asset, written as Immich writes it: "Holidays/Sea"."""
         owner_id = self._owner_of(id)
-        known = 'SELECT "id" FROM {tag} WHERE "userId" = %s AND "value" = %s'
-        if not self.run(known, owner_id, value):
-            self._copy("tag", [{"userId": owner_id, "value": value}])
-        [(tag_id,)] = self.run(known, owner_id, value)
+        for tag in facts.with_parents(value):
+            above = facts.parent(tag)
+            row = {"id": facts.own_id(owner_id, tag), "userId": owner_id, "value": tag}
+            self._once("tag", row | {"parentId": facts.own_id(owner_id, above) if above else None})
+        tag_id = facts.own_id(owner_id, value)
         names = dict.fromkeys(("assetId", "assetsId"), id)
         self._copy("tag_asset", [names | dict.fromkeys(("tagId", "tagsId"), tag_id)])
+
+    def tag(self, id: str, value: str) -> None:
+        """Tag an asset as a user does, which updates it."""
+        self.add_tag(id, value)
+        self.run('UPDATE {asset} SET "updatedAt" = now() WHERE "id" = %s', id)  # and a trigger
+
+    def add_ocr(self, id: str, texts: Iterable[Line | str]) -> None:
+        """Add the lines that Immich read on an asset; none before it learned to read."""
+        if "asset_ocr" not in self._columns:
+            return
+        lines = facts.lines_of(texts)
+        rows = [
+            {"assetId": id, "text": line.text, "textScore": 0.98, "boxScore": 0.95}
+            | {"isVisible": line.visible}
+            | facts.box(place, len(lines))
+            for place, line in enumerate(lines)
+            if line.visible or self._has("asset_ocr", "isVisible")
+        ]
+        self._copy("asset_ocr", rows)
+
+    def add_album(self, wanted: Album | str, owner: str = "someone") -> str:
+        """Make an album, unless there is it; a mere name is one of that user. Return its id."""
+        album = facts.album_of(wanted, owner)
+        if ("album", album.id) in self._made:
+            return album.id
+        owner_id = self.owner(album.owner or owner)
+        self._once("album", {"id": album.id, "albumName": album.name, "ownerId": owner_id})
+        roles = dict.fromkeys(map(self.owner, album.shared), "editor")
+        if not self._has("album", "ownerId"):  # from 3.0 on
+            roles[owner_id] = "owner"
+        names = dict.fromkeys(("albumId", "albumsId"), album.id)
+        for user, role in roles.items():
+            row = names | dict.fromkeys(("userId", "usersId"), user)
+            self._copy("album_user", [row | {"role": role}])
+        return album.id
+
+    def add_to_album(self, id: str, wanted: Album | str) -> str:
+        """Put an asset into an album, which does not update it; return the album's id."""
+        album_id = self.add_album(wanted, self._name_of_owner(id))
+        names = dict.fromkeys(("albumId", "albumsId"), album_id)
+        self._copy("album_asset", [names | dict.fromkeys(("assetId", "assetsId"), id)])
+        return album_id
 
     def describe(self, id: str, text: str) -> None:
         """Change a description as somebody else would, while the tool is at work."""
@@ -717,13 +830,16 @@ class PhotoLibrary:
     # access
 
     def restricted_role(self, name: str, password: str, *also_read: str) -> str:
-        """Make a role that can do what describing needs and no more; return its URI."""
+        """Make a role that can do what describing needs and no more; return its URI.
+
+        It may also read the tables that are named, as in `NAMES` or by their own names.
+        """
         written = [
             f'"{column}"'
             for column in ("description", "lockedProperties")
             if self._has("exif", column)
         ]
-        extra = "".join(f', "{table}"' for table in also_read)
+        extra = "".join(f', "{self.tables.get(key, key)}"' for key in also_read)
         self.run(f'CREATE ROLE "{name}" LOGIN PASSWORD %s', password)
         self._roles.append(name)
         self.run(f'GRANT SELECT ON {{asset}}, {{exif}}, {{file}}, {{status}}{extra} TO "{name}"')

@@ -37,7 +37,9 @@ from types import EllipsisType
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+import facts
 import jsonschema_rs
+from facts import Album, Line, Person
 from PIL import Image
 
 CONTRACTS = Path(__file__).with_name("contracts")
@@ -858,6 +860,7 @@ class FakeAsset:
     preview: bytes | None = None  # None: not made (yet)
     mime: str = "image/jpeg"
     type: str = "IMAGE"
+    local: datetime | None = None  # localDateTime, if the clock there did not show UTC
     visibility: str = "timeline"
     library_id: str | None = None  # None: uploaded
     read_only: bool = False  # Immich cannot write beside the picture
@@ -873,6 +876,9 @@ class FakeAsset:
     is_offline: bool = False
     exif: bool = True  # whether there is an exif row at all
     extra: Mapping[str, Any] = field(default_factory=dict)  # more exif fields
+    people: Sequence[Person] = ()  # a face each
+    tags: Sequence[str] = ()  # by their full paths
+    ocr: Sequence[Line | str] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)  # per-asset metadata by key
     noted: Mapping[str, datetime] = field(default_factory=dict)
     clock: Callable[[], datetime] | None = field(default=None, repr=False)  # set after all else
@@ -915,6 +921,23 @@ def _through_a_file(text: str) -> str:
     return text.strip(_BLANK)
 
 
+@dataclass(eq=False)
+class FakeAlbum:
+    """An album with the ids of its photos, whosever they are."""
+
+    id: str
+    name: str
+    owner: str
+    shared: Sequence[str]
+    made: datetime
+    assets: list[str] = field(default_factory=list)
+
+    @property
+    def users(self) -> list[str]:
+        """Who may see it."""
+        return [self.owner, *self.shared]
+
+
 class Refused(Exception):
     """A request the server does not carry out."""
 
@@ -935,6 +958,7 @@ _SEARCHED = {
     *("page", "size", "order", "withExif", "withPeople", "withStacked", "withDeleted"),
     *("visibility", "isArchived", "isVisible", "withArchived", "isOffline", "isFavorite"),
     *("takenAfter", "takenBefore", "type", "id", "description"),
+    *("libraryId", "albumIds", "personIds", "tagIds"),
     *_DATE_BOUNDS,
 }
 
@@ -966,10 +990,9 @@ class FakeImmich(FakeServer):
         sidecar_delay: float = SIDECAR_DELAY,
     ) -> None:
         self.version = tuple(int(number) for number in version.split("."))
-        unknown_before = {"edited"} if self.version < (2, 5) else set()
-        super().__init__(
-            immich_contract(version), prefix=prefix, tolerated={*tolerated, *unknown_before}
-        )
+        ignored = {"edited"} if self.version < (2, 5) else set()
+        ignored |= {"shared"} if self.version >= (3,) else set()
+        super().__init__(immich_contract(version), prefix=prefix, tolerated={*tolerated, *ignored})
         self.lock = threading.RLock()  # around the assets; a test that adds meanwhile needs none
         if now:
             self.now = now
@@ -983,6 +1006,8 @@ class FakeImmich(FakeServer):
         self.partners = dict(partners or {})
         self.assets: dict[str, FakeAsset] = {}
         self.users: dict[str, FakeUser] = {}
+        self.albums: dict[str, FakeAlbum] = {}
+        self.people: dict[tuple[str, str], Person] = {}  # as their users know them, by id
         self.maintenance = False
         self.database_down = False
         self._random = random.Random(seed)
@@ -997,6 +1022,9 @@ class FakeImmich(FakeServer):
             "getAssetInfo": self._get_asset,
             "updateAsset": self._update_asset,
             "viewAsset": self._thumbnail,
+            "getAssetOcr": self._get_ocr,
+            "getAllAlbums": self._get_albums,
+            "getAllTags": self._get_tags,
             "getAssetMetadata": self._get_notes,
             "updateAssetMetadata": self._put_notes,
             "getAssetMetadataByKey": self._get_note,
@@ -1046,6 +1074,8 @@ class FakeImmich(FakeServer):
             fields.setdefault("description", _through_a_file(filed))
             asset = FakeAsset(**fields, settle=self._settle, clock=lambda: self.now())
             self.user(asset.owner)
+            for person in asset.people:
+                self.people.setdefault((asset.owner, person.id), person)
             self.assets[asset.id] = asset
             return asset
 
@@ -1055,6 +1085,41 @@ class FakeImmich(FakeServer):
             self.add(**{k: v(n) if callable(v) else v for k, v in fields.items()})
             for n in range(number)
         ]
+
+    def album(self, wanted: Album | str, owner: str = "") -> FakeAlbum:
+        """An album, made when first asked for; a mere name is one of that user, or the first."""
+        with self.lock:
+            owner = owner or self.owner
+            album = facts.album_of(wanted, owner)
+            for user in (owner, album.owner or owner, *album.shared):
+                self.user(user)
+            made = (album.id, album.name, album.owner or owner, album.shared, self.now())
+            return self.albums.setdefault(album.id, FakeAlbum(*made))
+
+    def add_to_album(self, asset: FakeAsset, wanted: Album | str) -> FakeAlbum:
+        """Put a photo into an album. The photo is not updated by it."""
+        with self.lock:
+            album = self.album(wanted, asset.owner)
+            album.assets.append(asset.id)
+            return album
+
+    def name_person(self, person: Person, name: str, owner: str = "") -> None:
+        """Give a person the name that a user, or the first, knows it by; no photo is updated."""
+        with self.lock:
+            mark = (owner or self.owner, person.id)
+            self.people[mark] = replace(self.people[mark], name=name)
+            for asset in self.assets.values():
+                asset.store()
+
+    def tag(self, asset: FakeAsset, tag: str) -> None:
+        """Tag a photo, which is updated by it."""
+        with self.lock:
+            asset.tags = [*asset.tags, tag]
+            asset.updated = self.now()
+
+    def tag_id(self, tag: str, owner: str = "") -> str:
+        """The id of a tag of that user, or of the first."""
+        return facts.own_id(self.user(owner or self.owner).id, tag)
 
     # What Immich does in the background
 
@@ -1192,15 +1257,17 @@ class FakeImmich(FakeServer):
             if asset.owner == user:
                 return asset
             shared = asset.owner in self.partners.get(user, ()) and not asset.is_trashed
-            if shared and right != "asset.update":
+            album = any(asset.id in album.assets for album in self._albums_of(user))
+            if (shared or album) and right != "asset.update":
                 return asset
         raise Refused(400, f"Not found or no {right} access")
 
     def _get_asset(self, exchange: Exchange) -> Any:
         asset = self._accessible(exchange, "asset.read")
         owner = self._user_dto(self.user(asset.owner), "UserResponseDto")
-        more = {"owner": owner, "tags": [], "stack": None, "unassignedFaces": []}
-        return self._named(self._shape(asset, exif=True) | more)
+        tags = [self._tag_dto(asset.owner, tag) for tag in asset.tags]
+        more = {"owner": owner, "tags": tags, "stack": None, "unassignedFaces": []}
+        return self._named(self._shape(asset, exif=True, people=True) | more)
 
     def _update_asset(self, exchange: Exchange) -> Any:
         asset = self._accessible(exchange, "asset.update")
@@ -1256,7 +1323,7 @@ class FakeImmich(FakeServer):
         """Only what this release has a name for."""
         return {name: value for name, value in shape.items() if name in self._item_names}
 
-    def _shape(self, asset: FakeAsset, *, exif: bool) -> dict[str, Any]:
+    def _shape(self, asset: FakeAsset, *, exif: bool, people: bool = False) -> dict[str, Any]:
         """An asset as search results show it, with the names of all releases."""
         owner, ready, video = self.users[asset.owner].id, asset.preview is not None, asset.type
         suffix = Path(asset.name).suffix
@@ -1277,7 +1344,7 @@ class FakeImmich(FakeServer):
             "thumbhash": "pegJDYJ3iJp/l4d3dpeHeWQgP+/v" if ready else None,
             "fileCreatedAt": taken,
             "fileModifiedAt": taken,
-            "localDateTime": taken,
+            "localDateTime": _milliseconds(asset.local or asset.created),
             "updatedAt": _milliseconds(asset.row("updated")),
             "isFavorite": asset.is_favorite,
             "isArchived": asset.visibility == "archive",
@@ -1285,7 +1352,7 @@ class FakeImmich(FakeServer):
             "visibility": asset.visibility,
             "duration": (seconds * 1000 or None) if self.version >= (3,) else old_duration,
             "livePhotoVideoId": None,
-            "people": [],
+            "people": self._people(asset) if people else [],
             "checksum": base64.b64encode(uuid.UUID(asset.id).bytes + b"\0\0\0\0").decode(),
             "isOffline": asset.is_offline,
             "hasMetadata": True,
@@ -1300,14 +1367,136 @@ class FakeImmich(FakeServer):
             shape["exifInfo"] = self._no_exif | known | dict(asset.extra)
         return shape
 
-    def _item(self, asset: FakeAsset, exif: bool) -> bytes:
+    def _item(self, asset: FakeAsset, exif: bool, people: bool = False) -> bytes:
         """An asset's JSON in search results: made and checked once, until it changes."""
-        found = asset.rendered.get(exif)
+        found = asset.rendered.get((exif, people))
         if found is None:
-            shape = self._named(self._shape(asset, exif=exif))
+            shape = self._named(self._shape(asset, exif=exif, people=people))
             self.verify(f"asset {asset.name}", self._item_schema, shape)
-            found = asset.rendered[exif] = json.dumps(shape, separators=(",", ":")).encode()
+            found = json.dumps(shape, separators=(",", ":")).encode()
+            asset.rendered[exif, people] = found
         return found
+
+    # What is known of them: people, tags, text, albums
+
+    def _shown_faces(self, asset: FakeAsset) -> list[Person]:
+        return [face for face in asset.people if face.visible and not face.deleted]
+
+    def _people(self, asset: FakeAsset) -> list[dict[str, Any]]:
+        """Everybody on a photo once, also who is hidden or has no name."""
+        faces: dict[str, list[Person]] = {}
+        for face in self._shown_faces(asset):
+            faces.setdefault(face.id, []).append(face)
+        people = [self._person(asset, *each) for each in faces.items()]
+        return sorted(people, key=lambda one: one["id"]) if self.version >= (3,) else people
+
+    def _person_id(self, owner: str, person_id: str) -> str:
+        """Users know a person by one id from 3.2 on, and by an id each before."""
+        return person_id if self.version >= (3, 2) else facts.own_id(owner, person_id)
+
+    def _person(self, asset: FakeAsset, person_id: str, faces: Sequence[Person]) -> dict[str, Any]:
+        person = self.people.setdefault((asset.owner, person_id), faces[0])
+        dto = {
+            "id": self._person_id(asset.owner, person_id),
+            "name": person.name,
+            "birthDate": person.birth,
+            "thumbnailPath": "",
+            "isHidden": person.hidden,
+            "isFavorite": False,
+            "updatedAt": _milliseconds(asset.created_at),
+            "faces": [self._face(asset, face) for face in faces],
+            "otherPeople": [],
+            "sharedBy": [],
+            "sharedWith": [],
+        }
+        kind = "PersonResponseDto" if self.version >= (3,) else "PersonWithFacesResponseDto"
+        names = self.contract.properties(kind)
+        return {name: value for name, value in dto.items() if name in names}
+
+    def _face(self, asset: FakeAsset, face: Person) -> dict[str, Any]:
+        mark = facts.own_id(asset.id, face.id, str(face.x))
+        return {"id": mark, "sourceType": "machine-learning", **facts.face_box(face)}
+
+    def _tag_dto(self, owner: str, tag: str) -> dict[str, Any]:
+        since = "2024-01-01T00:00:00.000Z"
+        above = facts.parent(tag)
+        dto = {"id": self.tag_id(tag, owner), "name": tag.rpartition("/")[2], "value": tag}
+        dto |= {"parentId": self.tag_id(above, owner)} if above else {}
+        return dto | {"createdAt": since, "updatedAt": since}
+
+    def _get_tags(self, exchange: Exchange) -> Any:
+        user = self._user_of(exchange)
+        own = (asset for asset in self.assets.values() if asset.owner == user)
+        tags = {tag for asset in own for leaf in asset.tags for tag in facts.with_parents(leaf)}
+        return [self._tag_dto(user, tag) for tag in sorted(tags)]
+
+    def _get_ocr(self, exchange: Exchange) -> Any:
+        """One row for each line that can be seen."""
+        asset = self._accessible(exchange, "asset.read")
+        lines = facts.lines_of(asset.ocr)
+        return [
+            {
+                "id": facts.own_id(asset.id, str(place)),
+                "assetId": asset.id,
+                "text": line.text,
+                "textScore": 0.98,
+                "boxScore": 0.95,
+                **facts.box(place, len(lines)),
+            }
+            for place, line in enumerate(lines)
+            if line.visible
+        ]
+
+    def _albums_of(self, user: str) -> list[FakeAlbum]:
+        """The user's own albums and those shared with the user."""
+        return [album for album in self.albums.values() if user in album.users]
+
+    def _get_albums(self, exchange: Exchange) -> Any:
+        """All that the user sees; before 3.0 the user's own or, in a second call, shared ones."""
+        user, query = self._user_of(exchange), exchange.query
+        asked = {name: query[name] for name in ("name", "id") if name in query}
+        shared, owned = query.get("isShared"), query.get("isOwned")
+        if self.version < (3,):
+            shared = query.get("shared")
+            owned = None if shared == "true" else "true"
+        if "assetId" in query:  # nothing else counts then
+            shared = owned = None
+        albums = [
+            album
+            for album in self._albums_of(user)
+            if shared in (None, _said(bool(album.shared)))
+            and owned in (None, _said(album.owner == user))
+            and all(getattr(album, name) == value for name, value in asked.items())
+            and query.get("assetId", "") in ("", *album.assets)
+        ]
+        return [self._album_dto(album) for album in albums]
+
+    def _album_dto(self, album: FakeAlbum) -> dict[str, Any]:
+        users = [
+            {"user": self._user_dto(self.user(name), "UserResponseDto"), "role": role}
+            for name, role in [(album.owner, "owner"), *((name, "editor") for name in album.shared)]
+        ]
+        made = _milliseconds(album.made)
+        there = [id for id in album.assets if id in self.assets and not self.assets[id].is_trashed]
+        dto = {
+            "id": album.id,
+            "albumName": album.name,
+            "description": "",
+            "albumThumbnailAssetId": next(iter(there), None),
+            "albumUsers": users if self.version >= (3,) else users[1:],
+            "assetCount": len(there),
+            "assets": [],
+            "createdAt": made,
+            "updatedAt": made,
+            "hasSharedLink": False,
+            "isActivityEnabled": True,
+            "order": "desc",
+            "owner": users[0]["user"],
+            "ownerId": self.user(album.owner).id,
+            "shared": bool(album.shared),
+        }
+        names = self.contract.properties("AlbumResponseDto")
+        return {name: value for name, value in dto.items() if name in names}
 
     # Search
 
@@ -1317,8 +1506,8 @@ class FakeImmich(FakeServer):
         start = (page - 1) * size
         window = list(itertools.islice(self._found(exchange, wanted), start, start + size + 1))
         items, more = window[:size], len(window) > size
-        exif = bool(wanted.get("withExif"))
-        pieces = [self._item(asset, exif) for asset in items]
+        exif, people = bool(wanted.get("withExif")), bool(wanted.get("withPeople"))
+        pieces = [self._item(asset, exif, people) for asset in items]
         assets = {
             "total": len(items),
             "count": len(items),
@@ -1375,16 +1564,17 @@ class FakeImmich(FakeServer):
             yield from ties
 
     def _conditions(self, user: str, wanted: dict[str, Any]) -> list[Callable[[FakeAsset], bool]]:
-        owners = {user, *self.partners.get(user, ())}
-        conditions: list[Callable[[FakeAsset], bool]] = [lambda asset: asset.owner in owners]
-        conditions += self._visibility(wanted)
+        conditions = self._in_reach(user, wanted) + self._visibility(wanted)
         if not wanted.get("withDeleted", "isOffline" in wanted):
             conditions.append(lambda asset: not asset.is_trashed)
         if wanted.get("withExif"):  # an inner join: no exif row, no photo
             conditions.append(lambda asset: asset.exif)
-        if "description" in wanted:
-            part = wanted["description"].lower()
-            conditions.append(lambda asset: asset.exif and part in asset.description.lower())
+        if wanted.get("description", "").strip():
+            like = _like(wanted["description"])
+            conditions.append(lambda asset: asset.exif and bool(like.search(asset.description)))
+        if wanted.get("libraryId") is not None:
+            conditions.append(_equal("library_id", wanted["libraryId"]))
+        conditions += self._tagged(wanted) + self._shown(wanted)
         same = {"id": "id", "type": "type", "isFavorite": "is_favorite", "isOffline": "is_offline"}
         conditions += [_equal(attribute, wanted[n]) for n, attribute in same.items() if n in wanted]
         conditions += [
@@ -1393,6 +1583,41 @@ class FakeImmich(FakeServer):
             if name in wanted
         ]
         return conditions
+
+    def _in_reach(self, user: str, wanted: dict[str, Any]) -> list[Callable[[FakeAsset], bool]]:
+        """Photos of the user and partners; but in albums, all photos that are in each of them."""
+        known = "albumIds" in self.contract.properties("MetadataSearchDto")  # from 1.135 on
+        albums = wanted.get("albumIds", ()) if known else ()
+        if not albums:
+            owners = {user, *self.partners.get(user, ())}
+            return [lambda asset: asset.owner in owners]
+        seen = {album.id: set(album.assets) for album in self._albums_of(user)}
+        if not seen.keys() >= set(albums):
+            raise Refused(400, "Not found or no album.read access")
+        common = set.intersection(*(seen[album] for album in albums))
+        return [lambda asset: asset.id in common]
+
+    def _tagged(self, wanted: dict[str, Any]) -> list[Callable[[FakeAsset], bool]]:
+        """With all these tags, or tags below them; null: with none."""
+        tags = wanted.get("tagIds", ())
+        if tags is None:
+            return [lambda asset: not asset.tags]
+
+        def has(asset: FakeAsset) -> bool:
+            paths = (path for tag in asset.tags for path in facts.with_parents(tag))
+            return {self.tag_id(path, asset.owner) for path in paths} >= set(tags)
+
+        return [has] if tags else []
+
+    def _shown(self, wanted: dict[str, Any]) -> list[Callable[[FakeAsset], bool]]:
+        """With all these people on them."""
+        people = set(wanted.get("personIds", ()))
+
+        def shows(asset: FakeAsset) -> bool:
+            faces = self._shown_faces(asset)
+            return {self._person_id(asset.owner, face.id) for face in faces} >= people
+
+        return [shows] if people else []
 
     def _visibility(self, wanted: dict[str, Any]) -> list[Callable[[FakeAsset], bool]]:
         """What is shown by default changed with 1.133 and with 3.0."""
@@ -1519,6 +1744,18 @@ def _bound(text: str) -> datetime:
     """A date asked for, as exact as JavaScript's: to the millisecond."""
     moment = datetime.fromisoformat(text)
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+
+
+def _said(value: bool) -> str:
+    """As a URL says it."""
+    return "true" if value else "false"
+
+
+def _like(text: str) -> re.Pattern[str]:
+    """SQL's ILIKE anywhere in a text; nobody escapes what has a meaning in a pattern there."""
+    wild = {"_": ".", "%": ".*"}
+    pattern = "".join(wild.get(letter, re.escape(letter)) for letter in text)
+    return re.compile(pattern, re.IGNORECASE | re.DOTALL)
 
 
 def _equal(attribute: str, value: Any) -> Callable[[FakeAsset], bool]:

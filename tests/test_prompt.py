@@ -153,7 +153,7 @@ def test_what_shapes_the_answer_makes_another_prompt(config):
         ("Russian", "Selfie, 12:45", True),
         ("Hindi", "एक बिल्ली खिड़की पर बैठी है", True),
         ("Klingon", RUSSIAN, True),
-        ("", CHINESE, True),
+        (None, CHINESE, True),
     ],
 )
 def test_an_answer_in_a_script_of_other_languages_is_none(language, answer, taken):

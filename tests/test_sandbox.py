@@ -3,12 +3,15 @@
 import base64
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
 
 import psycopg2
 import pytest
 import requests
 import sandbox
 import tiny_vlm
+from facts import Album, Line, Person
 
 pytestmark = pytest.mark.slow
 
@@ -109,7 +112,7 @@ def test_every_generation_can_be_filled(photos):
     photos.add("bin.jpg", trashed=True)
     photos.add("gone.jpg", offline=True, preview=False)
     photos.add("raw.jpg", exif=False, extracted=False)
-    photos.add_person(plain, "Ann")
+    photos.add_person(plain, Person("Ann"))
     photos.add_tag(plain, "Holidays/Sea")
     texts = photos.descriptions()
     assert len(texts) == 4
@@ -117,6 +120,84 @@ def test_every_generation_can_be_filled(photos):
     assert photos.preview_file(plain).read_bytes() == sandbox.draw("yellow")
     assert photos.locked(plain) == []
     assert photos.notes(plain) == {}
+
+
+def names_on(photos, id):
+    """Who is on a photo, by the names that its owner gave, from left to right."""
+    joined = 'p."id" = f."personId"'
+    if photos._has("person", "personGroupId"):
+        joined = 'p."personGroupId" = f."personGroupId" AND p."ownerId" = a."ownerId"'
+    rows = photos.run(
+        'SELECT p."name" FROM {face} f JOIN {asset} a ON a."id" = f."assetId"'
+        f' JOIN {{person}} p ON {joined} WHERE f."assetId" = %s AND f."deletedAt" IS NULL'
+        ' ORDER BY f."boundingBoxX1"',
+        id,
+    )
+    return [name for (name,) in rows]
+
+
+def albums_of(photos, id):
+    """The albums that a photo is in, and how many users see each."""
+    album, asset = (
+        ("albumId", "assetId")
+        if photos._has("album_asset", "albumId")
+        else ("albumsId", "assetsId")
+    )
+    return photos.run(
+        f'SELECT "albumName", (SELECT count(*) FROM {{album_user}} u WHERE u."{album}" = a."id")'
+        f' FROM {{album}} a JOIN {{album_asset}} m ON m."{album}" = a."id"'
+        f' WHERE m."{asset}" = %s ORDER BY 1',
+        id,
+    )
+
+
+@every_generation
+def test_every_generation_holds_what_is_known_of_a_photo(photos):
+    anna, ben = Person("Anna", birth="1980-02-29", x=40), Person("Ben", x=20)
+    id = photos.add(
+        people=[anna, ben, Person("Nobody", deleted=True)],
+        place=("Warnemünde", None, "Germany"),
+        gps=(54.18, 12.08),
+        taken="2019-07-14T15:30:00",
+        camera={"make": "Canon", "iso": 100},
+        tags=["Travel/Sea"],
+        ocr=["HARBOUR", Line("cut off", visible=False)],
+        albums=["Summer", Album("Ours", owner="bob", shared=["someone"])],
+        favorite=True,
+    )
+    bobs = photos.add(owner="bob", people=[replace(anna, name="Mum")])
+    photos.name_person(anna, "Anne")
+    assert (names_on(photos, id), names_on(photos, bobs)) == (["Ben", "Anne"], ["Mum"])
+    times = 'SELECT "localDateTime" - "fileCreatedAt", "isFavorite" FROM {asset} WHERE "id" = %s'
+    assert photos.run(times, id) == [(timedelta(hours=2), True)]
+    exif = 'SELECT "city", "state", "latitude", "make", "iso" FROM {exif} WHERE "assetId" = %s'
+    assert photos.run(exif, id) == [("Warnemünde", None, 54.18, "Canon", 100)]
+    assert photos.run('SELECT "value" FROM {tag} ORDER BY 1') == [("Travel",), ("Travel/Sea",)]
+    owners = 0 if photos._has("album", "ownerId") else 1
+    assert albums_of(photos, id) == [("Ours", owners + 1), ("Summer", owners)]
+    if "asset_ocr" in photos._columns:
+        seen = ' WHERE "isVisible"' if photos._has("asset_ocr", "isVisible") else ""
+        assert photos.run(f'SELECT "text" FROM asset_ocr{seen}') == [("HARBOUR",)]
+
+
+@every_generation
+def test_a_tag_updates_a_photo_but_an_album_does_not(photos):
+    id = photos.add()
+    stamp = 'SELECT "updatedAt" FROM {asset} WHERE "id" = %s'
+    before = photos.run(stamp, id)
+    photos.add_to_album(id, "Summer")
+    assert photos.run(stamp, id) == before
+    photos.tag(id, "Sea")
+    assert photos.run(stamp, id) > before
+
+
+def test_the_restricted_role_may_be_given_more_to_read(photos):
+    uri = photos.restricted_role("curious", "it's secret", "person", "face", "album_asset")
+    with sandbox.connected(uri) as cursor:
+        for table in ("person", "asset_face", "album_asset"):
+            cursor.execute(f"SELECT * FROM {table}")
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+            cursor.execute("SELECT * FROM album")
 
 
 @every_generation

@@ -6,11 +6,13 @@ import base64
 import contextlib
 import json
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 
 import pytest
 import requests
+from facts import Album, Line, Person
 from servers import (
     BODY_LIMIT,
     CONTRACTS,
@@ -38,6 +40,7 @@ from servers import (
     thinking,
     told,
 )
+from worlds import ApiWorld
 
 RED = picture("red")
 STRANGER = "bob"
@@ -508,6 +511,198 @@ def test_immich_below_a_path(run, call):
     assert immich.url.endswith("/photos")
     assert call(immich, "GET", "/server/ping").json() == {"res": "pong"}
     assert call(immich, "GET", "/nope").json() == {"message": "Cannot GET /api/nope"}
+
+
+# --- What Immich knows of photos -------------------------------------------------------------
+
+NEEDED = (*MINIMAL, "album.read", "tag.read", "asset.statistics")
+
+
+def known(version="3.1.0", **more):
+    """An Immich whose first user is alice; bob is there, too."""
+    keys = {"alice-key": FakeKey("alice", NEEDED), "bob-key": FakeKey("bob", NEEDED)}
+    return FakeImmich(version, keys, **more)
+
+
+def asked(call, immich, path, key="alice-key"):
+    return call(immich, "GET", path, headers={"x-api-key": key})
+
+
+def album_names(call, immich, query="", key="alice-key"):
+    reply = asked(call, immich, f"/albums{query}", key)
+    assert reply.status_code == 200, reply.text
+    return sorted(album["albumName"] for album in reply.json())
+
+
+@pytest.mark.parametrize("version", IMMICH_VERSIONS)
+def test_people_come_with_a_search_that_asks_and_with_every_photo(run, call, version):
+    immich = run(known(version))
+    anna = Person("Anna", birth="1980-02-29", x=40)
+    faces = [anna, Person("Ben", hidden=True), Person(""), Person("Eve", deleted=True)]
+    photo = immich.add(people=[*faces, Person("Cut", visible=False), replace(anna, x=70)])
+    assert search(call, immich)["items"][0]["people"] == []
+    (item,) = search(call, immich, withPeople=True)["items"]
+    assert item["people"] == asked(call, immich, f"/assets/{photo.id}").json()["people"]
+    seen = [(one["name"], one["birthDate"], one["isHidden"]) for one in item["people"]]
+    assert sorted(seen) == [("", None, False), ("Anna", "1980-02-29", False), ("Ben", None, True)]
+    ids = [one["id"] for one in item["people"]]
+    assert immich.version < (3,) or ids == sorted(ids)
+    lefts = [face["boundingBoxX1"] for one in item["people"] for face in one.get("faces", ())]
+    assert lefts == ([] if immich.version >= (3,) else [40, 70, 0, 0])
+    found = ids[seen.index(("Anna", "1980-02-29", False))]
+    immich.add("nobody")
+    assert names(call, immich, personIds=[found]) == [photo.name]
+    immich.check()
+
+
+def test_each_user_names_a_person_and_no_photo_is_updated_by_it(run, call, clock):
+    immich = run(known("3.3.5", now=clock))
+    anna = Person("Anna")
+    immich.add(people=[anna]), immich.add(people=[replace(anna, name="Mum")], owner="bob")
+    before = search(call, immich, withPeople=True)["items"]
+    clock.wait(10)
+    immich.name_person(anna, "Anne")
+    (item,) = search(call, immich, withPeople=True)["items"]
+    assert [one["name"] for one in item["people"]] == ["Anne"]
+    assert item["updatedAt"] == before[0]["updatedAt"]
+    with_his_key = {"headers": {"x-api-key": "bob-key"}, "json": {"withPeople": True}}
+    reply = call(immich, "POST", "/search/metadata", **with_his_key).json()
+    (his,) = reply["assets"]["items"][0]["people"]
+    assert (his["name"], his["id"]) == ("Mum", item["people"][0]["id"])
+    immich.check()
+
+
+def test_the_date_of_the_place_is_written_as_if_it_were_utc(run, call):
+    world = ApiWorld(run(known()))
+    world.add(
+        picture=RED,
+        taken="2019-07-14T15:30:00",
+        place=("Warnemünde", "Mecklenburg-Vorpommern", "Germany"),
+        gps=(54.18, 12.08),
+        camera={"make": "Canon", "fNumber": 2.8},
+    )
+    (item,) = search(call, world.server, withExif=True)["items"]
+    assert item["localDateTime"] == "2019-07-14T15:30:00.000Z"
+    assert item["fileCreatedAt"] == "2019-07-14T13:30:00.000Z"
+    there = {"city": "Warnemünde", "longitude": 12.08, "fNumber": 2.8, "model": None}
+    assert item["exifInfo"].items() >= there.items()
+    world.server.check()
+
+
+@pytest.mark.parametrize("version", IMMICH_VERSIONS)
+def test_tags_come_with_a_photo_and_in_a_list_but_with_no_search(run, call, clock, version):
+    immich = run(known(version, now=clock))
+    photo, _ = immich.add("sea", tags=["Travel/Sea"]), immich.add("none")
+    (tag,) = asked(call, immich, f"/assets/{photo.id}").json()["tags"]
+    listed = asked(call, immich, "/tags").json()
+    above, below = listed
+    assert (above["name"], above["value"], "parentId" in above) == ("Travel", "Travel", False)
+    assert (below["name"], below["value"], below["parentId"]) == ("Sea", tag["value"], above["id"])
+    assert "tags" not in search(call, immich)["items"][0]
+    assert names(call, immich, tagIds=[above["id"]]) == ["sea"]
+    assert names(call, immich, tagIds=[]) == ["none", "sea"]
+    clock.wait(10)
+    immich.tag(photo, "New")
+    assert names(call, immich, updatedAfter=clock().isoformat()) == ["sea"]
+    assert len(asked(call, immich, f"/assets/{photo.id}").json()["tags"]) == 2
+    immich.check()
+
+
+@pytest.mark.parametrize("version", IMMICH_VERSIONS)
+def test_the_text_on_a_picture_is_there_from_2_2_on(run, call, version):
+    immich = run(known(version))
+    photo = immich.add(ocr=["HARBOUR", Line("cut off", visible=False), "No parking"])
+    reply = asked(call, immich, f"/assets/{photo.id}/ocr")
+    if immich.version < (2, 2):
+        assert reply.status_code == 404
+    else:
+        assert [row["text"] for row in reply.json()] == ["HARBOUR", "No parking"]
+        assert asked(call, immich, f"/assets/{immich.add().id}/ocr").json() == []
+    immich.check()
+
+
+OWN, HIS = Album("own", "alice"), Album("bob's own", "bob")
+LENT, BORROWED = Album("shared by alice", "alice", ["bob"]), Album("by bob", "bob", ["alice"])
+
+
+def with_albums(immich):
+    for album in (OWN, HIS, LENT, BORROWED):
+        immich.album(album)
+    return immich
+
+
+@pytest.mark.parametrize("version", IMMICH_VERSIONS)
+def test_albums_are_listed_in_one_call_from_3_0_on_and_in_two_before(run, call, version):
+    immich = with_albums(run(known(version)))
+    own, shared = [OWN.name, LENT.name], [BORROWED.name, LENT.name]
+    if immich.version < (3,):
+        assert album_names(call, immich) == own
+        assert album_names(call, immich, "?shared=true") == shared
+    else:
+        every = sorted({*own, *shared})
+        assert album_names(call, immich) == album_names(call, immich, "?shared=true") == every
+        assert album_names(call, immich, "?isOwned=true") == own
+        assert album_names(call, immich, "?isOwned=false&isShared=true") == [BORROWED.name]
+        assert album_names(call, immich, "?name=own") == [OWN.name]
+    immich.check()
+
+
+def test_an_album_needs_album_read_and_the_list_of_tags_tag_read(run, call):
+    immich = run(FakeImmich())
+    for path, needed in (("/albums", "album.read"), ("/tags", "tag.read")):
+        reply = call(immich, "GET", path)
+        assert reply.status_code == 403
+        assert reply.json()["message"] == f"Missing required permission: {needed}"
+
+
+def test_a_search_in_an_album_finds_everybodys_photos_and_in_two_what_is_in_both(run, call, clock):
+    immich = with_albums(run(known(now=clock)))
+    mine, other, bobs = immich.add("mine"), immich.add("other"), immich.add("bobs", owner="bob")
+    clock.wait(10)
+    for photo, album in [(mine, LENT), (bobs, LENT), (mine, BORROWED), (other, BORROWED)]:
+        immich.add_to_album(photo, album)
+    assert names(call, immich, updatedAfter=clock().isoformat()) == []
+    assert names(call, immich, albumIds=[LENT.id]) == ["bobs", "mine"]
+    assert names(call, immich, albumIds=[LENT.id, BORROWED.id]) == ["mine"]
+    assert names(call, immich, albumIds=[]) == ["other", "mine"]
+    assert asked(call, immich, f"/assets/{bobs.id}").status_code == 200
+    assert album_names(call, immich, f"?assetId={bobs.id}") == [LENT.name]
+    for album_id in (HIS.id, mine.id):
+        reply = call(immich, "POST", "/search/metadata", json={"albumIds": [album_id]})
+        assert reply.status_code == 400
+        assert reply.json()["message"] == "Not found or no album.read access"
+    immich.check()
+
+
+def test_before_1_135_a_search_in_an_album_finds_the_whole_library(run, call):
+    immich = run(known("1.132.3", tolerated={"albumIds"}))
+    immich.add("a"), immich.add("b")
+    album = immich.add_to_album(immich.add("c"), "Summer")
+    assert names(call, immich, albumIds=[album.id]) == ["c", "b", "a"]
+    immich.check()
+
+
+def test_favourites_and_libraries_can_be_searched_for(run, call):
+    immich = run(known())
+    immich.add("a", is_favorite=True), immich.add("b", library_id=LIBRARY)
+    assert names(call, immich, isFavorite=True) == ["a"]
+    assert names(call, immich, libraryId=LIBRARY) == ["b"]
+    assert names(call, immich, libraryId=None) == ["b", "a"]
+    immich.check()
+
+
+def test_an_underscore_counts_the_photos_with_any_text(run, call):
+    immich = run(known())
+    for text in ("A cat.", " ", "", "100 %"):
+        immich.add(description=text)
+
+    def number(**wanted):
+        return call(immich, "POST", "/search/statistics", json=wanted).json()["total"]
+
+    assert (number(description="_"), number(), number(description=" ")) == (3, 4, 4)
+    patterns = ("a c_t", "a%t", "0.")
+    assert [number(description=pattern) for pattern in patterns] == [1, 1, 0]
+    immich.check()
 
 
 # --- What becomes of a description -----------------------------------------------------------

@@ -7,16 +7,18 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
+import facts
 import pytest
 import sandbox
 import servers
+from facts import Album, Person
 from servers import Exchange, FakeImmich, FakeLlamaCpp, FakeServer, Reply
 
 import immich_analyze as ia
@@ -66,10 +68,37 @@ class ApiWorld:
         self.server = server
         self.argv = ["--immich-api-url", server.url, "--immich-api-keys", server.key]
 
-    def add(self, name: str = "photo.jpg", *, picture: bytes, ready: bool = True, **more) -> str:
+    def add(
+        self,
+        name: str = "photo.jpg",
+        *,
+        picture: bytes,
+        ready: bool = True,
+        taken: str | None = None,
+        albums: Iterable[Album | str] = (),
+        **more,
+    ) -> str:
         own = {"trashed": "is_trashed", "offline": "is_offline"}
+        own |= {"favorite": "is_favorite", "library": "library_id"}
+        exif = {fact: more.pop(fact, None) for fact in ("place", "gps", "camera")}
         more = {own.get(field, field): value for field, value in more.items()}
-        return self.server.add(name, preview=picture if ready else None, **more).id
+        more |= facts.times(taken) | {"extra": facts.exif(taken=taken, **exif)}
+        asset = self.server.add(name, preview=picture if ready else None, **more)
+        for album in albums:
+            self.server.add_to_album(asset, album)
+        return asset.id
+
+    def name_person(self, person: Person, name: str, owner: str = "") -> None:
+        self.server.name_person(person, name, owner)
+
+    def add_album(self, album: Album | str) -> str:
+        return self.server.album(album).id
+
+    def add_to_album(self, id: str, album: Album | str) -> str:
+        return self.server.add_to_album(self.server.assets[id], album).id
+
+    def tag(self, id: str, tag: str) -> None:
+        self.server.tag(self.server.assets[id], tag)
 
     def texts(self) -> dict[str, str]:
         return {asset.id: asset.description for asset in self.server.assets.values()}
@@ -143,6 +172,8 @@ class SqlWorld:
         self.photos, self.server = photos, server
         self.argv = ["--postgres-url", photos.uri, "--immich-root", str(photos.root)]
         self.texts, self.describe, self.trash = photos.descriptions, photos.describe, photos.trash
+        self.name_person, self.tag = photos.name_person, photos.tag
+        self.add_album, self.add_to_album = photos.add_album, photos.add_to_album
         photos.run("SET application_name = 'the test'")
         photos.run("CREATE SCHEMA seen")
         photos.run('CREATE TABLE seen.writes (n serial, id uuid, "text" text)')
@@ -175,10 +206,16 @@ class SqlWorld:
 
     def state(self) -> State:
         """Every row of every table of Immich."""
-        tables = self.photos.run("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+        keys = self.photos.run(
+            "SELECT table_name::text, array_agg(column_name::text ORDER BY ordinal_position)"
+            " FROM information_schema.key_column_usage NATURAL JOIN"
+            " (SELECT constraint_name, table_name FROM information_schema.table_constraints"
+            " WHERE constraint_type = 'PRIMARY KEY' AND table_schema = 'public') AS keys"
+            " GROUP BY table_name"
+        )
         return {
-            (table, *(row.get(name) for name in ("id", "assetId", "key"))): row
-            for (table,) in tables
+            (table, *(row[name] for name in key)): row
+            for table, key in keys
             for (row,) in self.photos.run(f'SELECT to_jsonb(t) FROM "{table}" t')
         }
 
@@ -191,7 +228,7 @@ class SqlWorld:
         after, changes = self.state(), {}
         notes = {key: after.pop(key) for key in after.keys() - before.keys()}
         assert {table for table, *_ in notes} <= {"asset_metadata"}
-        for (table, _, id, _), columns in differences(before, after).items():
+        for (table, id), columns in differences(before, after).items():
             assert table == self.photos.tables["exif"]
             assert columns.pop("lockedProperties") == ["description"]
             assert columns.keys() == {"description", "updatedAt", "updateId"}

@@ -188,6 +188,32 @@ CREATE TABLE "tag_asset" (
   "tagsId" uuid NOT NULL,
   CONSTRAINT "PK_ef5346fe522b5fb3bc96454747e" PRIMARY KEY ("assetsId", "tagsId")
 );
+CREATE TABLE "albums" (
+  "id" uuid NOT NULL DEFAULT gen_random_uuid(),
+  "ownerId" uuid NOT NULL,
+  "albumName" varchar NOT NULL DEFAULT 'Untitled Album',
+  "createdAt" timestamptz NOT NULL DEFAULT now(),
+  "albumThumbnailAssetId" uuid,
+  "updatedAt" timestamptz NOT NULL DEFAULT now(),
+  "description" text NOT NULL DEFAULT '',
+  "deletedAt" timestamptz,
+  "isActivityEnabled" boolean NOT NULL DEFAULT true,
+  "order" varchar NOT NULL DEFAULT 'desc',
+  "updateId" uuid NOT NULL DEFAULT immich_uuid_v7(),
+  CONSTRAINT "PK_7f71c7b5bc7c87b8f94c9a93a00" PRIMARY KEY (id)
+);
+CREATE TABLE "albums_shared_users_users" (
+  "albumsId" uuid NOT NULL,
+  "usersId" uuid NOT NULL,
+  "role" varchar NOT NULL DEFAULT 'editor',
+  CONSTRAINT "PK_7df55657e0b2e8b626330a0ebc8" PRIMARY KEY ("albumsId", "usersId")
+);
+CREATE TABLE "albums_assets_assets" (
+  "albumsId" uuid NOT NULL,
+  "assetsId" uuid NOT NULL,
+  "createdAt" timestamptz NOT NULL DEFAULT now(),
+  CONSTRAINT "PK_c67bc36fa845fb7b18e0e398180" PRIMARY KEY ("albumsId", "assetsId")
+);
 
 ALTER TABLE "assets" ADD CONSTRAINT "FK_16294b83fa8c0149719a1f631ef" FOREIGN KEY ("livePhotoVideoId") REFERENCES assets(id) ON UPDATE CASCADE ON DELETE SET NULL;
 ALTER TABLE "assets" ADD CONSTRAINT "FK_2c5ac0d6fb58b238fd2068de67d" FOREIGN KEY ("ownerId") REFERENCES users(id) ON UPDATE CASCADE ON DELETE CASCADE;
@@ -202,6 +228,12 @@ ALTER TABLE "tags" ADD CONSTRAINT "FK_92e67dc508c705dd66c94615576" FOREIGN KEY (
 ALTER TABLE "tags" ADD CONSTRAINT "FK_9f9590cc11561f1f48ff034ef99" FOREIGN KEY ("parentId") REFERENCES tags(id) ON DELETE CASCADE;
 ALTER TABLE "tag_asset" ADD CONSTRAINT "FK_e99f31ea4cdf3a2c35c7287eb42" FOREIGN KEY ("tagsId") REFERENCES tags(id) ON UPDATE CASCADE ON DELETE CASCADE;
 ALTER TABLE "tag_asset" ADD CONSTRAINT "FK_f8e8a9e893cb5c54907f1b798e9" FOREIGN KEY ("assetsId") REFERENCES assets(id) ON UPDATE CASCADE ON DELETE CASCADE;
+ALTER TABLE "albums" ADD CONSTRAINT "FK_05895aa505a670300d4816debce" FOREIGN KEY ("albumThumbnailAssetId") REFERENCES assets(id) ON UPDATE CASCADE ON DELETE SET NULL;
+ALTER TABLE "albums" ADD CONSTRAINT "FK_b22c53f35ef20c28c21637c85f4" FOREIGN KEY ("ownerId") REFERENCES users(id) ON UPDATE CASCADE ON DELETE CASCADE;
+ALTER TABLE "albums_shared_users_users" ADD CONSTRAINT "FK_427c350ad49bd3935a50baab737" FOREIGN KEY ("albumsId") REFERENCES albums(id) ON UPDATE CASCADE ON DELETE CASCADE;
+ALTER TABLE "albums_shared_users_users" ADD CONSTRAINT "FK_f48513bf9bccefd6ff3ad30bd06" FOREIGN KEY ("usersId") REFERENCES users(id) ON UPDATE CASCADE ON DELETE CASCADE;
+ALTER TABLE "albums_assets_assets" ADD CONSTRAINT "FK_4bd1303d199f4e72ccdf998c621" FOREIGN KEY ("assetsId") REFERENCES assets(id) ON UPDATE CASCADE ON DELETE CASCADE;
+ALTER TABLE "albums_assets_assets" ADD CONSTRAINT "FK_e590fa396c6898fcd4a50e40927" FOREIGN KEY ("albumsId") REFERENCES albums(id) ON UPDATE CASCADE ON DELETE CASCADE;
 
 CREATE INDEX "IDX_users_update_id" ON users ("updateId");
 CREATE INDEX "IDX_users_updated_at_asc_id_asc" ON users ("updatedAt", id);
@@ -239,6 +271,13 @@ CREATE INDEX "IDX_tags_update_id" ON tags ("updateId");
 CREATE INDEX "IDX_e99f31ea4cdf3a2c35c7287eb4" ON tag_asset ("tagsId");
 CREATE INDEX "IDX_f8e8a9e893cb5c54907f1b798e" ON tag_asset ("assetsId");
 CREATE INDEX "IDX_tag_asset_assetsId_tagsId" ON tag_asset ("assetsId", "tagsId");
+CREATE INDEX "IDX_05895aa505a670300d4816debc" ON albums ("albumThumbnailAssetId");
+CREATE INDEX "IDX_albums_update_id" ON albums ("updateId");
+CREATE INDEX "IDX_b22c53f35ef20c28c21637c85f" ON albums ("ownerId");
+CREATE INDEX "IDX_427c350ad49bd3935a50baab73" ON albums_shared_users_users ("albumsId");
+CREATE INDEX "IDX_f48513bf9bccefd6ff3ad30bd0" ON albums_shared_users_users ("usersId");
+CREATE INDEX "IDX_4bd1303d199f4e72ccdf998c62" ON albums_assets_assets ("assetsId");
+CREATE INDEX "IDX_e590fa396c6898fcd4a50e4092" ON albums_assets_assets ("albumsId");
 
 CREATE TRIGGER asset_files_updated_at BEFORE UPDATE ON asset_files FOR EACH ROW EXECUTE FUNCTION updated_at();
 CREATE TRIGGER assets_updated_at BEFORE UPDATE ON assets FOR EACH ROW EXECUTE FUNCTION updated_at();
@@ -246,5 +285,6 @@ CREATE TRIGGER asset_exif_updated_at BEFORE UPDATE ON exif FOR EACH ROW EXECUTE 
 CREATE TRIGGER person_updated_at BEFORE UPDATE ON person FOR EACH ROW EXECUTE FUNCTION updated_at();
 CREATE TRIGGER tags_updated_at BEFORE UPDATE ON tags FOR EACH ROW EXECUTE FUNCTION updated_at();
 CREATE TRIGGER users_updated_at BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION updated_at();
+CREATE TRIGGER albums_updated_at BEFORE UPDATE ON albums FOR EACH ROW EXECUTE FUNCTION updated_at();
 
 COMMIT;

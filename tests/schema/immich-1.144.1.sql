@@ -214,6 +214,38 @@ CREATE TABLE "tag_asset" (
   "tagsId" uuid NOT NULL,
   CONSTRAINT "tag_asset_pkey" PRIMARY KEY ("assetsId", "tagsId")
 );
+CREATE TABLE "album" (
+  "id" uuid NOT NULL DEFAULT gen_random_uuid(),
+  "ownerId" uuid NOT NULL,
+  "albumName" varchar NOT NULL DEFAULT 'Untitled Album',
+  "createdAt" timestamptz NOT NULL DEFAULT now(),
+  "albumThumbnailAssetId" uuid,
+  "updatedAt" timestamptz NOT NULL DEFAULT now(),
+  "description" text NOT NULL DEFAULT '',
+  "deletedAt" timestamptz,
+  "isActivityEnabled" boolean NOT NULL DEFAULT true,
+  "order" varchar NOT NULL DEFAULT 'desc',
+  "updateId" uuid NOT NULL DEFAULT immich_uuid_v7(),
+  CONSTRAINT "album_pkey" PRIMARY KEY (id)
+);
+CREATE TABLE "album_user" (
+  "albumsId" uuid NOT NULL,
+  "usersId" uuid NOT NULL,
+  "role" varchar NOT NULL DEFAULT 'editor',
+  "updateId" uuid NOT NULL DEFAULT immich_uuid_v7(),
+  "updatedAt" timestamptz NOT NULL DEFAULT now(),
+  "createId" uuid NOT NULL DEFAULT immich_uuid_v7(),
+  "createdAt" timestamptz NOT NULL DEFAULT now(),
+  CONSTRAINT "album_user_pkey" PRIMARY KEY ("albumsId", "usersId")
+);
+CREATE TABLE "album_asset" (
+  "albumsId" uuid NOT NULL,
+  "assetsId" uuid NOT NULL,
+  "createdAt" timestamptz NOT NULL DEFAULT now(),
+  "updatedAt" timestamptz NOT NULL DEFAULT now(),
+  "updateId" uuid NOT NULL DEFAULT immich_uuid_v7(),
+  CONSTRAINT "album_asset_pkey" PRIMARY KEY ("albumsId", "assetsId")
+);
 
 ALTER TABLE "asset" ADD CONSTRAINT "asset_livePhotoVideoId_fkey" FOREIGN KEY ("livePhotoVideoId") REFERENCES asset(id) ON UPDATE CASCADE ON DELETE SET NULL;
 ALTER TABLE "asset" ADD CONSTRAINT "asset_ownerId_fkey" FOREIGN KEY ("ownerId") REFERENCES "user"(id) ON UPDATE CASCADE ON DELETE CASCADE;
@@ -229,6 +261,12 @@ ALTER TABLE "tag" ADD CONSTRAINT "tag_parentId_fkey" FOREIGN KEY ("parentId") RE
 ALTER TABLE "tag" ADD CONSTRAINT "tag_userId_fkey" FOREIGN KEY ("userId") REFERENCES "user"(id) ON UPDATE CASCADE ON DELETE CASCADE;
 ALTER TABLE "tag_asset" ADD CONSTRAINT "tag_asset_assetsId_fkey" FOREIGN KEY ("assetsId") REFERENCES asset(id) ON UPDATE CASCADE ON DELETE CASCADE;
 ALTER TABLE "tag_asset" ADD CONSTRAINT "tag_asset_tagsId_fkey" FOREIGN KEY ("tagsId") REFERENCES tag(id) ON UPDATE CASCADE ON DELETE CASCADE;
+ALTER TABLE "album" ADD CONSTRAINT "album_albumThumbnailAssetId_fkey" FOREIGN KEY ("albumThumbnailAssetId") REFERENCES asset(id) ON UPDATE CASCADE ON DELETE SET NULL;
+ALTER TABLE "album" ADD CONSTRAINT "album_ownerId_fkey" FOREIGN KEY ("ownerId") REFERENCES "user"(id) ON UPDATE CASCADE ON DELETE CASCADE;
+ALTER TABLE "album_user" ADD CONSTRAINT "album_user_albumsId_fkey" FOREIGN KEY ("albumsId") REFERENCES album(id) ON UPDATE CASCADE ON DELETE CASCADE;
+ALTER TABLE "album_user" ADD CONSTRAINT "album_user_usersId_fkey" FOREIGN KEY ("usersId") REFERENCES "user"(id) ON UPDATE CASCADE ON DELETE CASCADE;
+ALTER TABLE "album_asset" ADD CONSTRAINT "album_asset_albumsId_fkey" FOREIGN KEY ("albumsId") REFERENCES album(id) ON UPDATE CASCADE ON DELETE CASCADE;
+ALTER TABLE "album_asset" ADD CONSTRAINT "album_asset_assetsId_fkey" FOREIGN KEY ("assetsId") REFERENCES asset(id) ON UPDATE CASCADE ON DELETE CASCADE;
 
 CREATE INDEX "user_updateId_idx" ON "user" ("updateId");
 CREATE INDEX "user_updatedAt_id_idx" ON "user" ("updatedAt", id);
@@ -265,6 +303,16 @@ CREATE INDEX "tag_updateId_idx" ON tag ("updateId");
 CREATE INDEX "tag_asset_assetsId_idx" ON tag_asset ("assetsId");
 CREATE INDEX "tag_asset_assetsId_tagsId_idx" ON tag_asset ("assetsId", "tagsId");
 CREATE INDEX "tag_asset_tagsId_idx" ON tag_asset ("tagsId");
+CREATE INDEX "album_albumThumbnailAssetId_idx" ON album ("albumThumbnailAssetId");
+CREATE INDEX "album_ownerId_idx" ON album ("ownerId");
+CREATE INDEX "album_updateId_idx" ON album ("updateId");
+CREATE INDEX "album_user_albumsId_idx" ON album_user ("albumsId");
+CREATE INDEX "album_user_createId_idx" ON album_user ("createId");
+CREATE INDEX "album_user_updateId_idx" ON album_user ("updateId");
+CREATE INDEX "album_user_usersId_idx" ON album_user ("usersId");
+CREATE INDEX "album_asset_albumsId_idx" ON album_asset ("albumsId");
+CREATE INDEX "album_asset_assetsId_idx" ON album_asset ("assetsId");
+CREATE INDEX "album_asset_updateId_idx" ON album_asset ("updateId");
 
 CREATE TRIGGER "asset_updatedAt" BEFORE UPDATE ON asset FOR EACH ROW EXECUTE FUNCTION updated_at();
 CREATE TRIGGER "asset_exif_updatedAt" BEFORE UPDATE ON asset_exif FOR EACH ROW EXECUTE FUNCTION updated_at();
@@ -275,5 +323,8 @@ CREATE TRIGGER asset_metadata_updated_at BEFORE UPDATE ON asset_metadata FOR EAC
 CREATE TRIGGER "person_updatedAt" BEFORE UPDATE ON person FOR EACH ROW EXECUTE FUNCTION updated_at();
 CREATE TRIGGER "tag_updatedAt" BEFORE UPDATE ON tag FOR EACH ROW EXECUTE FUNCTION updated_at();
 CREATE TRIGGER "user_updatedAt" BEFORE UPDATE ON "user" FOR EACH ROW EXECUTE FUNCTION updated_at();
+CREATE TRIGGER "album_updatedAt" BEFORE UPDATE ON album FOR EACH ROW EXECUTE FUNCTION updated_at();
+CREATE TRIGGER "album_asset_updatedAt" BEFORE UPDATE ON album_asset FOR EACH ROW EXECUTE FUNCTION updated_at();
+CREATE TRIGGER "album_user_updatedAt" BEFORE UPDATE ON album_user FOR EACH ROW EXECUTE FUNCTION updated_at();
 
 COMMIT;

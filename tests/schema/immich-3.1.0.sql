@@ -6,6 +6,7 @@ CREATE TYPE assets_status_enum AS ENUM ('active', 'trashed', 'deleted');
 CREATE TYPE asset_visibility_enum AS ENUM ('archive', 'timeline', 'hidden', 'locked');
 CREATE TYPE asset_checksum_algorithm_enum AS ENUM ('sha1', 'sha1-path');
 CREATE TYPE sourcetype AS ENUM ('machine-learning', 'exif', 'manual');
+CREATE TYPE album_user_role_enum AS ENUM ('owner', 'editor', 'viewer');
 
 -- time-ordered uuid: 48-bit unix milliseconds, version nibble 7, rest random
 CREATE FUNCTION immich_uuid_v7(p_timestamp timestamp with time zone DEFAULT clock_timestamp())
@@ -220,6 +221,55 @@ CREATE TABLE "tag_asset" (
   "tagId" uuid NOT NULL,
   CONSTRAINT "tag_asset_pkey" PRIMARY KEY ("assetId", "tagId")
 );
+CREATE TABLE "asset_ocr" (
+  "id" uuid NOT NULL DEFAULT gen_random_uuid(),
+  "assetId" uuid NOT NULL,
+  "x1" real NOT NULL,
+  "y1" real NOT NULL,
+  "x2" real NOT NULL,
+  "y2" real NOT NULL,
+  "x3" real NOT NULL,
+  "y3" real NOT NULL,
+  "x4" real NOT NULL,
+  "y4" real NOT NULL,
+  "boxScore" real NOT NULL,
+  "textScore" real NOT NULL,
+  "text" text NOT NULL,
+  "isVisible" boolean NOT NULL DEFAULT true,
+  "updateId" uuid NOT NULL DEFAULT immich_uuid_v7(),
+  CONSTRAINT "asset_ocr_pkey" PRIMARY KEY (id)
+);
+CREATE TABLE "album" (
+  "id" uuid NOT NULL DEFAULT gen_random_uuid(),
+  "albumName" varchar NOT NULL DEFAULT 'Untitled Album',
+  "createdAt" timestamptz NOT NULL DEFAULT now(),
+  "albumThumbnailAssetId" uuid,
+  "updatedAt" timestamptz NOT NULL DEFAULT now(),
+  "description" text NOT NULL DEFAULT '',
+  "deletedAt" timestamptz,
+  "isActivityEnabled" boolean NOT NULL DEFAULT true,
+  "order" varchar NOT NULL DEFAULT 'desc',
+  "updateId" uuid NOT NULL DEFAULT immich_uuid_v7(),
+  CONSTRAINT "album_pkey" PRIMARY KEY (id)
+);
+CREATE TABLE "album_user" (
+  "albumId" uuid NOT NULL,
+  "userId" uuid NOT NULL,
+  "role" album_user_role_enum NOT NULL DEFAULT 'editor'::album_user_role_enum,
+  "updateId" uuid NOT NULL DEFAULT immich_uuid_v7(),
+  "updatedAt" timestamptz NOT NULL DEFAULT now(),
+  "createId" uuid NOT NULL DEFAULT immich_uuid_v7(),
+  "createdAt" timestamptz NOT NULL DEFAULT now(),
+  CONSTRAINT "album_user_pkey" PRIMARY KEY ("albumId", "userId")
+);
+CREATE TABLE "album_asset" (
+  "albumId" uuid NOT NULL,
+  "assetId" uuid NOT NULL,
+  "createdAt" timestamptz NOT NULL DEFAULT now(),
+  "updatedAt" timestamptz NOT NULL DEFAULT now(),
+  "updateId" uuid NOT NULL DEFAULT immich_uuid_v7(),
+  CONSTRAINT "album_asset_pkey" PRIMARY KEY ("albumId", "assetId")
+);
 
 ALTER TABLE "asset" ADD CONSTRAINT "asset_livePhotoVideoId_fkey" FOREIGN KEY ("livePhotoVideoId") REFERENCES asset(id) ON UPDATE CASCADE ON DELETE SET NULL;
 ALTER TABLE "asset" ADD CONSTRAINT "asset_ownerId_fkey" FOREIGN KEY ("ownerId") REFERENCES "user"(id) ON UPDATE CASCADE ON DELETE CASCADE;
@@ -235,6 +285,12 @@ ALTER TABLE "tag" ADD CONSTRAINT "tag_parentId_fkey" FOREIGN KEY ("parentId") RE
 ALTER TABLE "tag" ADD CONSTRAINT "tag_userId_fkey" FOREIGN KEY ("userId") REFERENCES "user"(id) ON UPDATE CASCADE ON DELETE CASCADE;
 ALTER TABLE "tag_asset" ADD CONSTRAINT "tag_asset_assetId_fkey" FOREIGN KEY ("assetId") REFERENCES asset(id) ON UPDATE CASCADE ON DELETE CASCADE;
 ALTER TABLE "tag_asset" ADD CONSTRAINT "tag_asset_tagId_fkey" FOREIGN KEY ("tagId") REFERENCES tag(id) ON UPDATE CASCADE ON DELETE CASCADE;
+ALTER TABLE "asset_ocr" ADD CONSTRAINT "asset_ocr_assetId_fkey" FOREIGN KEY ("assetId") REFERENCES asset(id) ON UPDATE CASCADE ON DELETE CASCADE;
+ALTER TABLE "album" ADD CONSTRAINT "album_albumThumbnailAssetId_fkey" FOREIGN KEY ("albumThumbnailAssetId") REFERENCES asset(id) ON UPDATE CASCADE ON DELETE SET NULL;
+ALTER TABLE "album_user" ADD CONSTRAINT "album_user_albumId_fkey" FOREIGN KEY ("albumId") REFERENCES album(id) ON UPDATE CASCADE ON DELETE CASCADE;
+ALTER TABLE "album_user" ADD CONSTRAINT "album_user_userId_fkey" FOREIGN KEY ("userId") REFERENCES "user"(id) ON UPDATE CASCADE ON DELETE CASCADE;
+ALTER TABLE "album_asset" ADD CONSTRAINT "album_asset_albumId_fkey" FOREIGN KEY ("albumId") REFERENCES album(id) ON UPDATE CASCADE ON DELETE CASCADE;
+ALTER TABLE "album_asset" ADD CONSTRAINT "album_asset_assetId_fkey" FOREIGN KEY ("assetId") REFERENCES asset(id) ON UPDATE CASCADE ON DELETE CASCADE;
 
 CREATE INDEX "user_updateId_idx" ON "user" ("updateId");
 CREATE INDEX "user_updatedAt_id_idx" ON "user" ("updatedAt", id);
@@ -274,6 +330,17 @@ CREATE INDEX "tag_updateId_idx" ON tag ("updateId");
 CREATE INDEX "tag_asset_assetId_idx" ON tag_asset ("assetId");
 CREATE INDEX "tag_asset_assetId_tagId_idx" ON tag_asset ("assetId", "tagId");
 CREATE INDEX "tag_asset_tagId_idx" ON tag_asset ("tagId");
+CREATE INDEX "asset_ocr_assetId_idx" ON asset_ocr ("assetId");
+CREATE INDEX "album_albumThumbnailAssetId_idx" ON album ("albumThumbnailAssetId");
+CREATE INDEX "album_updateId_idx" ON album ("updateId");
+CREATE INDEX "album_user_albumId_idx" ON album_user ("albumId");
+CREATE INDEX "album_user_createId_idx" ON album_user ("createId");
+CREATE UNIQUE INDEX album_user_unique_owner ON album_user ("albumId") WHERE (role = 'owner'::album_user_role_enum);
+CREATE INDEX "album_user_updateId_idx" ON album_user ("updateId");
+CREATE INDEX "album_user_userId_idx" ON album_user ("userId");
+CREATE INDEX "album_asset_albumId_idx" ON album_asset ("albumId");
+CREATE INDEX "album_asset_assetId_idx" ON album_asset ("assetId");
+CREATE INDEX "album_asset_updateId_idx" ON album_asset ("updateId");
 
 CREATE TRIGGER "asset_updatedAt" BEFORE UPDATE ON asset FOR EACH ROW EXECUTE FUNCTION updated_at();
 CREATE TRIGGER "asset_exif_updatedAt" BEFORE UPDATE ON asset_exif FOR EACH ROW EXECUTE FUNCTION updated_at();
@@ -284,5 +351,8 @@ CREATE TRIGGER asset_metadata_updated_at BEFORE UPDATE ON asset_metadata FOR EAC
 CREATE TRIGGER "person_updatedAt" BEFORE UPDATE ON person FOR EACH ROW EXECUTE FUNCTION updated_at();
 CREATE TRIGGER "tag_updatedAt" BEFORE UPDATE ON tag FOR EACH ROW EXECUTE FUNCTION updated_at();
 CREATE TRIGGER "user_updatedAt" BEFORE UPDATE ON "user" FOR EACH ROW EXECUTE FUNCTION updated_at();
+CREATE TRIGGER "album_updatedAt" BEFORE UPDATE ON album FOR EACH ROW EXECUTE FUNCTION updated_at();
+CREATE TRIGGER "album_asset_updatedAt" BEFORE UPDATE ON album_asset FOR EACH ROW EXECUTE FUNCTION updated_at();
+CREATE TRIGGER "album_user_updatedAt" BEFORE UPDATE ON album_user FOR EACH ROW EXECUTE FUNCTION updated_at();
 
 COMMIT;

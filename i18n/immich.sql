@@ -1,0 +1,275 @@
+-- What is asked of Immich's own tables, 1.132 to 3.3, on PostgreSQL 14 and newer.
+--
+-- This is a template of Jinja. A `macro` is a piece that statements have in common. A `set` further
+-- down is a statement, which the tool runs by its name; the comment above it says parameters → rows.
+-- Parameters are psycopg2's, as in %(id)s; any other % is written twice. Only what is inside macros
+-- and statements is sent, so these comments are not.
+--
+-- The template is given `tables` with their columns; `described`, whether photos that have a
+-- description are wanted, too; and `ignored`, the expression of the descriptions that count as none,
+-- or "".
+
+
+-- ------------------------------------------------------------------------------
+-- Generations of Immich, known by tables and columns, not by a version
+-- ------------------------------------------------------------------------------
+
+-- Photos, EXIF data and files; 1.136 renamed them.
+{% set asset, exif, file = ('asset', 'asset_exif', 'asset_file') if 'asset_exif' in tables
+                      else ('assets', 'exif', 'asset_files') %}
+{% set needed = [asset, exif, file, 'asset_job_status'] %}
+
+-- 1.133 on; before, a photo "isVisible" or not.
+{% set visibility = 'visibility' in tables.get(asset, ()) %}
+
+-- 2.4 on: properties that Immich keeps when it extracts metadata from the file anew.
+{% set locks = 'lockedProperties' in tables.get(exif, ()) %}
+
+-- 2.5 on: a photo that was edited has a second preview.
+{% set edits = 'isEdited' in tables.get(file, ()) %}
+
+-- 2.5 on: photos have notes. Their table is older, but was for those of Immich alone.
+{% set notes = 'isEdited' in tables.get(asset, ()) %}
+
+
+-- ------------------------------------------------------------------------------
+-- Pieces: e is the EXIF row of photo a, j its job status, f its preview, m its note
+-- ------------------------------------------------------------------------------
+
+-- An edited preview is what people see of the photo.
+{% macro source() %}
+FROM {{ asset }} a
+{% if notes %}
+LEFT JOIN asset_metadata m ON m."assetId" = a.id AND m.key = %(key)s
+{% endif %}
+LEFT JOIN {{ exif }} e ON e."assetId" = a.id
+LEFT JOIN asset_job_status j ON j."assetId" = a.id
+LEFT JOIN LATERAL (
+    SELECT path FROM {{ file }} WHERE "assetId" = a.id AND type = 'preview'
+    {% if edits %} ORDER BY "isEdited" DESC {% endif %}
+    LIMIT 1
+) f ON true
+{% endmacro %}
+
+-- What the tool knows of a photo.
+{% macro columns() %}
+a.id, a."originalFileName", coalesce(e.description, ''), f.path,
+{% if notes %} m.value {% else %} NULL {% endif %}, a."libraryId"
+{% endmacro %}
+
+-- A photo that people find in their library.
+{% macro live() %}
+a."deletedAt" IS NULL AND a.status = 'active' AND NOT a."isOffline"
+AND {% if visibility %} a.visibility IN ('timeline', 'archive') {% else %} a."isVisible" {% endif %}
+AND a.type = 'IMAGE'
+{% endmacro %}
+
+-- Until then, Immich may yet write a description that it finds in the file.
+{% macro extracted() %} j."metadataExtractedAt" IS NOT NULL {% endmacro %}
+
+-- There is something to look at, and a row to write to.
+{% macro ready() %}
+{{ extracted() }} AND e."assetId" IS NOT NULL AND f.path IS NOT NULL
+{% endmacro %}
+
+-- Not by coalesce(), which hides from the planner how few those without a description are.
+{% macro empty() %} (e.description IS NULL OR e.description !~ '[^[:space:]]') {% endmacro %}
+
+-- Whether the description is one that the policy lets through.
+{% macro replaceable() %}
+{% if described %}
+true
+{% elif ignored %}
+({{ empty() }} OR e.description ~ $re${{ ignored | replace('%', '%%') }}$re$)
+{% else %}
+{{ empty() }}
+{% endif %}
+{% endmacro %}
+
+-- The photos to describe.
+{% macro wanted() %}
+{{ live() }} AND {{ ready() }} AND {{ replaceable() }}
+{% endmacro %}
+
+
+-- ------------------------------------------------------------------------------
+-- Which photos there are
+-- ------------------------------------------------------------------------------
+
+-- since, after, limit → the columns of a photo, and its id as the mark to go on after.
+-- Each table is told where to go on, so that each is read from there by its primary key.
+{% set listing %}
+SELECT {{ columns() }}, a.id AS mark
+{{ source() }}
+WHERE {{ wanted() }}
+  AND (%(since)s IS NULL OR a."createdAt" >= %(since)s)
+  AND a.id > %(after)s::uuid
+  AND e."assetId" > %(after)s::uuid
+  AND j."assetId" > %(after)s::uuid
+ORDER BY a.id
+LIMIT %(limit)s
+{% endset %}
+
+-- since, uploaded, after, limit → the same by previews, those made since then, oldest first.
+-- "updateId" is a UUID of version 7, which begins with the milliseconds of its moment.
+{% set news %}
+SELECT {{ columns() }}, n."updateId" AS mark
+{{ source() }}
+JOIN {{ file }} n ON n."assetId" = a.id AND n.type = 'preview'
+WHERE {{ wanted() }}
+  AND (%(uploaded)s IS NULL OR a."createdAt" >= %(uploaded)s)
+  AND n."updateId" > greatest(
+      %(after)s::uuid,
+      (lpad(to_hex((extract(epoch FROM %(since)s) * 1000)::bigint), 12, '0')
+          || repeat('0', 20))::uuid
+  )
+ORDER BY n."updateId"
+LIMIT %(limit)s
+{% endset %}
+
+-- The same pages without texts, one of which PostgreSQL cannot decode.
+{% macro bare(page) %}
+SELECT id, id::text, '', '', NULL, NULL, mark FROM ({{ page }}) photos
+{% endmacro %}
+{% set bare_listing = bare(listing) %}
+{% set bare_news = bare(news) %}
+
+{% set count %}
+SELECT count(*) {{ source() }} WHERE {{ wanted() }}
+{% endset %}
+
+-- id → the columns of a photo, whether it is live, and whether it is ready.
+{% set look %}
+SELECT {{ columns() }}, {{ live() }}, {{ ready() }}
+{{ source() }}
+WHERE a.id = %(id)s::uuid
+{% endset %}
+
+-- The paths of some previews, to see that the folder is theirs.
+{% set samples %}
+SELECT path FROM {{ file }} WHERE type = 'preview' LIMIT 50
+{% endset %}
+
+-- many → descriptions that are left alone although more photos than that have them, which are not
+-- ours, and the number of those photos. Long texts, as ours are, would take long to sort.
+{% macro not_ours() %}
+count(*) - count({% if notes %} m.value->>'text' {% else %} NULL {% endif %})
+{% endmacro %}
+{% set repeated %}
+SELECT e.description, {{ not_ours() }}
+{{ source() }}
+WHERE {{ live() }} AND e.description = ANY (ARRAY(
+    SELECT e.description FROM {{ exif }} e
+    WHERE octet_length(e.description) BETWEEN 1 AND 400
+    GROUP BY 1
+    HAVING count(*) > %(many)s AND NOT {{ replaceable() }}
+))
+GROUP BY 1
+HAVING {{ not_ours() }} > %(many)s
+ORDER BY 2 DESC
+LIMIT 3
+{% endset %}
+
+
+-- ------------------------------------------------------------------------------
+-- What is written
+-- ------------------------------------------------------------------------------
+
+-- `photo` is where the id comes from.
+{% macro keep_note(photo) %}
+INSERT INTO asset_metadata ("assetId", key, value)
+SELECT id::uuid, %(key)s, %(note)s::jsonb FROM {{ photo }}
+ON CONFLICT ("assetId", key) DO UPDATE SET value = excluded.value
+{% endmacro %}
+
+{% macro drop_note(photo) %}
+DELETE FROM asset_metadata
+WHERE key = %(key)s AND "assetId" IN (SELECT id FROM {{ photo }})
+{% endmacro %}
+
+-- A description, if it is still as listed, together with its note: both are written, or neither is.
+-- It is locked even when ours is taken back, as Immich may have written ours to the XMP file.
+{% macro change(note) %}
+WITH written AS (
+    UPDATE {{ exif }} e SET description = %(text)s
+    {% if locks %}
+    , "lockedProperties" = (
+        SELECT array_agg(DISTINCT p)
+        FROM unnest(coalesce(e."lockedProperties", '{}') || ARRAY['description']::varchar[]) p
+    )
+    {% endif %}
+    FROM {{ asset }} a
+    JOIN asset_job_status j ON j."assetId" = a.id
+    WHERE e."assetId" = %(id)s::uuid AND a.id = e."assetId"
+      AND {{ live() }} AND {{ extracted() }}
+      AND coalesce(e.description, '') = %(listed)s
+    RETURNING a.id
+)
+{% if notes %}, kept AS ({{ note }}) {% endif %}
+SELECT id FROM written
+{% endmacro %}
+
+-- id, text, listed, note → a row if it was written. The second takes the note away.
+{% set write = change(keep_note('written')) %}
+{% set forget = change(drop_note('written')) %}
+
+-- id, note
+{% set remember %}
+{% if notes %} {{ keep_note('(SELECT %(id)s AS id) one') }} {% else %} SELECT {% endif %}
+{% endset %}
+
+
+-- ------------------------------------------------------------------------------
+-- The server and what it lets us do
+-- ------------------------------------------------------------------------------
+
+-- id → whether nobody else is at this photo. The lock ends with the connection. It has two numbers,
+-- as Immich's own have one; the first says whose it is.
+{% set claim %}
+SELECT pg_try_advisory_lock(1229802817, hashtext(%(id)s))
+{% endset %}
+{% set release %}
+SELECT pg_advisory_unlock(1229802817, hashtext(%(id)s))
+{% endset %}
+
+{% set clock %}
+SELECT clock_timestamp()
+{% endset %}
+
+{% set read_only %}
+SHOW transaction_read_only
+{% endset %}
+
+-- How many connections could be had besides this one.
+{% set spare %}
+SELECT least(
+    current_setting('max_connections')::int
+        - current_setting('superuser_reserved_connections')::int - count(*),
+    nullif(rolconnlimit, -1) - count(*) FILTER (WHERE usename = rolname),
+    nullif(datconnlimit, -1) - count(*) FILTER (WHERE s.datname = d.datname)
+)
+FROM pg_stat_activity s, pg_roles, pg_database d
+WHERE datid IS NOT NULL AND rolname = session_user AND d.datname = current_database()
+GROUP BY rolconnlimit, datconnlimit
+{% endset %}
+
+-- undo → the statements that grant what is missing. A trigger notes each note that is deleted.
+{% macro quoted(names) %} ARRAY['{{ names | join("', '") }}'] {% endmacro %}
+{% set grants %}
+SELECT format('GRANT SELECT ON %%I TO %%I', name, current_user)
+FROM unnest({{ quoted(needed) }}) name
+WHERE NOT has_any_column_privilege(name, 'SELECT')
+UNION ALL
+SELECT format('GRANT UPDATE (%%I) ON {{ exif }} TO %%I', name, current_user)
+FROM unnest({{ quoted(['description'] + ['lockedProperties'] * locks) }}) name
+WHERE NOT has_column_privilege('{{ exif }}', name, 'UPDATE')
+{% if notes %}
+UNION ALL
+SELECT format('GRANT %%s ON asset_metadata TO %%I', name, current_user)
+FROM unnest({{ quoted(['SELECT', 'INSERT', 'UPDATE', 'DELETE']) }}) name
+WHERE NOT has_table_privilege('asset_metadata', name)
+UNION ALL
+SELECT format('GRANT INSERT ON asset_metadata_audit TO %%I', current_user)
+WHERE %(undo)s AND NOT has_table_privilege(to_regclass('asset_metadata_audit'), 'INSERT')
+{% endif %}
+{% endset %}
