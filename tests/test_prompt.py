@@ -97,15 +97,15 @@ def test_a_template_may_say_where_the_rest_stands(asked):
         ("A\n{{ people.__class__ }}", 2),
         ("A\n{{ people|nothing }}", 2),
         ("{% include 'secret' %}", 1),
-        ("\n{% for a in range(9 ** 9) %}{% for b in range(9 ** 9) %}{% endfor %}{% endfor %}", 2),
+        ("\n{% for a in range(9) %}{% for b in range(9) %}{% endfor %}{% endfor %}", 2),
         ("\n{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", 2),
     ],
 )
-def test_a_template_that_cannot_work_is_refused_with_its_line(command, prompt, line):
-    done = command("--prompt", prompt)
-    assert done.returncode == 2
-    assert done.stderr.startswith(ia.t("bad_template", line=line, why=""))
-    assert done.stderr.count("\n") == 1
+def test_a_template_that_cannot_work_is_refused_with_its_line(config, prompt, line):
+    with pytest.raises(ia.Fatal) as caught:
+        config("--prompt", prompt)
+    assert str(caught.value).startswith(ia.t("bad_template", line=line, why=""))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_prompt_may_be_in_a_file_but_not_also_beside_it(config, tmp_path):
@@ -153,7 +153,7 @@ def test_what_shapes_the_answer_makes_another_prompt(config):
         ("Russian", "Selfie, 12:45", True),
         ("Hindi", "एक बिल्ली खिड़की पर बैठी है", True),
         ("Klingon", RUSSIAN, True),
-        ("", CHINESE, True),
+        (None, CHINESE, True),
     ],
 )
 def test_an_answer_in_a_script_of_other_languages_is_none(language, answer, taken):
@@ -182,6 +182,19 @@ def test_a_photo_whose_answer_is_in_another_script_is_asked_about_again(api, oll
     assert api.texts() == {id: GERMAN}
     asked = {chat.json["messages"][0]["content"] for chat in ollama.find(*CHATS)}
     assert asked == {f"{ia.PROMPT}\n\nWrite the description in this language: German."}
+
+
+@pytest.mark.slow
+def test_a_host_that_repeats_itself_is_shown_plain_pictures_with_the_same_words(
+    api, ollama, command
+):
+    photos = [servers.own_picture(number) for number in range(2)]
+    for picture in photos:
+        api.add(picture=picture)
+    ollama.answer = lambda picture, _: "A lake." if picture in photos else "Grey."
+    assert command(*api.argv, *asking(ollama)).returncode == 0
+    asked = [chat.json["messages"][0]["content"] for chat in ollama.find(*CHATS)]
+    assert asked == [ia.PROMPT] * 3
 
 
 @pytest.mark.slow
