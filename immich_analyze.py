@@ -2810,8 +2810,9 @@ class ApiLibrary(Library):
         return replace(photo, note=note_in(dig(told, "value")))
 
     def look(self, photo: Photo) -> Photo:
-        found = self._photo(self._read(photo), photo.source, None)
-        if not found:
+        item = self._read(photo)
+        found = self._photo(item, photo.source, None)
+        if not found or not self._owns(int(photo.source), item):
             raise Skip("photo_excluded")
         return self.claim(found)
 
