@@ -806,7 +806,7 @@ class Note:
     failed: str = ""  # or the key of the error for which there is none
     why: str = ""
     tries: int = 0  # runs, or days, in which it failed so
-    facts: str = ""  # facts_id of what was known of the photo, where that was asked for
+    facts: str = ""  # names_id of the photo
 
     def value(self, at: datetime) -> dict[str, Any]:
         """As it is stored, in JSON."""
@@ -846,9 +846,6 @@ def iso(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-Facts = Mapping[str, tuple[str, ...]]  # what is known of a photo, by name; words for the model
-
-
 @dataclass(frozen=True, slots=True)
 class Photo:
     """A photo as Immich showed it last."""
@@ -860,7 +857,7 @@ class Photo:
     ready: bool = True  # whether Immich has made its preview
     note: Note | None = None
     library: str = ""  # id of its external library
-    facts: Facts = field(default_factory=dict)  # those that were asked for
+    told: Mapping[str, Any] = field(default_factory=dict)  # what Immich's API tells, for facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -881,9 +878,6 @@ USUAL_PIXELS, USUAL_SIDE = 50_000_000, 4096  # above the first, pictures are shr
 MOST_PIXELS = 270_000_000  # a gigabyte in memory
 JPEG_SIDE = 65_500  # the longest that JPEG can have
 OLDEST = 120  # years
-DAYTIMES = ("night", "morning", "noon", "afternoon", "evening", "night")
-DAYTIME_ENDS = (5, 11, 14, 18, 22, 24)  # hours
-MOST_READ = 500  # letters of what is written on a photo
 # Names of files that people did not choose: of these words and single letters, or an id.
 CAMERA_WORD = re.compile(
     r"[a-z]|img|dsc[fnx]?|pxl|m?vimg|mvi|vid|mov|gopr|g[hx]|dji|sam|pano|burst\w*|cimg|imgp|hpim|pict"
@@ -923,32 +917,6 @@ def undescribed(photo: Photo, config: Config) -> bool:
     return bool(re.match(expression(ignored), text, re.S)) and not has_ours(photo)
 
 
-def persons_text(photo: Photo, config: Config) -> str:
-    """What a person wrote of a photo: the description without ours."""
-    rest = unmerge(photo)
-    text = photo.description if rest is None else rest
-    return "" if undescribed(replace(photo, description=text), config) else text
-
-
-def question(photo: Photo, config: Config) -> str:
-    """What is asked about a photo: the prompt, then what it leaves out of facts and language."""
-    prompt, known = config.prompt, dict.fromkeys(PLACEHOLDERS, "")
-    if not (config.context or config.description_language or re.search(TAG, prompt)):
-        return prompt
-    shown = {*re.findall(r"\w+", "".join(re.findall(SHOWN, prompt)))} & {*PLACEHOLDERS}
-    told = {**photo.facts, "description": (persons_text(photo, config),)}
-    for name in config.context:  # in one line, whatever people wrote
-        known[name] = " ".join(", ".join(told.get(name, ())).split())
-    known["language"] = config.description_language
-    words = marked(data_file("question.jinja")).make_module(known | dict.fromkeys(shown, ""))
-    known["context"] = tidy(words.context)
-    if re.search(TAG, prompt):
-        prompt = tidy(marked(prompt).render(known))
-    follows = ["" if shown - {"language"} else known["context"], tidy(words.request)]
-    rest = GAP.join(filter(None, follows))
-    return prompt.rstrip("\n") + GAP + rest if rest else prompt
-
-
 def left_alone(photo: Photo, config: Config) -> str:
     """Why a photo is not to be described, as a key; "" if it is, or if its note must tell."""
     note = photo.note
@@ -959,7 +927,7 @@ def left_alone(photo: Photo, config: Config) -> str:
         return "has_description" if config.undo else ""
     current = note and same and not note.failed and note.was != text_id(photo.description)
     if current and note and note.facts:
-        current = note.facts == facts_id(photo.facts, config.context)
+        current = note.facts == names_id(photo, config)
     if config.policy is Policy.MISSING_AI:
         wanted = not has_ours(photo)
     elif config.policy is Policy.OUTDATED and note is not UNREAD:
@@ -1042,10 +1010,10 @@ def number_at(data: object, *path: str | int) -> float:
     return value if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
-def taken_at(item: object) -> datetime | None:
+def taken_at(told: object) -> datetime | None:
     """When a photo was taken, by the clock of the place."""
     with suppress(ValueError):
-        return datetime.fromisoformat(str(dig(item, "localDateTime")))
+        return datetime.fromisoformat(str(dig(told, "localDateTime")))
     return None
 
 
@@ -1060,9 +1028,9 @@ def age_at(born: object, taken: datetime | None) -> int | None:
     return None
 
 
-def people_in(item: object) -> Iterator[str]:
+def people_in(told: object) -> Iterator[str]:
     """Named people, left to right where their faces are told, else by name."""
-    people = [one for one in dig_list(item, "people") if dig(one, "isHidden") is not True]
+    people = [one for one in dig_list(told, "people") if dig(one, "isHidden") is not True]
     named = [(text_at(one, "name"), one) for one in people if text_at(one, "name")]
 
     def from_left(person: tuple[str, object]) -> tuple[float, str]:
@@ -1071,95 +1039,82 @@ def people_in(item: object) -> Iterator[str]:
         return min(left, default=math.inf), person[0]
 
     for name, person in sorted(named, key=from_left):
-        age = age_at(dig(person, "birthDate"), taken_at(item))
+        age = age_at(dig(person, "birthDate"), taken_at(told))
         yield name if age is None else f"{name} (aged {age})"
 
 
-def place_in(item: object) -> list[str]:
+def place_in(told: object) -> list[str]:
     """City, state and country."""
-    return [text_at(item, "exifInfo", part) for part in ("city", "state", "country")]
+    return [text_at(told, "exifInfo", part) for part in ("city", "state", "country")]
 
 
-def position_in(item: object) -> Iterator[str]:
-    """Latitude and longitude in degrees."""
-    north, east = (number_at(item, "exifInfo", part) for part in ("latitude", "longitude"))
-    if north and east and abs(north) <= 90 and abs(east) <= 180:
-        yield f"{north:.5f}, {east:.5f}"
-
-
-def date_in(item: object) -> Iterator[str]:
-    """Day and time of the day, by the clock of the place."""
-    if taken := taken_at(item):
-        hours = bisect_left(DAYTIME_ENDS, taken.hour + 1)
-        yield f"{taken:%A}, {taken.day} {taken:%B %Y}, {DAYTIMES[hours]}"
-
-
-def albums_in(item: object) -> list[str]:
+def albums_in(told: object) -> list[str]:
     """The names of the albums that the photo's owner has or shares."""
-    return [one_line(name) for name in dig_list(item, "albums")]
+    return [one_line(name) for name in dig_list(told, "albums")]
 
 
-def tags_in(item: object) -> list[str]:
+def tags_in(told: object) -> list[str]:
     """The last part of each tag, but of those that contain another one."""
-    paths = [text_at(tag, "value") for tag in dig_list(item, "tags")]
+    paths = [text_at(tag, "value") for tag in dig_list(told, "tags")]
     deepest = [p for p in paths if not any(other.startswith(f"{p}/") for other in paths)]
     return [path.rpartition("/")[2] for path in deepest]
 
 
-def camera_in(item: object) -> Iterator[str]:
-    """Make and model, lens, and how the photo was exposed."""
-    exif = dig(item, "exifInfo")
-    make, model = text_at(exif, "make"), text_at(exif, "model")
-    brand = make.lower().split()[:1]
-    yield model if brand and brand[0] in model.lower().split() else f"{make} {model}".strip()
-    yield text_at(exif, "lensModel")
-    exposure = text_at(exif, "exposureTime")
-    yield f"{exposure} s" if re.fullmatch(r"(?=[^/]*[1-9])\d+([./]\d+)?", exposure) else ""
-    for name, form in (("fNumber", "f/{:g}"), ("focalLength", "{:g} mm"), ("iso", "ISO {:g}")):
-        value = number_at(exif, name)
-        yield form.format(value) if value > 0 else ""
+# Facts that are names; our text is outdated once they are others.
+NAMES = {"people": people_in, "place": place_in, "albums": albums_in, "tags": tags_in}
 
 
-def file_in(item: object) -> Iterator[str]:
-    """The name of the file without its ending, unless a camera or a messenger gave it."""
-    name = re.sub(r"\.\w{1,5}$", "", text_at(item, "originalFileName"))
-    said = re.findall(r"[^\W\d_]+", name)
-    if not HEX_NAME.fullmatch(name) and not all(CAMERA_WORD.fullmatch(word) for word in said):
-        yield name
+def names(photo: Photo, fact: str) -> list[str]:
+    """The names that are known of a photo, each once."""
+    return list(dict.fromkeys(filter(None, NAMES[fact](photo.told))))
 
 
-def text_in(item: object) -> Iterator[str]:
-    """What Immich read on the photo."""
-    rows = [row for row in dig_list(item, "ocr") if dig(row, "isVisible") is not False]
-    yield " ".join(filter(None, (text_at(row, "text") for row in rows)))[:MOST_READ].strip()
+def names_id(photo: Photo, config: Config) -> str:
+    """What notes call the names that are asked for; "" where none are."""
+    asked = {fact: sorted(names(photo, fact)) for fact in NAMES if fact in config.context}
+    return text_id(json.dumps(asked)) if asked else ""
 
 
-# What can be known of a photo, and how it is read from the JSON of Immich's API.
-READERS: dict[str, Callable[[object], Iterable[str]]] = {
-    "people": people_in,
-    "place": place_in,
-    "gps": position_in,
-    "date": date_in,
-    "albums": albums_in,
-    "tags": tags_in,
-    "camera": camera_in,
-    "file": file_in,
-    "text": text_in,
-}
-RENEWED_BY = ("people", "place", "albums", "tags")  # a description is outdated once these change
+def file_name(told: object) -> str:
+    """The name of the file without its ending, "" if a camera or a messenger gave it."""
+    name = re.sub(r"\.\w{1,5}$", "", text_at(told, "originalFileName"))
+    chosen = [w for w in re.findall(r"[^\W\d_]+", name) if not CAMERA_WORD.fullmatch(w)]
+    return name if chosen and not HEX_NAME.fullmatch(name) else ""
 
 
-def facts_in(item: object, wanted: Iterable[str]) -> Facts:
-    """Those of the wanted facts that Immich's answer about a photo tells."""
-    read = {name: READERS[name](item) for name in wanted if name in READERS}
-    known = {name: tuple(dict.fromkeys(filter(None, parts))) for name, parts in read.items()}
-    return {name: parts for name, parts in known.items() if parts}
+def persons_text(photo: Photo, config: Config) -> str:
+    """What a person wrote of a photo: the description without ours."""
+    rest = unmerge(photo)
+    text = photo.description if rest is None else rest
+    return "" if undescribed(replace(photo, description=text), config) else text
 
 
-def facts_id(facts: Facts, wanted: Container[str]) -> str:
-    """What notes call the facts that can make a description outdated; "" if none is wanted."""
-    told = {name: sorted(facts.get(name, ())) for name in RENEWED_BY if name in wanted}
-    return text_id(json.dumps(told)) if told else ""
+def question(photo: Photo, config: Config) -> str:
+    """What is asked about a photo: the prompt, then what it leaves out of facts and language."""
+    prompt, given = config.prompt, {"language": config.description_language}
+    if not (config.context or config.description_language or re.search(TAG, prompt)):
+        return prompt
+    words = marked(data_file("question.jinja")).make_module(
+        {
+            "told": photo.told,
+            "text_at": text_at,
+            "number_at": number_at,
+            "list_at": dig_list,
+            "names": functools.partial(names, photo),
+            "taken": taken_at(photo.told),
+            "file_name": file_name(photo.told),
+            "persons_text": persons_text(photo, config),
+        }
+    )
+    # in one line, whatever people wrote
+    facts = {n: one_line(getattr(words, n)() if n in config.context else "") for n in FACTS}
+    shown = {*re.findall(r"\w+", "".join(re.findall(SHOWN, prompt)))} & {*PLACEHOLDERS}
+    given["context"] = tidy(words.context(**facts | dict.fromkeys(shown & {*FACTS}, "")))
+    if re.search(TAG, prompt):
+        prompt = tidy(marked(prompt).render(facts | given))
+    request = "" if "language" in shown else tidy(words.request(config.description_language))
+    rest = GAP.join(filter(None, ["" if shown - {"language"} else given["context"], request]))
+    return prompt.rstrip("\n") + GAP + rest if rest else prompt
 
 
 def picture_type(data: bytes) -> tuple[str | None, bool]:
@@ -2514,7 +2469,7 @@ class Library(Protocol):
         """The photo as it is now, with its note; Skip if it is not to be described."""
 
     def with_facts(self, photo: Photo) -> Photo:
-        """The photo with those facts that it did not come with."""
+        """The photo with all that was asked for, which a listing may not tell."""
         return photo
 
     def preview(self, photo: Photo) -> bytes | None:
@@ -2718,7 +2673,7 @@ class ApiLibrary(Library):
             account.groups = self._groups(int(source))
         told = account.groups.get(photo.id, ())
         groups = {name: [one for kind, one in told if kind == name] for name in self._server.groups}
-        return replace(photo, facts=facts_in({**item, **groups}, context))
+        return replace(photo, told={**item, **groups})
 
     def _groups(self, number: int) -> Groups:
         """By photo, its albums and tags: one search for each of them, of all that a user has."""
@@ -2820,12 +2775,11 @@ class ApiLibrary(Library):
         """GET /assets/{id} for tags, GET /assets/{id}/ocr for what is written on it."""
         server, told = self._server, dict[str, Any]()
         if "tags" in server.context and "tags" not in server.groups:
-            told |= self._read(photo)
+            told["tags"] = self._read(photo).get("tags")
         if "text" in server.context and server.version >= (2, 2, 0):
             path = f"/assets/{photo.id}/ocr"
             told["ocr"] = self._call(int(photo.source), "GET", path, Reply.json)
-        more = facts_in(told, [name for name in ("tags", "text") if name in server.context])
-        return replace(photo, facts={**photo.facts, **more})
+        return replace(photo, told={**photo.told, **told})
 
     def preview(self, photo: Photo) -> bytes | None:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
@@ -3142,7 +3096,7 @@ class DbLibrary(Library):
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
         """One page by id: only photos with work to do, each with its preview's path."""
         rows = self._listed("listing", since=since, after=cursor or BEFORE_ALL_IDS)
-        photos = [row_listed(row, self._context) for row in rows]
+        photos = [row_listed(row) for row in rows]
         return photos, photos[-1].id if len(photos) == PAGE else None
 
     def total(self) -> int:
@@ -3155,7 +3109,7 @@ class DbLibrary(Library):
         after = BEFORE_ALL_IDS
         while after:
             rows = self._listed("news", since=since, uploaded=uploaded, after=after)
-            photos += (row_listed(row, self._context) for row in rows)
+            photos += map(row_listed, rows)
             after = rows[-1][-1] if len(rows) == PAGE else ""
         return photos
 
@@ -3183,13 +3137,13 @@ class DbLibrary(Library):
         rows = self._rows("look", id=photo.id)
         if not rows or not rows[0][-2]:
             raise Skip("photo_excluded")
-        return replace(row_listed(rows[0], self._context), ready=rows[0][-1])
+        return replace(row_listed(rows[0]), ready=rows[0][-1])
 
     def with_facts(self, photo: Photo) -> Photo:
         if "text" not in self._context:
             return photo
         rows = [{"text": text} for (text,) in self._rows("written_on", id=photo.id)]
-        return replace(photo, facts={**photo.facts, **facts_in({"ocr": rows}, ["text"])})
+        return replace(photo, told={**photo.told, "ocr": rows})
 
     def preview(self, photo: Photo) -> bytes | None:
         """Read the file that `asset_file.path` names, or names by now.
@@ -3226,11 +3180,11 @@ class DbLibrary(Library):
         self._database.close()
 
 
-def row_listed(row: Sequence[Any], context: Sequence[str]) -> Photo:
+def row_listed(row: Sequence[Any]) -> Photo:
     """A photo as the statements list it."""
     asset_id, name, description, path, note, library, told = row[:7]
-    kept, facts = note_in(note), facts_in(told, context)
-    return Photo(str(asset_id), name, description, path or "", True, kept, library or "", facts)
+    kept, told = note_in(note), told or {}
+    return Photo(str(asset_id), name, description, path or "", True, kept, library or "", told)
 
 
 PREVIEW_NAME = re.compile(
@@ -3943,7 +3897,7 @@ def failure_note(photo: Photo, error: AnalyzeError, config: Config) -> Note:
 
 def store(photo: Photo, text: str, library: Library, run: Run) -> None:
     """Write a description; merge it anew, or leave the photo alone, if somebody was quicker."""
-    config, facts = run.config, facts_id(photo.facts, run.config.context)
+    config, facts = run.config, names_id(photo, run.config)
     for _ in range(LIBRARY_TRIES):
         stored = merge(photo, text, config)
         was = text_id(photo.description) if library.must_confirm and is_ours(photo) else ""

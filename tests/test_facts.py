@@ -23,9 +23,15 @@ pytestmark = pytest.mark.slow
 TAKEN = "2019-07-14T15:30:00.000Z"  # the clock of the place, although it ends with Z
 
 
-def known(name: str, **item: Any) -> list[str]:
-    """The parts of one fact, by what the API says of a photo."""
-    return list(ia.facts_in({"localDateTime": TAKEN} | item, [name]).get(name, ()))
+@pytest.fixture
+def known(config: Any) -> Any:
+    """What is told of one fact, by what the API says of a photo; "" for nothing."""
+
+    def tell(fact: str, **told: Any) -> str:
+        photo = ia.Photo("id", "photo.jpg", "", "", told={"localDateTime": TAKEN} | told)
+        return ia.question(photo, config("--prompt", f"{{{{ {fact} }}}}"))
+
+    return tell
 
 
 def person(name: Any, born: Any = None, *, hidden: Any = False, left: int | None = None) -> dict:
@@ -48,8 +54,8 @@ def person(name: Any, born: Any = None, *, hidden: Any = False, left: int | None
         ("nobody", []),
     ],
 )
-def test_people_are_those_with_a_name_who_are_not_hidden(people, names):
-    assert known("people", people=people) == names
+def test_people_are_those_with_a_name_who_are_not_hidden(known, people, names):
+    assert known("people", people=people) == ", ".join(names)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +75,9 @@ def test_people_are_those_with_a_name_who_are_not_hidden(people, names):
         ("2012-07-14", "-0044-03-15T12:00:00Z", None),
     ],
 )
-def test_the_age_is_that_on_the_day_of_the_photo(born, taken, age):
+def test_the_age_is_that_on_the_day_of_the_photo(known, born, taken, age):
     told = known("people", people=[person("Ben", born)], localDateTime=taken)
-    assert told == ["Ben" if age is None else f"Ben (aged {age})"]
+    assert told == ("Ben" if age is None else f"Ben (aged {age})")
 
 
 # --- Where and when ----------------------------------------------------------------------------
@@ -87,9 +93,9 @@ def test_the_age_is_that_on_the_day_of_the_photo(born, taken, age):
         ((1, [], {}), []),
     ],
 )
-def test_a_place_is_told_from_small_to_large(place, parts):
+def test_a_place_is_told_from_small_to_large(known, place, parts):
     exif = dict(zip(("city", "state", "country"), place, strict=True))
-    assert known("place", exifInfo=exif) == parts
+    assert known("place", exifInfo=exif) == ", ".join(parts)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +111,8 @@ def test_a_place_is_told_from_small_to_large(place, parts):
         (float("nan"), 0, []),
     ],
 )
-def test_a_position_is_in_degrees(north, east, parts):
-    assert known("gps", exifInfo={"latitude": north, "longitude": east}) == parts
+def test_a_position_is_in_degrees(known, north, east, parts):
+    assert known("gps", exifInfo={"latitude": north, "longitude": east}) == "".join(parts)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +131,8 @@ def test_a_position_is_in_degrees(north, east, parts):
         (5, None),
     ],
 )
-def test_the_date_is_by_the_clock_of_the_place(taken, told):
-    assert known("date", localDateTime=taken) == ([told] if told else [])
+def test_the_date_is_by_the_clock_of_the_place(known, taken, told):
+    assert known("date", localDateTime=taken) == (told or "")
 
 
 # --- What it belongs to ------------------------------------------------------------------------
@@ -142,15 +148,13 @@ def test_the_date_is_by_the_clock_of_the_place(taken, told):
         (["", None, 5], []),
     ],
 )
-def test_of_a_path_of_tags_the_deepest_is_told(values, parts):
-    assert known("tags", tags=[{"value": value} for value in values]) == parts
+def test_of_a_path_of_tags_the_deepest_is_told(known, values, parts):
+    assert known("tags", tags=[{"value": value} for value in values]) == ", ".join(parts)
 
 
-def test_albums_are_told_once_each():
-    assert known("albums", albums=["Summer", "Sea  side", "Summer", "", None]) == [
-        "Summer",
-        "Sea side",
-    ]
+def test_albums_are_told_once_each(known):
+    told = known("albums", albums=["Summer", "Sea  side", "Summer", "", None])
+    assert told == "Summer, Sea side"
 
 
 # --- How it was taken --------------------------------------------------------------------------
@@ -175,8 +179,8 @@ def test_albums_are_told_once_each():
         (None, []),
     ],
 )
-def test_a_camera_is_told_without_saying_its_make_twice(exif, parts):
-    assert known("camera", exifInfo=exif) == parts
+def test_a_camera_is_told_without_saying_its_make_twice(known, exif, parts):
+    assert known("camera", exifInfo=exif) == ", ".join(parts)
 
 
 OWN_NAMES = [
@@ -223,43 +227,42 @@ CHOSEN_NAMES = [
 
 
 @pytest.mark.parametrize("name", OWN_NAMES)
-def test_a_name_that_a_camera_or_messenger_gave_says_nothing(name):
-    assert known("file", originalFileName=name) == []
+def test_a_name_that_a_camera_or_messenger_gave_says_nothing(known, name):
+    assert known("file", originalFileName=name) == ""
 
 
 @pytest.mark.parametrize("name", CHOSEN_NAMES)
-def test_a_name_that_a_person_chose_is_told_without_its_ending(name):
-    assert known("file", originalFileName=name) == [name.rpartition(".")[0]]
+def test_a_name_that_a_person_chose_is_told_without_its_ending(known, name):
+    assert known("file", originalFileName=name) == name.rpartition(".")[0]
 
 
-def test_what_is_written_on_a_photo_is_told_in_order_up_to_500_letters():
+def test_what_is_written_on_a_photo_is_told_in_order_up_to_500_letters(known):
     rows = [{"text": " HARBOUR\n"}, {"text": "hidden", "isVisible": False}, {"text": "café"}, {}]
-    assert known("text", ocr=rows) == ["HARBOUR café"]
-    assert known("text", ocr=[{"text": "x" * 400}] * 2) == [f"{'x' * 400} {'x' * 99}"]
-    assert known("text", ocr=[]) == []
+    assert known("text", ocr=rows) == "HARBOUR café"
+    assert known("text", ocr=[{"text": "x" * 400}] * 2) == f"{'x' * 400} {'x' * 99}"
+    assert known("text", ocr=[]) == ""
 
 
 # --- All together ------------------------------------------------------------------------------
 
 
-def test_only_what_is_wanted_is_told():
-    item = {"exifInfo": {"city": "Rostock"}, "localDateTime": TAKEN, "people": [person("Anna")]}
-    assert ia.facts_in(item, []) == {}
-    assert set(ia.facts_in(item, ["people", "place"])) == {"people", "place"}
-    assert set(ia.facts_in(item, ia.READERS)) == {"people", "place", "date"}
+@pytest.mark.parametrize(
+    "told", [{}, {"people": 5, "exifInfo": [], "tags": {}, "ocr": None, "localDateTime": []}]
+)
+def test_odd_answers_leave_no_trace(config, told):
+    photo = ia.Photo("id", "photo.jpg", "", "", told=told)
+    assert ia.question(photo, config("--prompt", "Look.", "--context", "all,gps")) == "Look."
 
 
-@pytest.mark.parametrize("item", [{}, {"people": 5, "exifInfo": [], "tags": {}, "ocr": None}, None])
-def test_odd_answers_leave_no_trace(item):
-    assert ia.facts_in(item, ia.READERS) == {}
+def test_the_order_of_names_does_not_change_what_a_note_calls_them(config):
+    def called(people: Any, context: str = "people") -> str:
+        told = {"people": [person(name) for name in people]}
+        return ia.names_id(ia.Photo("id", "photo.jpg", "", "", told=told), asked[context])
 
-
-def test_the_order_of_facts_does_not_change_what_a_note_calls_them():
-    names = {ia.facts_id({"people": p}, ["people"]) for p in itertools.permutations("abc")}
-    assert len(names) == 1
-    assert ia.facts_id({"people": ("a",)}, ["people"]) not in names
-    assert ia.facts_id({"date": ("a",)}, ["date", "camera"]) == ""
-    assert ia.facts_id({}, ["people"]) != ia.facts_id({}, ["people", "place"])
+    asked = {c: config("--context", c) for c in ("people", "date,camera", "people,place")}
+    assert len({called(names) for names in itertools.permutations("abc")}) == 1
+    assert called("abc") not in (called("ab"), called("abc", "people,place"))
+    assert called("abc", "date,camera") == ""
 
 
 # --- In whole libraries, of all generations ----------------------------------------------------

@@ -9,11 +9,10 @@ from worlds import CHATS, asking
 import immich_analyze as ia
 
 FACTS = {
-    "people": ("Anna {{ 7 * 7 }}", "Ben (aged 7)"),
-    "place": ("Warnemünde", "Germany"),
-    "date": ("Sunday, 14 July 2019, afternoon",),
-    "gps": ("54.18, 12.08",),
-    "text": ("CAFÉ", "open\n\ndaily"),
+    "people": [{"name": "Anna {{ 7 * 7 }}"}, {"name": "Ben", "birthDate": "2012-01-31"}],
+    "exifInfo": {"city": "Warnemünde", "country": "Germany", "latitude": 54.18, "longitude": 12.08},
+    "localDateTime": "2019-07-14T15:30:00Z",
+    "ocr": [{"text": "CAFÉ,"}, {"text": "open\n\ndaily"}],
 }
 TOLD = "Anna {{ 7 * 7 }}, Ben (aged 7)"
 RUSSIAN, GERMAN = "Кошка сидит на подоконнике и смотрит", "Eine Katze sitzt am Fenster und schaut"
@@ -24,9 +23,9 @@ CHINESE = "一只猫坐在窗台上看着外面的街道"
 def asked(config):
     """What is asked about a photo of which these facts are known."""
 
-    def ask(*argv: str, facts=FACTS) -> str:
-        text = "At the sea" if facts else ""
-        return ia.question(ia.Photo("id", "photo.jpg", text, "", facts=facts), config(*argv))
+    def ask(*argv: str, told=FACTS) -> str:
+        text = "At the sea" if told else ""
+        return ia.question(ia.Photo("id", "photo.jpg", text, "", told=told), config(*argv))
 
     return ask
 
@@ -42,18 +41,30 @@ def test_what_is_known_follows_the_prompt_each_fact_once_and_the_language_last(a
     told = asked("--prompt", "Look.\n", "--context", "all", "--description-language", "de")
     first, context, last = told.split("\n\n")
     assert (first, last) == ("Look.", "Write the description in this language: German.")
-    lines = [TOLD, "Warnemünde, Germany", *FACTS["date"], "CAFÉ, open daily", "At the sea"]
+    lines = [
+        TOLD,
+        "Warnemünde, Germany",
+        "Sunday, 14 July 2019, afternoon",
+        "CAFÉ, open daily",
+        "At the sea",
+    ]
     assert [told.count(line) for line in lines] == [1] * len(lines)
     assert all(context.splitlines())
-    assert FACTS["gps"][0] not in told
+    assert "54.18" not in told
     assert "invent no names" in context
     assert "Mention the place and the date" in context
 
 
 def test_nothing_is_left_where_nothing_is_known(asked):
-    assert asked("--prompt", "Look.\n", "--context", "all", facts={}) == "Look.\n"
-    told = asked("--prompt", "Look.", "--context", "people,date", facts={"date": ("July 2019",)})
-    assert "Date: July 2019\n" in told
+    assert asked("--prompt", "Look.\n", "--context", "all", told={}) == "Look.\n"
+    told = asked(
+        "--prompt",
+        "Look.",
+        "--context",
+        "people,date",
+        told={"localDateTime": "2019-07-14T15:30:00Z"},
+    )
+    assert "Date: Sunday, 14 July 2019, afternoon\n" in told
     assert "People" not in told
     assert told.count("\n\n") == 1
 
@@ -73,8 +84,8 @@ def test_nothing_is_left_where_nothing_is_known(asked):
 def test_a_template_is_filled_in(asked, prompt, with_facts, without):
     argv = ["--prompt", prompt, "--description-language", "sr"]
     request = "" if "language" in prompt else "\n\nWrite the description in this language: Serbian."
-    for facts, text in ((FACTS, with_facts), ({}, without)):
-        assert asked(*argv, facts=facts) == (text.rstrip("\n") if request else text) + request
+    for told, text in ((FACTS, with_facts), ({}, without)):
+        assert asked(*argv, told=told) == (text.rstrip("\n") if request else text) + request
 
 
 def test_a_template_may_say_where_the_rest_stands(asked):
