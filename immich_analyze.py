@@ -1289,36 +1289,29 @@ def retry_after(reply: Reply) -> float | None:
 
 
 BUSY = {408, 429, 502, 503, 504}
-# What model servers say, in all words that were seen.
-BUSY_WORDS = re.compile(r"server busy|overloaded|rate.?limit|loading model", re.I)
-CANNOT_SEE = re.compile(r"image input is not supported|missing data required for image input", re.I)
-CONTEXT = re.compile(r"available context|exceed_context_size|context[ _](length|size|window)", re.I)
-HTTPS = re.compile(r"plain HTTP request was sent to|HTTP request to an HTTPS|speaking plain HTTP")
-NO_MODEL = re.compile(r"model_not_found|model\b.*\b(not found|not exist)|no such model", re.I)
-PROMPT_TOKENS = re.compile(r"(?:n_prompt_tokens\D+|request \()(\d+)")
-THINKING = re.compile(r"thinking|reasoning", re.I)
 
 
 def model_host_error(reply: Reply) -> AnalyzeError:
     """What a model host's status says, or its words where an answer of status 200 is an error."""
     status, why, words = reply.status, reply.complaint(), reply.body.decode("utf-8", "replace")
+    known = patterns()
     hints = {413: "hint_too_large", 504: "hint_too_slow"}
     hint = t(hints.get(status, "")) if status in hints else ""
     fields: dict[str, Any] = {"url": reply.url, "status": status, "words": words}
     fields["why"] = f"{hint} {why}".strip()
     said = f" “{why}”" if why else ""
     match status:
-        case _ if CANNOT_SEE.search(why):
+        case _ if known["cannot_see"].search(why):
             return Fatal("model_blind", **fields)
-        case _ if HTTPS.search(words):
+        case _ if known["https_needed"].search(words):
             return Fatal("https_needed", **fields)
         case 401 | 402 | 403:
             return Fatal("host_key_refused", said=said, **fields)
-        case 200 | 400 | 404 if NO_MODEL.search(why):
+        case 200 | 400 | 404 if known["no_model"].search(why):
             return Fatal("model_missing", **fields)
         case 404 | 405:
             return Unexpected("host_wrong", said=said, **fields)
-        case _ if status in BUSY or (status == 200 and BUSY_WORDS.search(why)):
+        case _ if status in BUSY or (status == 200 and known["overloaded"].search(why)):
             return Unavailable("host_busy", pause=retry_after(reply), **fields)
         case _:
             key = "host_failed" if status == 200 or status >= 500 else "picture_refused"
@@ -1434,8 +1427,6 @@ TEXTS = 1000  # answers of a host that are remembered
 TIMED_OUT = ("timed_out", "timed_out_reading")
 SEES, BLIND = 0, -1  # in Host.texts: no hash of a picture, but what a plain one showed
 CUT = ("answer_cut", "context_full")
-# Parts of a question that some hosts refuse; for the last they take another name.
-REFUSABLE = ("think", "chat_template_kwargs", "reasoning_effort", "stream_options", "max_tokens")
 # Where an answer, or a piece of one, has its message, why it ended, and the tokens of both sides.
 MESSAGE = (("message",), ("choices", 0, "delta"), ("choices", 0, "message"), ("choices", 0))
 FINISH = (("done_reason",), ("choices", 0, "finish_reason"))
@@ -1463,7 +1454,7 @@ class Manner:
     """How a host wants to be asked, as it told by refusing another way."""
 
     context: int = 0  # tokens; 0 = as the server has it
-    refused: frozenset[str] = frozenset()  # of REFUSABLE
+    refused: frozenset[str] = frozenset()  # parts of a question
 
 
 # What stands for the picture in a question.
@@ -1572,22 +1563,22 @@ DIALECTS = {
 
 def lacks_context(error: AnalyzeError) -> bool:
     """Whether a host says that picture, prompt and answer do not fit into its context."""
-    return error.key == "context_full" or bool(CONTEXT.search(error.words))
+    return error.key == "context_full" or bool(patterns()["no_context"].search(error.words))
 
 
 def adapted(manner: Manner, error: AnalyzeError, config: Config) -> Manner | None:
     """How else to ask a host, by what it said to a question; None if it knows no other way."""
-    dialect = DIALECTS[config.interface]
+    dialect, known = DIALECTS[config.interface], patterns()
     if lacks_context(error):
-        told = PROMPT_TOKENS.search(error.words)
+        told = known["prompt_tokens"].search(error.words)
         prompt = int(told[1]) if told else error.fields.get("prompt", 0)
         tokens = -(-(prompt + config.max_tokens) // CONTEXT_STEP) * CONTEXT_STEP
         larger = dialect.takes_context and prompt and tokens > manner.context
         return replace(manner, context=tokens) if larger else None
-    refused = {name for name in REFUSABLE if re.search(rf"\b{name}\b", error.words)}
-    if re.search(r"\bstream(ing)?\b", error.words):
+    refused = set(known["refusable"].findall(error.words))
+    if known["streaming"].search(error.words):
         refused |= {"stream", "stream_options"}
-    if not refused and THINKING.search(error.words):
+    if not refused and known["thinking"].search(error.words):
         refused = set(dialect.thinking(False))
     better = replace(manner, refused=manner.refused | refused)
     return better if better != manner else None
