@@ -1203,11 +1203,11 @@ def http(
     blame: Callable[[Reply], AnalyzeError],
     timeout: float,
     limit: int = REPLY_LIMIT,
-    watch: Callable[[bytearray], None] | None = None,
+    watch: Callable[[bytes], None] | None = None,
     **options: Any,
 ) -> Reply:
     """Send one request and read the answer; a status other than 2xx is raised, by `blame`."""
-    # `watch` sees the body of any other answer as it grows; what it raises ends the request,
+    # `watch` gets the body of any other answer piece by piece; what it raises ends the request,
     # also for the server
     shown, body = shown_with_proxy(session, url), bytearray()
     limits = (min(timeout, CONNECT_TIMEOUT), min(timeout, LONGEST_TIMEOUT))
@@ -1219,7 +1219,7 @@ def http(
                 if len(body) > limit:
                     raise Retryable("reply_too_large", url=shown)
                 if watch and response.ok:
-                    watch(body)
+                    watch(piece)
             reply = Reply(shown, response.status_code, response.headers, bytes(body))
     except requests.exceptions.InvalidHeader as error:  # in a broken answer
         raise Retryable("connection_cut", url=shown) from error
@@ -1437,9 +1437,10 @@ TEXT_IN = (("content",), ("text",))
 THOUGHTS_IN = (("thinking",), ("reasoning_content",), ("reasoning",))
 
 
-def first(data: object, paths: Iterable[tuple[str | int, ...]]) -> Any:
-    """What is at the first of these paths that leads to anything; None without any."""
-    return next(filter(None, (dig(data, *path) for path in paths)), None)
+def first(data: object, paths: Iterable[tuple[str | int, ...]], kind: type = object) -> Any:
+    """What is at the first of these paths that leads to anything of this kind, or None."""
+    found = (dig(data, *path) for path in paths)
+    return next((one for one in found if one and isinstance(one, kind)), None)
 
 
 def text_of(found: object) -> str:
@@ -1944,21 +1945,22 @@ class Answer:
 
     def __init__(self, url: str, config: Config, heard: Callable[[], None]) -> None:
         self._url, self._config, self._tell = public(url), config, heard
+        self._unread = bytearray()  # the line whose end is still to come
         self._text = self._finish = ""
-        self._counts = [0, 0]  # tokens of the answer and the prompt, where the host tells
-        self._read = self._searched = 0  # bytes of the body: its lines, and all that was there
-        self._events = self._pieces = 0  # and those of them with a token
+        self._tokens = self._prompt = 0  # tokens of answer and prompt, where the host tells
+        self._events = self._pieces = 0  # JSON objects, and those of them with a token
         self._streamed = self._over = False
         self._heard = time.monotonic()
         self._check_at, self._thinks_at = CHECK_STEP, max(config.max_tokens / 4, LEAD_IN)
 
-    def listen(self, body: bytearray) -> None:
-        """Take the lines that are there by now."""
-        end, pieces = body.rfind(b"\n", self._searched) + 1, self._pieces
-        self._searched = len(body)
+    def listen(self, data: bytes) -> None:
+        """Take what came, a line at a time."""
+        lines, end, rest = data.rpartition(b"\n")
+        pieces = self._pieces
         if end:
-            self._take_lines(bytes(body[self._read : end]))
-            self._read = end
+            self._take_lines(bytes(self._unread + lines))
+            self._unread.clear()
+        self._unread += rest
         if self._pieces > pieces:
             self._heard = time.monotonic()
             self._tell()
@@ -2009,20 +2011,20 @@ class Answer:
         self._pieces += bool(text) + bool(thought)
         self._events += isinstance(said, dict)
         self._finish = str(first(said, FINISH) or self._finish).lower()
-        found = zip((first(said, TOKENS), first(said, PROMPT_SIZE)), self._counts, strict=True)
-        self._counts = [number if isinstance(number, int) else old for number, old in found]
+        self._tokens = first(said, TOKENS, int) or self._tokens
+        self._prompt = first(said, PROMPT_SIZE, int) or self._prompt
         self._over |= done is True or bool(self._finish)
         self._streamed |= done is False or self._events > 1
 
     def description(self, reply: Reply) -> str:
         """The description in it, once all of it is there."""
-        self._take_lines(reply.body[self._read :])
+        self._take_lines(bytes(self._unread))
         if not self._events:
             self._take(reply.json())
         if self._streamed and not self._over:
             raise Retryable("connection_cut", url=self._url)
         if self._finish in ("length", "max_tokens"):
-            most, (tokens, prompt) = self._config.max_tokens, self._counts
+            most, tokens, prompt = self._config.max_tokens, self._tokens, self._prompt
             if not tokens and self._streamed and 2 * self._pieces < most:
                 tokens = self._pieces
             if 0 < tokens < most - 1 and not 0 < prompt < LEAST_CONTEXT - tokens:
