@@ -1590,22 +1590,22 @@ class Host:
     """What is known of one model host. Its requests have numbers, to tell which came first."""
 
     url: str = field(repr=False)
-    unavailable_until: float = 0.0
     why: AnalyzeError | None = None  # the trouble; None since it described a picture
+    since: float = math.inf  # when that began
+    failed: int = 0  # the latest request to any host then
     pause: float = 0.0  # seconds that it was unavailable for the last time
-    failed: int = 0  # the latest request to any host when the trouble began
-    answered: int = 0  # the latest request that it answered with a description
-    told: bool = False  # whether people were told of the trouble
-    told_at: float = -math.inf
+    unavailable_until: float = 0.0
+    told_at: float = -math.inf  # when people were last told of a trouble
     probed_at: float = -math.inf
     gone: bool = False  # whether the latest probe found nothing
     texts: dict[str, int] = field(default_factory=dict)  # what it said of pictures, by hash
     in_flight: int = 0
     most: float = math.inf  # requests at a time, once it was found to queue them
     streak: int = 0  # answers since that changed
+    latest: int = 0  # its latest request
     begun: int = 0  # the latest request that it said something to, and when it last did
     heard_at: float = -math.inf
-    latest: int = 0  # its latest request
+    answered: int = 0  # the latest request that it answered with a description
     requests: int = 0  # that ended, and the seconds they took, all together
     seconds: float = 0.0
 
@@ -1622,13 +1622,13 @@ class Host:
 
     @property
     def full(self) -> bool:
-        """Whether it has as many requests as it works on at a time."""
-        return self.in_flight >= self.most
+        """Whether it has all the requests it may: one if it hung or was left out for long."""
+        tried = self.struck_off or (self.why and self.why.key in TIMED_OUT)
+        return self.in_flight >= (1 if tried else self.most)
 
     def wait(self, now: float) -> float:
-        """Seconds until it can be asked; one that hung or was left out gets one request first."""
-        tried = self.in_flight and self.why and (self.struck_off or self.why.key in TIMED_OUT)
-        return max(self.unavailable_until - now, PROBE_INTERVAL if tried else 0.0)
+        """Seconds until it is available."""
+        return max(self.unavailable_until - now, 0.0)
 
 
 class Hosts:
@@ -1650,8 +1650,7 @@ class Hosts:
         *,
         lasts: bool = False,
     ) -> None:
-        self._lock = threading.Lock()
-        self._ended = threading.Condition(self._lock)  # a request
+        self._lock = threading.Condition()  # told when a request ends
         self._places = threading.BoundedSemaphore(places)
         self._testing = threading.Lock()
         self._hosts = {url: Host(url) for url in urls}
@@ -1659,7 +1658,6 @@ class Hosts:
         self._wait_timeout = wait_timeout
         self._lasts = lasts
         self._latest = 0
-        self._unusable_since = math.inf
         self.retrying = threading.Lock()  # held by the worker that asks about a photo again
         self.moved = time.monotonic()  # when a request last began or ended
         self.manners: dict[str, Manner] = {}  # of hosts that refused the usual one
@@ -1676,53 +1674,50 @@ class Hosts:
         with self._places:
             if stop.is_set():
                 raise Stopped("stopped")
-            while not (host := self._pick(avoid)):
+            while not (picked := self._pick(avoid)):
                 if stop.wait(self._wait()):
                     raise Stopped("stopped")
-                if absent := self._to_probe():
-                    gone, absent.gone = absent.gone, not probe(absent.url)
-                    if gone and not absent.gone:  # it has just come back
-                        absent.unavailable_until = 0.0
+                self._look_for_absent(probe)
+            host, number = picked
             began = self.moved = time.monotonic()
             try:
-                yield host.url, host.latest
+                yield host.url, number
             finally:
-                with self._ended:
-                    self._ended.notify_all()
+                with self._lock:
+                    self._lock.notify_all()
                     self.moved = time.monotonic()
                     host.in_flight -= 1
                     host.requests += 1
                     host.seconds += self.moved - began
 
-    def _pick(self, avoid: Container[str]) -> Host | None:
-        """The host to ask next, with the request counted; None while none is available."""
+    def _pick(self, avoid: Container[str]) -> tuple[Host, int] | None:
+        """The host to ask next, and the request's number; None while no host is available."""
         with self._lock:
             now = time.monotonic()
-            hosts = self._hosts.values()
-            available = [host for host in hosts if host.wait(now) <= 0 and not host.full]
-            if not available:
+            hosts = [h for h in self._hosts.values() if not h.wait(now) and not h.full]
+            if not hosts:
                 return None
-            host = min(available, key=lambda host: (host.url in avoid, host.in_flight, host.latest))
-            self._latest += 1
-            host.in_flight, host.latest = host.in_flight + 1, self._latest
-            return host
+            host = min(hosts, key=lambda host: (host.url in avoid, host.in_flight, host.latest))
+            host.in_flight += 1
+            return host, self.number(host.url)
 
     def _wait(self) -> float:
         """Seconds until a host may be available; Fatal where none is worth waiting for.
 
-        Where one has all the requests that it takes, waits until one ends.
+        Where one has all the requests it may, waits until one ends.
         """
-        with self._ended:
-            now, hosts = time.monotonic(), self._hosts.values()
+        with self._lock:
             self._check_last()
-            left = self._unusable_since + self._wait_timeout - now
+            now, hosts = time.monotonic(), self._hosts.values()
+            left = max(host.since for host in hosts) + self._wait_timeout - now
             if left <= 0:
                 raise Fatal("no_host", why="; ".join(str(host.why) for host in hosts))
-            pause = PROBE_INTERVAL if any(host.absent for host in hosts) else left
-            seconds = min(left, pause, *(host.wait(now) for host in hosts if not host.full))
+            waits = [host.wait(now) for host in hosts if not host.full]
+            waits += [PROBE_INTERVAL for host in hosts if host.absent]
+            seconds = min([left, *waits])
             if not any(host.full for host in hosts):
                 return seconds
-            self._ended.wait(min(seconds, QUIET))
+            self._lock.wait(min(seconds, threading.TIMEOUT_MAX))
             return 0.0
 
     def _check_last(self) -> None:
@@ -1731,15 +1726,18 @@ class Hosts:
         if len(whys) == len(self._hosts) and not self._lasts:
             raise whys[-1].as_kind(Fatal)
 
-    def _to_probe(self) -> Host | None:
-        """The absent host that was not probed for longest, for the caller alone."""
+    def _look_for_absent(self, probe: Callable[[str], bool]) -> None:
+        """Probe the absent host that was not probed for longest: one that came is available."""
         with self._lock:
             now = time.monotonic()
-            absent = (host for host in self._hosts.values() if host.absent)
-            due = (host for host in absent if host.probed_at <= now - PROBE_INTERVAL)
-            if host := min(due, key=lambda host: host.probed_at, default=None):
-                host.probed_at = now
-            return host
+            absent = [host for host in self._hosts.values() if host.absent]
+            host = min(absent, key=lambda host: host.probed_at, default=None)
+            if not host or host.probed_at > now - PROBE_INTERVAL:
+                return
+            host.probed_at = now
+        before, host.gone = host.gone, not probe(host.url)
+        if before and not host.gone:
+            host.unavailable_until = 0.0
 
     def number(self, url: str) -> int:
         """The next number: of a request outside the rotation, or of a failure."""
@@ -1754,26 +1752,24 @@ class Hosts:
             host, now = self._hosts[url], time.monotonic()
             again = host.why and lacks_context(host.why) and lacks_context(error)
             if again and not host.answered and host.in_flight <= 1:  # it is no single panorama's
-                error, host.told = Fatal("context_small", url=public(url), why=error), False
+                error = Fatal("context_small", url=public(url), why=error)
             if host.why is None:
-                host.failed, host.gone = self._latest, True
+                host.since, host.failed, host.gone = now, self._latest, True
+            known = host.struck_off
             if now >= host.unavailable_until:  # else it is one more request of the same moment
                 host.why = error
                 host.pause = min(max(1.0, 2 * host.pause), self._longest_pause)
             seconds = STRUCK_OFF if host.struck_off else error.pause or host.pause
             host.unavailable_until = max(host.unavailable_until, now + seconds)
-            if all(host.why for host in self._hosts.values()):
-                self._unusable_since = min(self._unusable_since, now)
             self._check_last()
             # one that asks for a moment may do so again and again
-            tell = not host.told and (host.struck_off or now >= host.told_at + QUIET)
-            if tell:
-                host.told, host.told_at = True, now
-        if tell and host.struck_off:
-            log.error("%s", t("host_struck_off", why=error, url=public(url)))
-        elif tell:
-            more = {"url": public(url), "seconds": f"{seconds:g}"}
-            log.warning("%s", t("host_unavailable", why=error, **more))
+            lately = host.told_at >= host.since or now < host.told_at + QUIET
+            told = known if host.struck_off else lately
+            host.told_at = host.told_at if told else now
+            say = log.error if host.struck_off else log.warning
+            key = "host_struck_off" if host.struck_off else "host_unavailable"
+        if not told:
+            say("%s", t(key, why=error, url=public(url), seconds=f"{seconds:g}"))
 
     def answered(self, url: str, number: int) -> None:
         """Note that a host answered a request with a description, and so is well."""
@@ -1783,11 +1779,10 @@ class Hosts:
             host.streak += 1
             if host.streak >= GROWTH:
                 host.most, host.streak = host.most + 1, 0
-            self._unusable_since = math.inf
             if host.why is None or number <= host.failed:
                 return  # an answer to a question of before is no recovery
-            host.why, host.pause, host.unavailable_until = None, 0.0, 0.0
-            told, host.told = host.told, False
+            told = host.told_at >= host.since
+            host.why, host.since, host.pause, host.unavailable_until = None, math.inf, 0.0, 0.0
         if told:
             log.info("%s", t("host_back", url=public(url)))
 
