@@ -1617,8 +1617,8 @@ class Host:
     @property
     def absent(self) -> bool:
         """Whether nothing answers there: a request that costs nothing tells when it is back."""
-        status = self.why and self.why.fields.get("status")
-        return bool(self.why and (self.why.key == "unreachable" or status == 502))
+        why = self.why
+        return why is not None and (why.key == "unreachable" or why.fields.get("status") == 502)
 
     @property
     def full(self) -> bool:
@@ -1631,32 +1631,26 @@ class Host:
         return max(self.unavailable_until - now, 0.0)
 
 
+@dataclass(eq=False, repr=False)
 class Hosts:
     """The host rotation, shared by all workers.
 
     The next host is the one with the fewest of our requests in flight, the longest unused
     among equals: equal hosts get equal work, and a fast one gets more. A host in trouble is
-    unavailable for 1, 2, 4 ... seconds, up to `longest_pause`; one that needs a person, for an
-    hour. No wait for a usable host is longer than `wait_timeout`; with `lasts`, hosts that
-    need a person are waited for too.
+    unavailable for 1, 2, 4 ... seconds; one that needs a person, for an hour.
     """
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        places: int,
-        longest_pause: float,
-        wait_timeout: float = math.inf,
-        *,
-        lasts: bool = False,
-    ) -> None:
+    urls: Sequence[str]
+    places: int  # for requests at a time
+    longest_pause: float
+    wait_timeout: float = math.inf  # how long no host may be usable
+    lasts: bool = False  # hosts that need a person are waited for, too
+
+    def __post_init__(self) -> None:
         self._lock = threading.Condition()  # told when a request ends
-        self._places = threading.BoundedSemaphore(places)
+        self._places = threading.BoundedSemaphore(self.places)
         self._testing = threading.Lock()
-        self._hosts = {url: Host(url) for url in urls}
-        self._longest_pause = longest_pause
-        self._wait_timeout = wait_timeout
-        self._lasts = lasts
+        self._hosts = {url: Host(url) for url in self.urls}
         self._latest = 0
         self.retrying = threading.Lock()  # held by the worker that asks about a photo again
         self.moved = time.monotonic()  # when a request last began or ended
@@ -1709,7 +1703,7 @@ class Hosts:
         with self._lock:
             self._check_last()
             now, hosts = time.monotonic(), self._hosts.values()
-            left = max(host.since for host in hosts) + self._wait_timeout - now
+            left = max(host.since for host in hosts) + self.wait_timeout - now
             if left <= 0:
                 raise Fatal("no_host", why="; ".join(str(host.why) for host in hosts))
             waits = [host.wait(now) for host in hosts if not host.full]
@@ -1723,7 +1717,7 @@ class Hosts:
     def _check_last(self) -> None:
         """Fatal if all hosts need a person, unless that is outlasted."""
         whys = [host.why for host in self._hosts.values() if host.why and host.struck_off]
-        if len(whys) == len(self._hosts) and not self._lasts:
+        if len(whys) == len(self._hosts) and not self.lasts:
             raise whys[-1].as_kind(Fatal)
 
     def _look_for_absent(self, probe: Callable[[str], bool]) -> None:
@@ -1758,7 +1752,7 @@ class Hosts:
             known = host.struck_off
             if now >= host.unavailable_until:  # else it is one more request of the same moment
                 host.why = error
-                host.pause = min(max(1.0, 2 * host.pause), self._longest_pause)
+                host.pause = min(max(1.0, 2 * host.pause), self.longest_pause)
             seconds = STRUCK_OFF if host.struck_off else error.pause or host.pause
             host.unavailable_until = max(host.unavailable_until, now + seconds)
             self._check_last()
@@ -1804,9 +1798,9 @@ class Hosts:
         some of before, and on none of later.
         """
         with self._lock:
-            host, began = self._hosts[url], time.monotonic() - seconds
-            waited = host.begun <= number and host.heard_at > began
-            if host.most <= 1 or not (waited if seconds else host.in_flight > 1):
+            host = self._hosts[url]
+            listened = host.begun <= number and host.heard_at > time.monotonic() - seconds
+            if host.most <= 1 or not (listened if seconds else host.in_flight > 1):
                 # one that refuses a single request lacks no room
                 host.most = host.most if seconds else math.inf
                 return False
@@ -1840,96 +1834,94 @@ class Hosts:
 class Tries:
     """What one photo met at the hosts, and who is to blame for it; only its worker knows.
 
-    Before a failure counts against the photo, its host must have shown that it is well: it
-    described another picture since.
+    A failure counts against the photo once its host is shown to be well: it described another
+    picture since.
     """
 
-    def __init__(self, hosts: Hosts, max_retries: int, timeout: float = math.inf) -> None:
+    def __init__(self, hosts: Hosts, config: Config) -> None:
         self.error: AnalyzeError = Stopped("stopped")  # of the latest failure
+        self.failed: set[str] = set()  # hosts
+        self.alone = False  # whether it is asked about when no other such photo is
         self._hosts = hosts
-        self._timeout = timeout
-        self._most = min(PICTURE_TRIES, (max_retries or math.inf) + 1)
-        self._waits = max_retries or math.inf  # that are left
-        # host, the request after which it must answer another one, weight
-        self._failures: list[tuple[str, int, float]] = []
+        self._timeout = config.timeout
+        self._waits = config.max_retries or math.inf  # that are left
+        self._most = min(PICTURE_TRIES, self._waits + 1)
+        self._counted = 0.0  # tries
+        # By host, the request after which it must answer another one, and the tries that count then
+        self._open: dict[str, tuple[int, float]] = {}
 
     def blame(self, url: str, number: int, error: AnalyzeError) -> None:
         """Note that request `number`, about the photo, failed.
 
         A host is unavailable if it says that it is away or has too much to do, or is silent to
-        all. Of all else, its next answer tells whose fault it is. A cut answer would be cut again.
+        all. Of all else, its next answer tells whose fault it is.
         """
-        busy = error.fields.get("status") in (429, 503)
+        status = error.fields.get("status")
+        busy, timed_out = status in (429, 503), error.key in TIMED_OUT
         seconds = 0.0 if busy else self._timeout
         if (busy or error.key == "timed_out") and self._hosts.queued(url, number, seconds):
-            # no try, unless it is refused alone too: then it was the picture's fault
-            tries = sum(weight for *_, weight in self._failures)
-            self._failures.append((url, -1, float(busy and tries + 1 < self._most)))
-            self.error = error
             if error.pause:
                 self._hosts.unavailable(url, error)
-            return
-        silent = error.key in TIMED_OUT and not self._hosts.answered_since(url, number)
-        of_host = error.key == "model_says_the_same"
-        if isinstance(error, Unavailable) or silent or of_host:
-            self.wait_for(url, error)
-        if error.key != "unreachable" and not of_host:
+            # no try, unless it is refused alone too: then it was the picture's fault
+            if busy and self._tries() + 1 < self._most:
+                self._counted += 1
+        else:
+            of_host = error.key in ("unreachable", "model_says_the_same")  # whatever it is shown
+            silent = timed_out and not self._hosts.answered_since(url, number)
+            if of_host or silent or isinstance(error, Unavailable):
+                self._wait_for(url, error)
+            if of_host:
+                return
             # one that refuses the photo again lives; else it may have died meanwhile
-            again = [after for host, after, _ in self._failures if host == url]
-            refused = again and error.key == "picture_refused"
-            after = again[0] if refused else self._hosts.number(url)
-            weight = 0.25 if error.fields.get("status") == 429 else 1.0  # mostly it is the others'
-            weight = self._most if error.key in CUT else weight
-            self._failures.append((url, after, weight))
-            self.error = error
+            lives = url in self.failed and error.key == "picture_refused"
+            tries = 0.25 if status == 429 else 1.0  # mostly it is the others'
+            tries = self._most if error.key in CUT else tries  # it would be cut again
+            self._open[url] = (-1 if lives else self._hosts.number(url), tries)
+        self.alone = self.alone or bool(self.failed) or not timed_out  # one is no reason yet
+        self.failed.add(url)
+        self.error = error
 
     def excuse(self, url: str, error: AnalyzeError) -> None:
         """Note that a host fails on a plain picture too; an outage counts once at all hosts."""
-        self._failures = [(*one[:2], min(one[-1], 1.0)) for one in self._failures]
-        waiting = {one[0] for one in self._failures if one[-1] and not self._counts(one)}
-        if waiting > {url}:
-            kept = [one for one in self._failures if one[0] != url or self._counts(one)]
-            self._failures = [*kept, (url, self._hosts.number(url), 0.0)]
-        self.wait_for(url, error)
+        if url in self._open:
+            number, tries = self._open.pop(url)
+            elsewhere = any(tries for _, tries in self._open.values())
+            self._open[url] = (number, 0.0 if elsewhere else min(tries, 1.0))
+        self._wait_for(url, error)
 
-    def wait_for(self, url: str, error: AnalyzeError) -> None:
+    def _wait_for(self, url: str, error: AnalyzeError) -> None:
         """Leave a host out for a time; Unavailable once that was often enough."""
         self._hosts.unavailable(url, error)
         self._waits -= 1
         if self._waits < 0:
             raise error.as_kind(Unavailable)
 
-    @property
-    def alone(self) -> bool:
-        """Whether it is asked about when no other such photo is; one time-out is no reason yet."""
-        return len(self._failures) > (self.error.key in TIMED_OUT)
-
-    @property
-    def hosts(self) -> set[str]:
-        """The hosts that failed on the photo."""
-        return {url for url, *_ in self._failures}
+    def _tries(self) -> float:
+        return self._counted + sum(tries for _, tries in self._open.values())
 
     def enough(self) -> bool:
         """Whether there are enough failures, if all of them count."""
-        return sum(weight for *_, weight in self._failures) >= self._most
+        return self._tries() >= self._most
 
-    def over(self) -> bool:
-        """Whether enough failures count."""
-        return sum(one[-1] for one in self._failures if self._counts(one)) >= self._most
-
-    def _counts(self, failure: tuple[str, int, float]) -> bool:
-        return self._hosts.answered_since(*failure[:2])
+    def judge(self) -> bool:
+        """Count the failures whose hosts are well by now; whether those are enough."""
+        for url, (number, tries) in [*self._open.items()]:
+            if self._hosts.answered_since(url, number):
+                self._counted += tries
+                del self._open[url]
+        return self._counted >= self._most
 
     def doubtful(self, url: str) -> set[str]:
         """The hosts that must show that they are well before `url` is asked about the photo.
 
         It is those that failed on the photo, and `url` if it is in trouble of that kind.
         """
+        self.judge()
         now = time.monotonic()
-        available = {h.url: h.why for h in self._hosts.seen() if h.unavailable_until <= now}
-        silent = {one[0] for one in self._failures if not self._counts(one)}
-        sick = available.get(url) and not isinstance(available[url], Unavailable)
-        return (silent | ({url} if sick else set())) & available.keys()
+        available = {host.url: host.why for host in self._hosts.seen() if not host.wait(now)}
+        why = available.get(url)
+        sick = {url} if why and not isinstance(why, Unavailable) else set()
+        return (self._open.keys() | sick) & available.keys()
 
 
 class Answer:
@@ -1946,7 +1938,8 @@ class Answer:
         self._events = self._pieces = 0  # JSON objects, and those of them with a token
         self._streamed = self._over = False
         self._heard = time.monotonic()
-        self._check_at, self._thinks_at = CHECK_STEP, max(config.max_tokens / 4, LEAD_IN)
+        self._check_at = CHECK_STEP
+        self._thinks_at = math.inf if config.think else max(config.max_tokens / 4, LEAD_IN)
 
     def listen(self, data: bytes) -> None:
         """Take what came, a line at a time."""
@@ -1965,10 +1958,10 @@ class Answer:
 
     def _check(self) -> None:
         """Raise what is wrong with an answer that is still being made."""
-        most, thinks_at = self._config.max_tokens, self._thinks_at
-        if self._streamed and self._pieces > most:  # which the server ignores
+        pieces, most = self._pieces if self._streamed else 0, self._config.max_tokens
+        if pieces > most:  # which the server ignores
             raise Retryable("answer_cut", tokens=most)
-        if self._streamed and self._pieces > thinks_at and not self._config.think:
+        if pieces > self._thinks_at:
             self._thinks_at = math.inf
             if not clean(self._text):
                 raise Retryable("answer_thinks")
@@ -2056,36 +2049,36 @@ class Ai:
         sick one costs no photo. Photos are asked about again one at a time, so a photo that
         kills its host takes no other down with it twice.
         """
-        tries = Tries(self._hosts, self._config.max_retries, self._config.timeout)
-        while not tries.over():
+        met = Tries(self._hosts, self._config)
+        while not met.judge():
             with (
-                self._hosts.retrying if tries.alone else nullcontext(),
-                self._hosts.place(self._stop, tries.hosts, self._probe) as (url, number),
+                self._hosts.retrying if met.alone else nullcontext(),
+                self._hosts.place(self._stop, met.failed, self._probe) as (url, number),
             ):
                 check()
-                doubtful = tries.doubtful(url)
-                if not (doubtful or tries.over()):  # it may count by now
+                doubtful = met.doubtful(url)
+                if not (doubtful or met.judge()):  # it may count by now
                     try:
                         return self._described(url, picture, number)
                     except AnalyzeError as error:
-                        tries.blame(url, number, error)
-                        doubtful = tries.doubtful(url)
-                away = [host for host in doubtful if self._is_away(host, picture, tries)]
+                        met.blame(url, number, error)
+                        doubtful = met.doubtful(url)
+                away = [host for host in doubtful if self._is_away(host, picture, met)]
             # others go first where no other host is left; a host may soon be back
-            again = doubtful and not away and tries.hosts >= set(self._config.hosts)
-            waits = (again or tries.enough()) and not tries.over()
+            again = doubtful and not away and met.failed >= set(self._config.hosts)
+            waits = (again or met.enough()) and not met.judge()
             if waits and self._stop.wait(self._config.retry_delay_seconds):
                 raise Stopped("stopped")
-        raise tries.error.as_kind(Permanent)
+        raise met.error.as_kind(Permanent)
 
-    def _is_away(self, url: str, picture: Picture, tries: Tries) -> bool:
+    def _is_away(self, url: str, picture: Picture, met: Tries) -> bool:
         """Show a host a plain picture of the same size; whether it says that it is away."""
         try:
             self._described(url, plain_picture(picture.size))
         except AnalyzeError as error:
-            if error.key == tries.error.key == "answer_no_picture":  # of neither picture
+            if error.key == met.error.key == "answer_no_picture":  # of neither picture
                 error = Fatal("model_blind", url=public(url))
-            tries.excuse(url, error)
+            met.excuse(url, error)
             return isinstance(error, Unavailable)
         return False
 
