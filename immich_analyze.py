@@ -1427,19 +1427,12 @@ TEXTS = 1000  # answers of a host that are remembered
 TIMED_OUT = ("timed_out", "timed_out_reading")
 SEES, BLIND = 0, -1  # in Host.texts: no hash of a picture, but what a plain one showed
 CUT = ("answer_cut", "context_full")
-# Where an answer, or a piece of one, has its message, why it ended, and the tokens of both sides.
-MESSAGE = (("message",), ("choices", 0, "delta"), ("choices", 0, "message"), ("choices", 0))
-FINISH = (("done_reason",), ("choices", 0, "finish_reason"))
 WHOLE = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence")  # ends of a whole answer
-TOKENS = (("eval_count",), ("usage", "completion_tokens"))
-PROMPT_SIZE = (("prompt_eval_count",), ("usage", "prompt_tokens"))
-TEXT_IN = (("content",), ("text",))
-THOUGHTS_IN = (("thinking",), ("reasoning_content",), ("reasoning",))
 
 
-def first(data: object, paths: Iterable[tuple[str | int, ...]], kind: type = object) -> Any:
-    """What is at the first of these paths that leads to anything of this kind, or None."""
-    found = (dig(data, *path) for path in paths)
+def first(data: object, names: Iterable[str], kind: type = object) -> Any:
+    """What JSON has under the first of these names that is anything of this kind, or None."""
+    found = (dig(data, name) for name in names)
     return next((one for one in found if one and isinstance(one, kind)), None)
 
 
@@ -1696,10 +1689,7 @@ class Hosts:
             return host, self.number(host.url)
 
     def _wait(self) -> float:
-        """Seconds until a host may be available; Fatal where none is worth waiting for.
-
-        Where one has all the requests it may, waits until one ends.
-        """
+        """Seconds until a host may be available; Fatal where none is worth waiting for."""
         with self._lock:
             self._check_last()
             now, hosts = time.monotonic(), self._hosts.values()
@@ -1711,7 +1701,7 @@ class Hosts:
             seconds = min([left, *waits])
             if not any(host.full for host in hosts):
                 return seconds
-            self._lock.wait(min(seconds, threading.TIMEOUT_MAX))
+            self._lock.wait(min(seconds, threading.TIMEOUT_MAX))  # until a request ends
             return 0.0
 
     def _check_last(self) -> None:
@@ -1788,8 +1778,7 @@ class Hosts:
 
     def answered_since(self, url: str, number: int) -> bool:
         """Whether a host described a picture that it was asked about after this request."""
-        with self._lock:
-            return self._hosts[url].answered > number
+        return self._hosts[url].answered > number
 
     def queued(self, url: str, number: int, seconds: float) -> bool:
         """Whether a request found no room beside others at its host, which then gets fewer.
@@ -1847,7 +1836,7 @@ class Tries:
         self._waits = config.max_retries or math.inf  # that are left
         self._most = min(PICTURE_TRIES, self._waits + 1)
         self._counted = 0.0  # tries
-        # By host, the request after which it must answer another one, and the tries that count then
+        # by host, the request after which it must answer another one, and the tries that count then
         self._open: dict[str, tuple[int, float]] = {}
 
     def blame(self, url: str, number: int, error: AnalyzeError) -> None:
@@ -1912,10 +1901,7 @@ class Tries:
         return self._counted >= self._most
 
     def doubtful(self, url: str) -> set[str]:
-        """The hosts that must show that they are well before `url` is asked about the photo.
-
-        It is those that failed on the photo, and `url` if it is in trouble of that kind.
-        """
+        """The hosts to be shown a plain picture before `url` is asked about the photo (again)."""
         self.judge()
         now = time.monotonic()
         available = {host.url: host.why for host in self._hosts.seen() if not host.wait(now)}
@@ -1927,7 +1913,7 @@ class Tries:
 class Answer:
     """What a host answers, put together while it comes: one JSON object, lines of them, or events.
 
-    What is wrong with it is raised as soon as that shows, so that the rest is not made.
+    What is wrong with it is raised as soon as it shows, so that the rest is not made.
     """
 
     def __init__(self, url: str, config: Config, heard: Callable[[], None]) -> None:
@@ -1993,14 +1979,18 @@ class Answer:
             code = str(dig(said, "error", "code") or dig(said, "code"))
             status = int(code) if re.fullmatch(r"[45]\d\d", code) else 200
             raise model_host_error(Reply(self._url, status, {}, json.dumps(said).encode()))
-        message, done = first(said, MESSAGE), dig(said, "done")
-        text, thought = first(message, TEXT_IN), first(message, THOUGHTS_IN)
+        done, choice = dig(said, "done"), dig(said, "choices", 0)
+        usage, inner = dig(said, "usage") or said, choice or said
+        message = first(inner, ("delta", "message")) or choice
+        text = first(message, ("content", "text"))
+        thought = first(message, ("thinking", "reasoning_content", "reasoning"))
         self._text += text_of(text)
         self._pieces += bool(text) + bool(thought)
         self._events += isinstance(said, dict)
-        self._finish = str(first(said, FINISH) or self._finish).lower()
-        self._tokens = first(said, TOKENS, int) or self._tokens
-        self._prompt = first(said, PROMPT_SIZE, int) or self._prompt
+        finish = first(inner, ("done_reason", "finish_reason")) or self._finish
+        self._finish = str(finish).lower()
+        self._tokens = first(usage, ("eval_count", "completion_tokens"), int) or self._tokens
+        self._prompt = first(usage, ("prompt_eval_count", "prompt_tokens"), int) or self._prompt
         self._over |= done is True or bool(self._finish)
         self._streamed |= done is False or self._events > 1
 
@@ -2043,11 +2033,8 @@ class Ai:
 
         `check` is called just before each request, and may raise. Raises Permanent once the
         picture failed three times, Unavailable after `--max-retries` waits, Fatal when no host
-        is worth waiting for, Stopped.
-
-        A host that failed is shown a plain picture before the photo is asked about again, so a
-        sick one costs no photo. Photos are asked about again one at a time, so a photo that
-        kills its host takes no other down with it twice.
+        is worth waiting for, Stopped. Photos are asked about again one at a time, so that one
+        that kills its host does not take the others down with it twice.
         """
         met = Tries(self._hosts, self._config)
         while not met.judge():
@@ -2129,7 +2116,7 @@ class Ai:
         try:
             self._call(url, "GET", self._dialect.alive, timeout=PROBE_TIMEOUT)
         except AnalyzeError as error:  # it may be there, though it says no more
-            return not isinstance(error, Retryable) or error.key in ("not_json", "host_failed")
+            return not isinstance(error, Retryable) or error.key == "host_failed"
         return True
 
     def _call(self, url: str, method: str, path: str, **options: Any) -> Reply:
