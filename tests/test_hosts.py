@@ -317,6 +317,14 @@ def test_a_host_that_needs_a_person_is_left_out_for_an_hour(hosts, stop, lines):
     assert [host.struck_off for host in mine.seen()] == [False, False]
 
 
+def test_one_in_trouble_that_turns_out_to_need_a_person_is_told_of_once_more(hosts, stop, lines):
+    mine = hosts(A, B)
+    for trouble in (BUSY, refused(), refused()):
+        mine.unavailable(A, trouble)
+        stop.now += HOUR
+    assert levels(lines) == ["WARNING", "ERROR"]
+
+
 def test_the_last_host_that_needs_a_person_ends_a_batch(hosts, stop, lines):
     mine = hosts(A, B)
     mine.unavailable(A, refused())
