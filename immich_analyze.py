@@ -878,14 +878,6 @@ USUAL_PIXELS, USUAL_SIDE = 50_000_000, 4096  # above the first, pictures are shr
 MOST_PIXELS = 270_000_000  # a gigabyte in memory
 JPEG_SIDE = 65_500  # the longest that JPEG can have
 OLDEST = 120  # years
-# Names of files that people did not choose: of these words and single letters, or an id.
-CAMERA_WORD = re.compile(
-    r"[a-z]|img|dsc[fnx]?|pxl|m?vimg|mvi|vid|mov|gopr|g[hx]|dji|sam|pano|burst\w*|cimg|imgp|hpim|pict"
-    r"|wa|whatsapp|image|photo|bild|at|um|signal|received|fb|snapchat|telegram|cover|hdr|mp|raw"
-    r"|portrait|night|edited|copy|scan|untitled|foto|изображение|фото",
-    re.I,
-)
-HEX_NAME = re.compile(r"(?=.*\d)([0-9a-f]{4,}-?){2,}", re.I)
 GAP = "\n\n"  # between a person's text, or a prompt, and what is added
 
 
@@ -1077,9 +1069,9 @@ def names_id(photo: Photo, config: Config) -> str:
 
 def file_name(told: object) -> str:
     """The name of the file without its ending, "" if a camera or a messenger gave it."""
-    name = re.sub(r"\.\w{1,5}$", "", text_at(told, "originalFileName"))
-    chosen = [w for w in re.findall(r"[^\W\d_]+", name) if not CAMERA_WORD.fullmatch(w)]
-    return name if chosen and not HEX_NAME.fullmatch(name) else ""
+    known, name = patterns(), re.sub(r"\.\w{1,5}$", "", text_at(told, "originalFileName"))
+    chosen = [w for w in re.findall(r"[^\W\d_]+", name) if not known["camera_word"].fullmatch(w)]
+    return name if chosen and not known["id_name"].fullmatch(name) else ""
 
 
 def persons_text(photo: Photo, config: Config) -> str:
@@ -1195,11 +1187,11 @@ def plain_picture(size: tuple[int, int], colour: str = "gray") -> Picture:
 
 @functools.cache
 def patterns() -> dict[str, re.Pattern[str]]:
-    """What models say beside a description, by name, from answers.toml."""
+    """What models and servers say, and the like, by the names in patterns.toml."""
     import tomllib  # here, as each start would wait for it
 
     texts: dict[str, str] = {}
-    for name, text in tomllib.loads(data_file("answers.toml")).items():  # contains those above it
+    for name, text in tomllib.loads(data_file("patterns.toml")).items():  # contains those above it
         texts[name] = re.sub(r"\{([a-z_]+)\}", lambda part: f"(?:{texts[part[1]]}\n)", text)
     return {name: re.compile(text, re.VERBOSE) for name, text in texts.items()}
 
@@ -1559,12 +1551,6 @@ def immich_error(reply: Reply) -> AnalyzeError:
             return Permanent("immich_refused", status=status, why=why)
 
 
-# What libpq says, without a code, when it cannot connect before a person acts.
-REFUSED = re.compile(
-    r"authentication failed|no password|no pg_hba|not permitted to log in|certificate"
-    r"|support SSL|invalid .*(?:value|port|option)",
-    re.I,
-)
 # SQLSTATE classes that also a restore goes through: nothing of that name, no right, on standby.
 UNEXPECTED = ("0A", "25", "28", "3D", "42")
 
@@ -1584,7 +1570,7 @@ def database_error(error: psycopg2.Error) -> AnalyzeError:
     """Who is to blame for an error of PostgreSQL or its driver."""
     why = re.sub(r"\s*Is the server running[^?]*\?", "", " ".join(str(error).split()))
     words, code = re.sub(r'"[^"]*"', "", why), error.pgcode or ""  # names may hold any word
-    at_fault = isinstance(error, psycopg2.ProgrammingError) or REFUSED.search(words)
+    at_fault = isinstance(error, psycopg2.ProgrammingError) or patterns()["refused"].search(words)
     match error:
         case psycopg2.errors.LockNotAvailable() | psycopg2.errors.QueryCanceled():  # one row's
             return Retryable("database_refused", why=why)
