@@ -10,7 +10,7 @@ import requests
 import sandbox
 import tiny_vlm
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
 
 
 @pytest.fixture(scope="module")

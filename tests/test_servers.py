@@ -39,6 +39,8 @@ from servers import (
     told,
 )
 
+pytestmark = pytest.mark.unmeasured
+
 RED = picture("red")
 STRANGER = "bob"
 
