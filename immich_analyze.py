@@ -3365,11 +3365,6 @@ class Stop(threading.Event):
         self._news.clear()
 
 
-def id_hash(photo_id: str) -> int:
-    """Eight bytes that stand for an id."""
-    return int.from_bytes(blake2b(photo_id.encode(), digest_size=8).digest())
-
-
 class Taken:
     """Which photos were taken in this run; one that failed can be taken again after a pause."""
 
@@ -3377,17 +3372,17 @@ class Taken:
         self._lock = threading.Lock()
         self._hashes = array("Q")  # of ids, in order; few bytes, as a service may run for months
         # when it can be taken, never while somebody has it; the pause; what became of it
-        self._failed: dict[str, tuple[float, float, Outcome]] = {}
+        self._failed: dict[str, tuple[float, float, str]] = {}
 
     def take(self, photo: Photo) -> bool:
         """Take a photo; False if somebody has or had it."""
-        value = id_hash(photo.id)
+        value = int.from_bytes(blake2b(photo.id.encode(), digest_size=8).digest())
         with self._lock:
             at = bisect_left(self._hashes, value)
             if self._hashes[at : at + 1] != array("Q", [value]):
                 self._hashes.insert(at, value)
                 return True
-            free, pause, before = self._failed.get(photo.id, (math.inf, 0.0, Outcome.FAILED))
+            free, pause, before = self._failed.get(photo.id, (math.inf, 0.0, ""))
             if free > time.monotonic():
                 return False
             self._failed[photo.id] = math.inf, pause, before
@@ -3407,10 +3402,9 @@ class Taken:
     def forget_failures(self) -> None:
         """Let all that failed be taken again, as if for the first time."""
         with self._lock:
-            in_hand = {i: f for i, f in self._failed.items() if f[0] == math.inf > f[1]}
-            failed = set(map(id_hash, self._failed.keys() - in_hand.keys()))
-            self._hashes = array("Q", (value for value in self._hashes if value not in failed))
-            self._failed = in_hand
+            for photo_id, (free, pause, _) in self._failed.items():
+                if free < math.inf or pause == math.inf:  # nobody has it
+                    self._failed[photo_id] = 0.0, 0.0, ""
 
 
 class Tally:
