@@ -3418,7 +3418,6 @@ class Tally:
         self.reasons: Counter[tuple[Outcome, str]] = Counter()  # the same by message key
         self.total: int | None = None  # photos of the backlog, where that is known
         self.listed = 0  # of these, by now
-        self.texts: Counter[str] = Counter()  # descriptions that were listed, but rare ones
         self.began = self.moved = time.monotonic()  # when the stream or a photo last went on
 
     def add(self, outcome: Outcome, reason: str = "", number: int = 1) -> None:
@@ -3610,24 +3609,17 @@ class Run:
 def wanted(photos: Iterable[Photo], run: Run, *, counts: bool = False) -> Iterator[Photo]:
     """The listed photos that are for this run, as far as the listing tells; they are taken."""
     number, shards = run.config.shard
-    left: Counter[str] = Counter()  # counted together, as most photos have a description
-    try:
-        for photo in photos:
-            if shards > 1 and zlib.crc32(photo.id.encode()) % shards != number - 1:
-                continue
-            if counts:
-                run.tally.listed += 1
-                run.tally.texts[photo.description] += 1
-            reason = left_alone(photo, run.config)
-            if reason or not photo.ready:
-                left[reason] += 1
-            elif run.taken.take(photo):
+    for photo in photos:
+        if zlib.crc32(photo.id.encode()) % shards != number - 1:
+            continue
+        if counts:
+            run.tally.listed += 1
+        reason = left_alone(photo, run.config)
+        if photo.ready and not reason:
+            if run.taken.take(photo):
                 yield photo
-    finally:
-        if len(run.tally.texts) > MOST_TEXTS:
-            run.tally.texts = Counter({text: n for text, n in run.tally.texts.items() if n > 1})
-        for reason, many in left.items() if counts else ():
-            run.tally.add(Outcome.SKIPPED if reason else Outcome.NOT_READY, reason, many)
+        elif counts:
+            run.tally.add(Outcome.SKIPPED if reason else Outcome.NOT_READY, reason)
 
 
 def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterator[Photo | None]:
@@ -3639,15 +3631,21 @@ def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterato
             page.add_done_callback(lambda _: run.stop.rouse())
             return page
 
+        texts: Counter[str] = Counter()  # without rare ones, where there are many
         page: Future[Page] | None = fetch(None)  # the next, while this one is worked through
         while page:
             while not page.done():
                 run.stop.nap(1.0)
                 yield None
-            photos, cursor = page.result()
+            found, cursor = page.result()
             page = fetch(cursor) if cursor else None
+            photos = list(found)
             yield from wanted(photos, run, counts=counts)
-        say_repeated(run.tally.texts if counts else {}, run.config)
+            if counts:
+                texts.update(photo.description for photo in photos)
+            if len(texts) > MOST_TEXTS:
+                texts = Counter({text: n for text, n in texts.items() if n > 1})
+        say_repeated(texts, run.config)
 
 
 def fetched(library: Library, cursor: Cursor | None, since: datetime | None, run: Run) -> Page:
