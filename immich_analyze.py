@@ -3539,7 +3539,7 @@ class Checks:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._changed = threading.Event()
+        self._changed = threading.Condition(self._lock)
         self._written: list[Written] = []  # in the order of their writes
         self._checked: Counter[tuple[str, str]] = Counter()
         self._losses: Counter[tuple[str, str]] = Counter()  # in a row
@@ -3549,18 +3549,18 @@ class Checks:
         """Have a description read back."""
         with self._lock:
             self._written.append(written)
-            self._changed.set()
+            self._changed.notify()
 
     def close(self) -> None:
         """Nothing is added any more."""
         with self._lock:
             self._closed = True
-            self._changed.set()
+            self._changed.notify()
 
     def next(self, stop: threading.Event) -> list[Written]:
         """Wait for what is to be read back; nothing at the end, or when stopped."""
-        self._changed.wait()
         with self._lock:
+            self._changed.wait_for(lambda: self._written or self._closed)
             alone = [w for w in self._written if self._checked[w.library] < MOST_LOSSES][:1]
             first = (alone or self._written)[:1]
         pause = first[0].at + CHECK_PAUSE - time.monotonic() if alone else CHECK_PAUSE
@@ -3569,10 +3569,7 @@ class Checks:
         with self._lock:
             now = time.monotonic()
             due = alone or [w for w in self._written if w.at + CHECK_PAUSE <= now] or first
-            taken = {id(written) for written in due}
-            self._written = [written for written in self._written if id(written) not in taken]
-            if not self._written and not self._closed:
-                self._changed.clear()
+            self._written = [written for written in self._written if written not in due]
             return due
 
     def count(self, written: Written, *, lost: bool) -> bool:
