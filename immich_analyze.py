@@ -3997,19 +3997,17 @@ def run_all(
 ) -> None:
     """Run all threads until the stream ends; the first error of one ends it for all."""
 
-    def ending(call: Callable[[], None]) -> None:
-        try:
-            call()
-        finally:
-            if sys.exception():
-                run.stop.set()
+    def ended(job: Future[None]) -> None:
+        if job.exception():
+            run.stop.set()
 
     with ThreadPoolExecutor(len(workers) + len(checkers), "worker") as pool:
-        checking = [pool.submit(ending, checker) for checker in checkers]
-        working = [pool.submit(ending, worker) for worker in workers]
-        wait(working)
+        jobs = [pool.submit(call) for call in (*workers, *checkers)]
+        for job in jobs:
+            job.add_done_callback(ended)
+        wait(jobs[: len(workers)])
         run.checks.close()
-    for job in (*working, *checking):
+    for job in jobs:
         job.result()
 
 
