@@ -1364,12 +1364,10 @@ def words_in(said: object) -> str:
         return said
     if isinstance(said, list):
         return "; ".join(words_in(one) or str(one) for one in said)
-    if not isinstance(said, dict):
-        return str(said or "")
-    inner = said.get("error")
-    ways = [inner if isinstance(inner, dict | list) else None, said.get("message"), inner]
-    ways += [said.get("detail"), said.get("errors")]
-    return next(filter(None, map(words_in, ways)), "")
+    if isinstance(said, dict):
+        places = ("message", "error", "detail", "errors")  # `error` may be just the status
+        return next(filter(None, (words_in(said.get(place)) for place in places)), "")
+    return str(said or "")
 
 
 class Session(requests.Session):
