@@ -3441,39 +3441,34 @@ class Tally:
         return t(self._form, **{outcome.value: self.counts[outcome] for outcome in Outcome})
 
 
+@dataclass
 class Patience:
     """Calls the library again on trouble that may pass; shared by all workers.
 
-    A library that is away is waited for, and Fatal after `longest` seconds; a call that
-    fails by itself is given up after some tries, with its last error. An outage is two
-    lines, however many wait. `passing` are the errors that an outage shows in.
+    It waits for a library that is away, `longest` seconds at most, and gives up a call that
+    fails by itself after some tries. An outage is two lines, however many wait.
     """
 
-    def __init__(
-        self,
-        stop: threading.Event,
-        pause: float,
-        longest: float,
-        passing: tuple[type[AnalyzeError], ...] = (Unavailable,),
-    ) -> None:
+    stop: threading.Event
+    pause: float  # between two calls
+    longest: float  # after which an outage is Fatal
+    passing: tuple[type[AnalyzeError], ...] = (Unavailable,)  # the errors of an outage
+    why: AnalyzeError | None = None  # the trouble, while it is waited for
+
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._stop = stop
-        self._pause = pause
-        self._longest = longest
-        self._passing = passing
         self._since = math.inf  # when the first call of an outage failed
-        self.why: AnalyzeError | None = None  # the trouble, while it is waited for
 
     def __call__(self, call: Callable[[], T], tries: int = LIBRARY_TRIES) -> T:
         """What the call gives; Stopped when asked to stop meanwhile."""
-        began = None
+        began = None  # when this call first met the outage
         while True:
             try:
                 answer = call()
-            except self._passing as error:
+            except self.passing as error:
                 now = time.monotonic()
                 began = now if began is None else began
-                left = began + self._longest - now
+                left = began + self.longest - now
                 if left <= 0:
                     raise Fatal("library_away", why=error) from error
                 self._away(error, now)
@@ -3489,8 +3484,8 @@ class Patience:
                 return answer
 
     def _wait(self, error: AnalyzeError, most: float) -> None:
-        pause = min(most, error.pause or self._pause, max(self._pause, LONGEST_PAUSE))
-        if self._stop.wait(pause):
+        pause = min(most, error.pause or self.pause, max(self.pause, LONGEST_PAUSE))
+        if self.stop.wait(pause):
             raise Stopped("stopped") from error
 
     def _away(self, error: AnalyzeError, now: float) -> None:
