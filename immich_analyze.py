@@ -4021,7 +4021,6 @@ class Signals:
         self.grace = 30.0
         self.sum_up: Callable[[int], object] = int  # what is said before `grace` ends it
         self._stop = stop
-        self._told = threading.Event()
         self._wanted = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, self._wanted)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
@@ -4031,9 +4030,8 @@ class Signals:
         timer = threading.Timer(self.grace, self._quit, (self.number, self.sum_up))
         timer.daemon = True
         timer.start()
-        self._stop.set()
         log.warning("%s", t("finishing", signal=signal.Signals(self.number).name))
-        self._told.set()
+        self._stop.set()
         self._quit(signal.sigwait(self._wanted))
 
     def _quit(self, number: int, last: Callable[[int], object] = int) -> None:
@@ -4044,8 +4042,7 @@ class Signals:
         os._exit(128 + number)
 
     def exit_code(self, mode: Mode) -> int:
-        """What a signal makes of it, once the line about it is out: services are ended by one."""
-        self._told.wait(self.grace)
+        """What a signal makes of it: a service is ended by one."""
         return 0 if mode.monitors else 128 + self.number
 
 
