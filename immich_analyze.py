@@ -4061,10 +4061,8 @@ class Lines(logging.Handler):
         text = self.format(record)  # with the traceback, whose lines stay
         for secret in filter(None, self.secrets):
             text = text.replace(secret, "…")
-        try:
+        with suppress(OSError):  # nobody reads it any more; the work goes on
             tqdm.write(text, file=sys.stderr)
-        except OSError:  # nobody reads it any more; the work goes on
-            self.handleError(record)
 
 
 UNSAFE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"  # control characters
