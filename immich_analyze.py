@@ -4188,35 +4188,23 @@ class Status:
 
     def metrics(self) -> str:
         """What GET /metrics answers: Prometheus' text format."""
-        now, left = time.monotonic(), self.left()
-        hosts = [(label(host=public(host.url)), host) for host in self._hosts.seen()]
-        reasons = sorted(self._tally.reasons.items())
-        families: list[tuple[str, str, list[tuple[str, float]]]] = [
-            ("healthy", "gauge", [("", not self.trouble())]),
-            ("photos_total", "counter", [(label(outcome=o, reason=r), n) for (o, r), n in reasons]),
-            ("library_away_seconds", "gauge", [("", self._patience.away())]),
-            ("backlog_left", "gauge", [] if left is None else [("", left)]),
-            ("in_flight", "gauge", [(name, host.in_flight) for name, host in hosts]),
-            ("requests_total", "counter", [(name, host.requests) for name, host in hosts]),
-            ("request_seconds_total", "counter", [(name, host.seconds) for name, host in hosts]),
-            ("unavailable_seconds", "gauge", [(n, max(0.0, h.wait(now))) for n, h in hosts]),
-        ]
-        lines = []
-        for name, kind, samples in families:
-            lines.append(f"# TYPE immich_analyze_{name} {kind}")
-            lines += (f"immich_analyze_{name}{labels} {value:.12g}" for labels, value in samples)
-        return "\n".join(lines) + "\n"
+        now, hosts = time.monotonic(), []
+        for host in self._hosts.seen():
+            name = json.dumps(public(host.url), ensure_ascii=False)  # as Prometheus escapes it
+            hosts.append((f"{{host={name}}}", host, max(0.0, host.wait(now))))
+        text = template(data_file("metrics.jinja")).render(
+            healthy=not self.trouble(),
+            reasons=sorted(self._tally.reasons.items()),
+            away=self._patience.away(),
+            left=self.left(),
+            hosts=hosts,
+        )
+        return str(text)
 
 
 def condition(host: Host) -> str:
     """How a model host is, in a word."""
     return "struck off" if host.struck_off else "unavailable" if host.why else "ok"
-
-
-def label(**labels: str) -> str:
-    """Labels of a sample; Prometheus escapes as JSON does."""
-    pairs = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in labels.items())
-    return "{" + ",".join(pairs) + "}"
 
 
 def serve_health(status: Status, host: str, number: int) -> None:
