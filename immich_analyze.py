@@ -1371,7 +1371,7 @@ def words_in(said: object) -> str:
 
 
 class Session(requests.Session):
-    """A session for one worker, without cookies: a stale one outranks an API key."""
+    """A session for one worker; it keeps no cookies, as a stale one outranks an API key."""
 
     def __init__(self, headers: Iterable[Header] = ()) -> None:
         super().__init__()
@@ -3342,7 +3342,7 @@ class Outcome(StrEnum):
 
 
 class Stop(threading.Event):
-    """Set once the process is to end. Who naps is also woken by news."""
+    """Set once the process is to end; whoever naps is also woken by news."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -3354,7 +3354,7 @@ class Stop(threading.Event):
         self._news.set()
 
     def rouse(self) -> None:
-        """End the nap of whoever naps now, or the next nap."""
+        """End the nap that somebody takes, or else the next one."""
         self._news.set()
 
     def nap(self, seconds: float) -> None:
@@ -3406,7 +3406,7 @@ class Taken:
 
 
 class Tally:
-    """What became of the photos, told by all workers. `form` is the key of its text."""
+    """What became of the photos, as all workers tell it. `form` is the key of its text."""
 
     def __init__(self, form: str = "tally") -> None:
         self._lock = threading.Lock()
@@ -3426,15 +3426,16 @@ class Tally:
             self.moved = time.monotonic()
 
     def add_failure(self, photo: Photo, note: Note) -> None:
-        """Have a failure noted, once it is known that it is not everybody's."""
+        """Have a failure noted, once it is known that other photos do not fail."""
         with self._lock:
             self._failures.append((photo, note))
 
     def proven_failures(self) -> list[tuple[Photo, Note]]:
         """The failures to note now: none before the first photo was described."""
         with self._lock:
-            proven = self._failures if self.counts[Outcome.DESCRIBED] else []
-            self._failures = self._failures[len(proven) :]
+            if not self.counts[Outcome.DESCRIBED]:
+                return []
+            proven, self._failures = self._failures, []
             return proven
 
     def __str__(self) -> str:
@@ -3526,8 +3527,8 @@ class Written:
 class Checks:
     """What Immich took, to be read back once it could have lost it.
 
-    The first three of each library are read back alone and at once, the others together.
-    Three losses in a row are enough.
+    The first three texts of a library are read back one by one, the others together. Once
+    it lost three in a row, it gets no more.
     """
 
     def __init__(self) -> None:
@@ -3566,7 +3567,7 @@ class Checks:
             return due
 
     def count(self, written: Written, *, lost: bool) -> bool:
-        """Note whether a library kept a text; True when that was one loss too many."""
+        """Count whether a library kept a text; True when that was one loss too many."""
         with self._lock:
             self._checked[written.library] += 1
             self._losses[written.library] = self._losses[written.library] + 1 if lost else 0
@@ -3597,7 +3598,7 @@ class Run:
 
 
 def wanted(photos: Iterable[Photo], run: Run, *, counts: bool = False) -> Iterator[Photo]:
-    """The listed photos that are for this run, as far as the listing tells; they are taken."""
+    """Take the listed photos that, as far as the listing tells, are for this run."""
     number, shards = run.config.shard
     for photo in photos:
         if zlib.crc32(photo.id.encode()) % shards != number - 1:
@@ -3639,7 +3640,7 @@ def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterato
 
 
 def fetched(library: Library, cursor: Cursor | None, since: datetime | None, run: Run) -> Page:
-    """A page, in a service however long it takes; for a batch trouble with it is the end."""
+    """A page; a service waits for it however long it takes, and a batch ends without it."""
     service, pause = run.config.mode.monitors, PAGE_PAUSE
     page = functools.partial(library.page, cursor, since)
     while True:
@@ -3662,7 +3663,7 @@ class News:
         self._library = library
         self._run = run
         self._mark: datetime | None = None  # of the latest look
-        self._started: datetime | None = None  # in monitor mode: older photos are not its business
+        self._started: datetime | None = None  # only in monitor mode, which leaves older photos
         self._arrived: list[Photo] = []  # the newest is next
         self._next = 0.0  # when to look, by the monotonic clock
         self._next_prompt, self._pause = math.inf, PROMPT_PAUSE
@@ -3700,11 +3701,11 @@ class News:
         return max(0.0, min(self._next, self._next_prompt, self._next_sweep) - time.monotonic())
 
     def _look(self, *, prompt: bool) -> bool:
-        """Find what arrived since the last look; whether there was anything."""
+        """Find what arrived since the last look; True if there was anything."""
         run = self._run
         try:
             now = run.patience(self._library.clock, 1)
-            if not self._mark:  # what is there by now, the backlog has
+            if not self._mark:  # the backlog has what is there by now
                 self._mark, self._started = now, None if run.config.mode.backlog else now
                 return False
             span = PROMPT_SPAN + timedelta(seconds=self._pause) if prompt else OVERLAP
@@ -3723,7 +3724,7 @@ class News:
         return bool(fresh)
 
     def sweep(self) -> Iterator[Photo | None] | None:
-        """Each hour, the listing of the uploads of two days; each day, of all."""
+        """The listing of the uploads of two days, once an hour; of all, once a day."""
         if time.monotonic() < self._next_sweep:
             return None
         self._next_sweep = time.monotonic() + SWEEP_INTERVAL
@@ -4012,8 +4013,8 @@ def run_all(
 class Signals:
     """The first SIGINT or SIGTERM ends the stream; the second, or `grace`, the process.
 
-    They are waited for by a thread: setting an Event in a signal handler can deadlock.
-    Made before any other thread, as those inherit what is blocked.
+    A thread waits for them, as a signal handler that sets an Event can deadlock. It has to be
+    the first, as the others inherit which signals are blocked.
     """
 
     def __init__(self, stop: threading.Event) -> None:
@@ -4042,14 +4043,14 @@ class Signals:
         os._exit(128 + number)
 
     def exit_code(self, mode: Mode) -> int:
-        """What a signal makes of it: a service is ended by one."""
+        """The exit code after a signal; it is how a service usually ends."""
         return 0 if mode.monitors else 128 + self.number
 
 
 class Lines(logging.Handler):
     """Writes log lines to standard error, above the progress bar if there is one.
 
-    File names and servers' words fake no lines there, steer no terminal and quote no secret.
+    No file name and no server's words can forge a line, control the terminal or show a secret.
     """
 
     secrets: tuple[str, ...] = ()
@@ -4108,7 +4109,7 @@ def pace(photos: int, seconds: float) -> str:
 
 
 def show_progress(tally: Tally, over: threading.Event) -> None:
-    """Draw the progress bar each second until all is over. Skipped photos are no progress."""
+    """Draw the progress bar each second until all is over; skipping photos is no progress."""
     form = {"unit": t("photos"), "bar_format": ENDLESS, "dynamic_ncols": True, "leave": False}
     last = False
     with suppress(OSError), tqdm(**form) as bar:  # unless nobody reads it any more
@@ -4245,7 +4246,7 @@ def serve_health(status: Status, host: str, number: int) -> None:
 
 
 def ask_health(config: Config) -> int:
-    """Ask the running tool's /health by the same settings; 0 if it is well, or does not tell."""
+    """Ask the tool that runs with these settings how it is; 0 if it is well, or has no port."""
     if not config.health_port:
         return 0
     everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where it may listen
@@ -4272,7 +4273,7 @@ def notify(message: str) -> None:
 
 
 def keep_posted(status: Status, tally: Tally, stop: Stop) -> None:
-    """Tell systemd how it stands, and that all moves, until the end; the log, once an hour."""
+    """Tell systemd until the end how the run stands and that it moves; the log, once an hour."""
     watchdog = float(os.environ.get("WATCHDOG_USEC") or math.inf) / 1e6
     told, said, settled = time.monotonic(), str(tally), False
     while True:
@@ -4290,7 +4291,7 @@ def keep_posted(status: Status, tally: Tally, stop: Stop) -> None:
 
 
 def in_turn(photos: Iterator[Photo], turn: threading.Lock, *idle: Library) -> Iterator[Photo]:
-    """One worker's share of a stream; `turn` is held while it looks or waits for work."""
+    """One worker's share of a stream; it holds `turn` while it looks or waits for work."""
     while True:
         if not turn.acquire(timeout=IDLE):
             for library in idle:
