@@ -3363,28 +3363,39 @@ class Stop(threading.Event):
         self._news.clear()
 
 
+def id_hash(photo_id: str) -> int:
+    """Eight bytes that stand for an id."""
+    return int.from_bytes(blake2b(photo_id.encode(), digest_size=8).digest())
+
+
 class Taken:
     """Which photos were taken in this run; one that failed can be taken again after a pause."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._in_hand: set[str] = set()  # ids
         self._hashes = array("Q")  # of ids, in order; few bytes, as a service may run for months
-        # when it can be taken, never while somebody has it; the pause; what became of it
+        # when it can be taken again; the pause until then; what became of it
         self._failed: dict[str, tuple[float, float, str]] = {}
 
     def take(self, photo: Photo) -> bool:
         """Take a photo; False if somebody has or had it."""
-        value = int.from_bytes(blake2b(photo.id.encode(), digest_size=8).digest())
+        value = id_hash(photo.id)
         with self._lock:
             at = bisect_left(self._hashes, value)
             if self._hashes[at : at + 1] != array("Q", [value]):
                 self._hashes.insert(at, value)
-                return True
-            free, pause, before = self._failed.get(photo.id, (math.inf, 0.0, ""))
-            if free > time.monotonic():
-                return False
-            self._failed[photo.id] = math.inf, pause, before
+            else:
+                free, *_ = self._failed.get(photo.id, (math.inf,))
+                if photo.id in self._in_hand or free > time.monotonic():
+                    return False
+            self._in_hand.add(photo.id)
         return True
+
+    def leave(self, photo: Photo) -> None:
+        """End with a photo."""
+        with self._lock:
+            self._in_hand.discard(photo.id)
 
     def give_back(self, photo: Photo, outcome: Outcome, *, soon: bool) -> bool:
         """Let whoever lists a photo take it again: after a growing pause, or the daily sweep.
@@ -3397,12 +3408,12 @@ class Taken:
             self._failed[photo.id] = time.monotonic() + pause, pause, outcome
             return before != outcome
 
-    def forget_failures(self) -> None:
-        """Let all that failed be taken again, as if for the first time."""
+    def forget(self, *, described: bool) -> None:
+        """Let what failed be taken again, as if for the first time; or all that nobody has."""
         with self._lock:
-            for photo_id, (free, pause, _) in self._failed.items():
-                if free < math.inf or pause == math.inf:  # nobody has it
-                    self._failed[photo_id] = 0.0, 0.0, ""
+            self._failed = dict.fromkeys(self._failed, (0.0, 0.0, ""))
+            if described:
+                self._hashes = array("Q", sorted(map(id_hash, self._in_hand)))
 
 
 class Tally:
@@ -3732,7 +3743,8 @@ class News:
             return None
         self._sweeps += 1
         if whole := self._sweeps % WHOLE_SWEEP == 0:
-            self._run.taken.forget_failures()
+            # names may have changed since then; with other policies nothing would be done
+            self._run.taken.forget(described=self._run.config.policy is Policy.OUTDATED)
         bounds = (self._started, None if whole else self._mark - SWEEP_SPAN)
         return listing(self._run, max(filter(None, bounds), default=None), counts=False)
 
@@ -3890,6 +3902,7 @@ def conclude(photo: Photo, outcome: Outcome, error: Exception | None, run: Run) 
     """Count what became of a photo; what may pass is found again, and counted once a day."""
     reason = error.key if isinstance(error, AnalyzeError) else "bug" if error else ""
     failed = outcome is Outcome.FAILED
+    run.taken.leave(photo)
     if failed or outcome is Outcome.NOT_READY or reason in MAY_COME_BACK:
         soon = isinstance(error, Retryable | Skip)
         if not run.taken.give_back(photo, outcome, soon=soon):

@@ -494,13 +494,14 @@ def test_undo_leaves_texts_of_cameras_as_they_are(
     assert (run.counts, library.texts()) == ({"skipped": 1}, {id: "SONY DSC"})
 
 
-def test_without_the_option_the_sql_is_the_same_to_the_letter() -> None:
+def test_without_the_option_the_sql_is_the_same_to_the_letter(config: Any) -> None:
     tables = {name: {"visibility", "isEdited"} for name in ("asset", "asset_exif", "asset_file")}
     tables["asset_job_status"] = set()
     for policy in ia.Policy:
-        usual = ia.statements(tables, policy)
+        usual = ia.statements(tables, config("-O", policy))
         assert "$re$" not in usual["listing"] + usual["news"] + usual["count"]
-        other = ia.statements(tables, policy, ("SONY DSC",))
+        options = ["-O", policy, "--ignore-descriptions", "SONY DSC"]
+        other = ia.statements(tables, config(*options))
         assert (other["listing"] == usual["listing"]) is (policy is not ia.Policy.NONE)
 
 

@@ -120,11 +120,17 @@ def test_a_nap_ends_by_news_by_the_end_or_by_itself():
 # --- What was taken --------------------------------------------------------------------------
 
 
+def fails(taken: ia.Taken, number: int, *, soon: bool) -> bool:
+    """Have a photo fail that somebody has; whether that is said."""
+    taken.leave(photo(number))
+    return taken.give_back(photo(number), ia.Outcome.FAILED, soon=soon)
+
+
 def test_what_failed_in_passing_may_be_taken_after_pauses_that_double(stop):
     taken = ia.Taken()
     assert taken.take(photo(1))
     for first, pause in zip([True, False, False, False], [5, 10, 20, 40], strict=True):
-        assert taken.give_back(photo(1), ia.Outcome.FAILED, soon=True) == first
+        assert fails(taken, 1, soon=True) == first
         stop.now += pause - 0.1
         assert not taken.take(photo(1))
         stop.now += 0.2
@@ -135,16 +141,26 @@ def test_what_failed_in_passing_may_be_taken_after_pauses_that_double(stop):
 def test_what_failed_otherwise_may_be_taken_once_failures_are_forgotten(stop):
     taken = ia.Taken()
     assert [taken.take(photo(n)) for n in (1, 2, 3)] == [True] * 3
-    assert taken.give_back(photo(1), ia.Outcome.FAILED, soon=False)
-    assert taken.give_back(photo(2), ia.Outcome.FAILED, soon=True)
+    assert fails(taken, 1, soon=False)
+    assert fails(taken, 2, soon=True)
     stop.now += 1e9
     assert not taken.take(photo(1))
     for _ in range(2):
-        taken.forget_failures()
+        taken.forget(described=False)
     assert [taken.take(photo(n)) for n in (1, 2, 3)] == [True, True, False]
-    assert taken.give_back(photo(1), ia.Outcome.FAILED, soon=True)  # counted and said anew
+    assert fails(taken, 1, soon=True)  # counted and said anew
     stop.now += 5.1
     assert taken.take(photo(1))
+
+
+def test_what_was_described_may_be_taken_again_but_what_somebody_has():
+    taken = ia.Taken()
+    assert [taken.take(photo(n)) for n in (1, 2)] == [True] * 2
+    taken.leave(photo(1))
+    taken.forget(described=False)
+    assert [taken.take(photo(n)) for n in (1, 2)] == [False] * 2
+    taken.forget(described=True)
+    assert [taken.take(photo(n)) for n in (1, 2)] == [True, False]
 
 
 def test_a_photo_that_fails_after_it_was_left_alone_is_told_as_failed():
