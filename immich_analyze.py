@@ -2466,12 +2466,13 @@ BODY_LIMIT = 10 * 2**20  # bytes that Immich takes of a request
 SWEEP_SPAN = timedelta(days=2)  # how late a preview may come after the upload
 MANY = 20  # photos that may have the same description by chance
 NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")
-GROUP_PERMISSIONS = {"albums": "album.read", "tags": "tag.read"}
 
-Version = tuple[int, int, int]
+Version = tuple[int, ...]
 Tables = Mapping[str, set[str]]  # with their columns
 Cursor = Any  # where a listing stands; only the library that made it looks inside
 Page = tuple[Iterable[Photo], Cursor | None]  # and where it goes on; None at its end
+Read = Callable[[Reply], Any]  # makes something of an answer
+Opened = tuple[Callable[[], "Library"], Callable[[], bool]]  # makes one; whether all is reached
 
 
 class Library(Protocol):
@@ -2558,8 +2559,8 @@ def blame(check: Callable[[], object]) -> Iterator[None]:
         raise error.as_kind(kind) from error
 
 
-# By the id of a photo, what it belongs to: "albums" with a name, "tags" with a path.
-Groups = Mapping[str, Sequence[tuple[str, Any]]]
+# What photos are in, by the path that lists it: the permission, and the field of a search for it.
+GROUPS = {"albums": ("album.read", "albumIds"), "tags": ("tag.read", "tagIds")}
 
 
 @dataclass(slots=True)
@@ -2567,10 +2568,10 @@ class Account:
     """One user's API key. What is learned of the user only the listing changes, one at a time."""
 
     key: str = field(repr=False)
-    number: int  # of the key as it was given, for messages
-    user_id: str | None  # None until known, as some keys may not ask for it
+    number: int  # of the key among those given, from 0
+    user_id: str | None = None  # until known, as some keys may not ask for it
     strangers: set[str] = field(default_factory=set)  # partners, who share their photos
-    groups: Groups | None = None  # None until they were asked for
+    groups: Mapping[str, Mapping[str, Sequence[Any]]] | None = None  # by kind and photo, once read
     refused: Fatal | None = None  # why the key is not used any more
 
 
@@ -2578,11 +2579,9 @@ class Account:
 class Server:
     """What is known of one Immich, shared by all who talk to it."""
 
-    version: Version  # which may grow: each look at the clock tells
-    accounts: Sequence[Account]
-    size: str = SIZES[0]  # of the pictures to ask for
-    context: Sequence[str] = ()  # facts that are asked for
-    groups: Sequence[str] = ()  # those of them that are asked for once a listing
+    version: Version = (0, 0, 0)  # which may grow: each look at the clock tells
+    accounts: Mapping[str, Account] = field(default_factory=dict)  # by Photo.source
+    groups: Sequence[str] = ()  # those of GROUPS that a listing reads as a whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -2632,20 +2631,6 @@ def onward(walk: Walk, listed: Mapping[str, datetime], more: bool, stable: bool)
     return Walk(walk.part, bound, seen=again)
 
 
-class Immich(Session):
-    """A session with Immich's REST interface at one address."""
-
-    def __init__(self, url: str, headers: Iterable[Header] = ()) -> None:
-        super().__init__(headers)
-        self.url = url
-
-    def call(self, key: str, method: str, path: str, **options: Any) -> Reply:
-        """Send one request with a user's key; without one for "", where none is needed."""
-        headers = {"x-api-key": key or None} | options.pop("headers", {})
-        own: dict[str, Any] = {"timeout": IMMICH_TIMEOUT, "headers": headers}
-        return http(self, method, self.url + path, blame=immich_error, **own | options)
-
-
 class ApiLibrary(Library):
     """Immich's REST API, 1.132 to 3.3, which tells of uploads only to keys that may do everything.
 
@@ -2655,104 +2640,130 @@ class ApiLibrary(Library):
 
     must_confirm, most_workers = True, sys.maxsize
 
-    def __init__(self, immich: Immich, server: Server) -> None:
-        self._immich = immich
-        self._server = server
-        self._accounts = server.accounts
-        users = range(len(server.accounts))
-        self._parts = [(number, v) for number in users for v in ("timeline", "archive")]
+    def __init__(self, config: Config, server: Server) -> None:
+        self._config, self._server, self._accounts = config, server, server.accounts
+        self._session = Session(config.immich_header)
+        used = [account for account in server.accounts.values() if not account.refused]
+        self._parts = [(account, v) for account in used for v in ("timeline", "archive")]
+
+    def read_version(self) -> Reply:
+        """GET /server/version, which needs no key and answers in maintenance too."""
+        try:
+            reply = self._send("", "GET", "/server/version", CHECK_TIMEOUT)
+            told = reply.json()
+            version = [dig(told, part) for part in ("major", "minor", "patch")]
+            if not all(isinstance(number, int) for number in version):
+                raise Retryable("not_json")
+        except Retryable as error:
+            if error.key not in ("not_json", "immich_maintenance"):
+                raise
+            url, status = public(self._config.immich_api_url), error.fields.get("status", 200)
+            raise Unexpected("immich_wrong", url=url, status=status) from error
+        self._server.version = tuple(version)
+        return reply
+
+    def keeps_notes(self) -> bool:
+        """Whether this release has metadata of photos that keys may write."""
+        return self._server.version >= (2, 5, 0)
+
+    def permissions(self, key: str) -> list[Any]:
+        """What a key may do, by GET /api-keys/me; releases before it say only that it is valid."""
+        if self._server.version < (1, 139, 0):
+            self._send(key, "POST", "/auth/validateToken", CHECK_TIMEOUT).json()
+            return ["all"]
+        told = self._send(key, "GET", "/api-keys/me", CHECK_TIMEOUT).json()
+        return dig_list(told, "permissions")
+
+    def user_of(self, key: str, needed: Sequence[str]) -> str | None:
+        """The id of a key's user, None if it may not ask; Fatal for a key that cannot work."""
+        allowed = self.permissions(key)
+        missing = [p for p in needed if p not in allowed and "all" not in allowed]
+        if missing:
+            raise Fatal("immich_permission_missing", permission=", ".join(missing))
+        try:
+            user_id = dig(self._send(key, "GET", "/users/me", CHECK_TIMEOUT).json(), "id")
+        except Fatal as error:
+            if error.key != "immich_permission_missing":
+                raise
+            return None
+        return user_id if isinstance(user_id, str) else None
+
+    def _send(
+        self, key: str, method: str, path: str, timeout: float = IMMICH_TIMEOUT, **options: Any
+    ) -> Reply:
+        """Send one request with a user's key, or with none for ""."""
+        own: dict[str, Any] = {"timeout": timeout, "headers": {"x-api-key": key or None}}
+        url = self._config.immich_api_url + path
+        return http(self._session, method, url, blame=immich_error, **own | options)
+
+    def _call(
+        self, account: Account, method: str, path: str, read: Read = Reply.json, **options: Any
+    ) -> Any:
+        """What `read` makes of the answer to a request; Skip once the key is refused."""
+        try:
+            if not account.refused:
+                with blame(functools.partial(self.permissions, account.key)):
+                    return read(self._send(account.key, method, path, **options))
+        except Fatal as error:
+            if error.key not in ("immich_key_refused", "immich_permission_missing"):
+                raise
+            first, account.refused = not account.refused, error
+            if all(other.refused for other in self._accounts.values()):
+                raise
+            if first:
+                log.error("%s", t("key_refused", number=account.number + 1, why=error))
+        raise Skip("key_refused", number=account.number + 1, why=account.refused)
+
+    def _ask(self, photo: Photo, method: str, path: str = "", *read: Any, **options: Any) -> Any:
+        """A request about one photo, with the key of its owner."""
+        account = self._accounts[photo.source]
+        return self._call(account, method, f"/assets/{photo.id}{path}", *read, **options)
 
     def clock(self) -> datetime:
         """The Date header of GET /server/version; a proxy may have taken it away."""
-        key = next(account.key for account in self._accounts if not account.refused)
-        with blame(functools.partial(granted, self._immich, key, self._server.version)):
-            reply, self._server.version = immich_version(self._immich)  # it may be another by now
+        key = next(account.key for account in self._accounts.values() if not account.refused)
+        with blame(functools.partial(self.permissions, key)):
+            reply = self.read_version()
         with suppress(ValueError):
             return parsedate_to_datetime(reply.headers.get("Date", "")).astimezone(UTC)
         return datetime.now(UTC)
 
-    def _keeps_notes(self) -> bool:
-        """Whether this release has metadata of photos that keys may write."""
-        return self._server.version >= (2, 5, 0)
-
     def page(self, cursor: Walk | None, since: datetime | None = None) -> Page:
-        if not cursor:
-            for number, account in enumerate(self._accounts):
-                account.groups = self._groups(number)
+        for account in () if cursor else self._accounts.values():
+            with suppress(Skip):  # with its key
+                account.groups = self._groups(account)
         return self._page(cursor or Walk(), {"createdAfter": iso(since)} if since else {})
 
-    def _page(self, walk: Walk, bounds: dict[str, str]) -> Page:
-        """POST /search/metadata, in the flat shape that all releases understand."""
-        number, visibility = self._parts[walk.part]
-        query = {"size": PAGE, "page": walk.page, "order": "desc", "withExif": True} | bounds
-        query |= {"withPeople": True} if "people" in self._server.context else {}
-        if walk.before:
-            query["takenBefore"] = iso(walk.before)
-        body = query | self._filter(visibility)
-        told: dict[str, Any] = {}
+    def _page(self, walk: Walk, query: dict[str, Any]) -> Page:
+        """The photos of one step, and the next step."""
+        account, visibility = self._parts[walk.part]
+        query = query | self._filter(visibility)
+        query |= {"page": walk.page, "order": "desc", "withExif": True}
+        query |= {"withPeople": True} if "people" in self._config.context else {}
+        query |= {"takenBefore": iso(walk.before)} if walk.before else {}
+        items, more = list[Any](), False
         with suppress(Skip):  # with its key: on to the next one
-            told = self._call(number, "POST", "/search/metadata", assets_found, json=body)
-        note, source = UNREAD if self._keeps_notes() else None, str(number)
-        items = [i for i in dig_list(told, "items") if isinstance(dig(i, "id"), str)]
+            items, more = self._search(account, query)
         listed: dict[str, datetime] = {}
         date = walk.before or FAR_FUTURE
         for item in items:
             listed[item["id"]] = date = moment(item.get("fileCreatedAt")) or date
         # made while the next page is fetched, but where whose they are is asked
-        made = list if self._accounts[number].user_id is None else iter
-        fresh = ((i, self._photo(i, source, note)) for i in items if i["id"] not in walk.seen)
-        photos = made(photo for item, photo in fresh if photo and self._owns(number, item))
-        more, stable = dig(told, "nextPage") is not None, self._server.version >= (3, 1, 0)
-        step = onward(walk, listed, more, stable)
+        made = list if account.user_id is None else iter
+        note = UNREAD if self.keeps_notes() else None
+        fresh = ((i, self._photo(i, account, note)) for i in items if i["id"] not in walk.seen)
+        photos = made(photo for item, photo in fresh if photo and self._owns(account, item))
+        step = onward(walk, listed, more, stable=self._server.version >= (3, 1, 0))
         if step is None and walk.part + 1 < len(self._parts):
             step = Walk(walk.part + 1)
         return photos, step
 
-    def _photo(self, item: Mapping[str, Any], source: str, note: Note | None) -> Photo | None:
-        """A photo in an answer, with the facts that are known by it."""
-        photo, context = photo_listed(item, source, note), self._server.context
-        if not photo or not context:
-            return photo
-        account = self._accounts[int(source)]
-        if account.groups is None:
-            account.groups = self._groups(int(source))
-        told = account.groups.get(photo.id, ())
-        groups = {name: [one for kind, one in told if kind == name] for name in self._server.groups}
-        return replace(photo, facts=facts_in({**item, **groups}, context))
-
-    def _groups(self, number: int) -> Groups:
-        """By photo, its albums and tags: one search for each of them, of all that a user has."""
-        groups: dict[str, list[tuple[str, Any]]] = defaultdict(list)
-        for kind, query, told in self._all_groups(number):
-            with suppress(Skip):  # deleted meanwhile
-                for photo_id in self._members(number, query):
-                    groups[photo_id].append((kind, told))
-        return groups
-
-    def _all_groups(self, number: int) -> Iterator[tuple[str, dict[str, list[str]], Any]]:
-        """GET /albums and GET /tags: the kind, how to search for members, and what a photo has."""
-        ask = functools.partial(self._call, number, "GET", read=Reply.json)
-        albums: dict[str, str] = {}
-        if "albums" in self._server.groups:
-            both = self._server.version >= (3, 0, 0)
-            for path in ("/albums",) if both else ("/albums", "/albums?shared=true"):
-                albums |= {str(dig(a, "id")): dig(a, "albumName") for a in dig_list(ask(path=path))}
-        yield from (("albums", {"albumIds": [key]}, name) for key, name in albums.items())
-        if "tags" in self._server.groups:
-            for tag in dig_list(ask(path="/tags")):
-                yield "tags", {"tagIds": [str(dig(tag, "id"))]}, tag
-
-    def _members(self, number: int, query: dict[str, Any]) -> Iterator[str]:
-        """POST /search/metadata: the ids of photos, and of some that are others'."""
-        all_at_once = self._server.version >= (3, 0, 0)  # which lists archived photos, too
-        parts = [{}] if all_at_once else [self._filter(v) for v in ("timeline", "archive")]
-        for part in parts:
-            page: Any = 1
-            while page:
-                body = part | query | {"size": PAGE, "page": int(page)}
-                told = self._call(number, "POST", "/search/metadata", assets_found, json=body)
-                yield from (str(dig(item, "id")) for item in dig_list(told, "items"))
-                page = dig(told, "nextPage")
+    def _search(self, account: Account, query: dict[str, Any]) -> tuple[list[Any], bool]:
+        """POST /search/metadata, in the flat shape of all releases: one page; if there is more."""
+        body = query | {"size": PAGE}
+        found = self._call(account, "POST", "/search/metadata", assets_found, json=body)
+        items = [item for item in dig_list(found, "items") if isinstance(dig(item, "id"), str)]
+        return items, dig(found, "nextPage") is not None
 
     def _filter(self, visibility: str) -> dict[str, Any]:
         """Always an explicit visibility: what goes without saying differs by release."""
@@ -2760,80 +2771,144 @@ class ApiLibrary(Library):
             return {"type": "IMAGE", "visibility": visibility}
         return {"type": "IMAGE", "isArchived": visibility == "archive", "isVisible": True}
 
-    def _owns(self, number: int, item: dict[str, Any]) -> bool:
+    def _photo(
+        self, item: Mapping[str, Any], account: Account, note: Note | None = None
+    ) -> Photo | None:
+        """A photo in an answer; None for what the search let through besides."""
+        hidden = item.get("type") != "IMAGE" or item.get("visibility") in ("hidden", "locked")
+        if hidden or True in (item.get("isTrashed"), item.get("isOffline")):
+            return None
+        if account.groups is None:
+            account.groups = self._groups(account)
+        within = {kind: photos.get(item["id"], []) for kind, photos in account.groups.items()}
+        description = dig(item, "exifInfo", "description")
+        return Photo(
+            id=item["id"],
+            name=str(item.get("originalFileName") or item["id"]),
+            description=description if isinstance(description, str) else "",
+            source=str(account.number),
+            ready=bool(item.get("thumbhash")),  # null until the preview is made
+            note=note,
+            library=str(item.get("libraryId") or ""),
+            facts=facts_in({**item, **within}, self._config.context),
+        )
+
+    def _owns(self, account: Account, item: dict[str, Any]) -> bool:
         """Whether the key's user owns a photo: searches list those of partners too.
 
         A key without user.read does not know its user; then one photo of each owner
         tells, since only its owner may update it. The update is empty.
         """
         owner: Any = item.get("ownerId")
-        account = self._accounts[number]
         if account.user_id is None and owner not in account.strangers:
             path = f"/assets/{item['id']}"
-            ask = functools.partial(self._call, number, path=path, read=Reply.json)
             try:
-                ask("PUT", json={})
-                if owner in [other.user_id for other in self._accounts]:
+                self._call(account, "PUT", path, json={})
+                if owner in [other.user_id for other in self._accounts.values()]:
                     account.strangers.add(owner)  # another key of the same user
                 else:
                     account.user_id = owner
             except Skip:
                 with suppress(Skip):
-                    ask("GET")  # it is there still, so it is somebody else's
+                    self._call(account, "GET", path)  # it is there still: it is somebody else's
                     account.strangers.add(owner)
         return bool(owner) and owner == account.user_id
+
+    def _groups(self, account: Account) -> dict[str, dict[str, list[Any]]]:
+        """Albums and tags by photo: one search for each of them, of all that a user has."""
+        groups: dict[str, dict[str, list[Any]]] = {}
+        for kind in self._server.groups:
+            paths = [f"/{kind}"]
+            if kind == "albums" and self._server.version < (3, 0, 0):
+                paths.append("/albums?shared=true")
+            listed = [one for path in paths for one in dig_list(self._call(account, "GET", path))]
+            groups[kind] = defaultdict(list)
+            for group_id, group in {str(dig(one, "id")): one for one in listed}.items():
+                told = dig(group, "albumName") if kind == "albums" else group
+                with suppress(Skip):  # deleted meanwhile
+                    for photo_id in self._members(account, {GROUPS[kind][1]: [group_id]}):
+                        groups[kind][photo_id].append(told)
+        return groups
+
+    def _members(self, account: Account, query: dict[str, Any]) -> Iterator[str]:
+        """The ids of the photos in a group, and of some that are others'."""
+        all_at_once = self._server.version >= (3, 0, 0)  # which lists archived photos, too
+        for part in [{}] if all_at_once else [self._filter(v) for v in ("timeline", "archive")]:
+            page, more = 1, True
+            while more:
+                items, more = self._search(account, part | query | {"page": page})
+                yield from (item["id"] for item in items)
+                page += 1
 
     def total(self) -> int:
         """POST /search/statistics, which needs asset.statistics."""
         # not by _call: a key without this right is as good as any for the work
-        ask = functools.partial(self._immich.call, method="POST", path="/search/statistics")
-        parts = [(self._accounts[number].key, self._filter(v)) for number, v in self._parts]
-        totals = [dig(ask(key, json=body).json(), "total") for key, body in parts]
+        ask = functools.partial(self._send, method="POST", path="/search/statistics")
+        answers = [ask(account.key, json=self._filter(v)).json() for account, v in self._parts]
+        totals = [dig(answer, "total") for answer in answers]
         return sum(total for total in totals if isinstance(total, int))
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
         """What was updated since then, as a photo is when its preview is made."""
-        bounds = {"createdAfter": iso(started - UPLOAD_TIME)} if started else {}
+        query = {"updatedAfter": iso(since)}
+        query |= {"createdAfter": iso(started - UPLOAD_TIME)} if started else {}
         updated: list[Photo] = []
         walk: Walk | None = Walk()
         while walk:
-            photos, walk = self._page(walk, {"updatedAfter": iso(since)} | bounds)
+            photos, walk = self._page(walk, query)
             updated += (photo for photo in photos if photo.ready)
         return updated
 
+    def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
+        """A search for many that were updated, GET /assets/{id} for each other."""
+        stored: dict[str, str] = {}
+        if len(photos) > len(self._parts):  # else these are fewer requests
+            since = self.clock() - timedelta(seconds=age + 2)  # the clock has whole seconds
+            stored = {photo.id: photo.description for photo in self.news(since, None)}
+        for photo in photos:
+            if photo.id not in stored:
+                with suppress(Skip):
+                    stored[photo.id] = dig(self._read(photo), "exifInfo", "description") or ""
+        return stored
+
+    def _read(self, photo: Photo) -> dict[str, Any]:
+        """GET /assets/{id}; Retryable if something else answers."""
+        told = self._ask(photo, "GET")
+        if dig(told, "id") != photo.id:
+            raise Retryable("not_json", url=public(self._config.immich_api_url))
+        return dict(told)
+
     def claim(self, photo: Photo) -> Photo:
         """GET /assets/{id}/metadata/{key}; nothing arbitrates between instances but `--shard`."""
-        path, told = f"/assets/{photo.id}/metadata/{KEY}", None
+        told = None
         with suppress(Missing):
-            if self._keeps_notes():
-                told = self._call(int(photo.source), "GET", path, Reply.json)
+            if self.keeps_notes():
+                told = self._ask(photo, "GET", f"/metadata/{KEY}")
         return replace(photo, note=note_in(dig(told, "value")))
 
     def look(self, photo: Photo) -> Photo:
-        found = self._photo(self._read(photo), photo.source, None)
+        found = self._photo(self._read(photo), self._accounts[photo.source])
         if not found:
             raise Skip("photo_excluded")
         return self.claim(found)
 
     def with_facts(self, photo: Photo) -> Photo:
         """GET /assets/{id} for tags, GET /assets/{id}/ocr for what is written on it."""
-        server, told = self._server, dict[str, Any]()
-        if "tags" in server.context and "tags" not in server.groups:
+        server, wanted, told = self._server, {*self._config.context}, dict[str, Any]()
+        if "tags" in wanted and "tags" not in server.groups:
             told |= self._read(photo)
-        if "text" in server.context and server.version >= (2, 2, 0):
-            path = f"/assets/{photo.id}/ocr"
-            told["ocr"] = self._call(int(photo.source), "GET", path, Reply.json)
-        more = facts_in(told, [name for name in ("tags", "text") if name in server.context])
-        return replace(photo, facts={**photo.facts, **more})
+        if "text" in wanted and server.version >= (2, 2, 0):
+            told["ocr"] = self._ask(photo, "GET", "/ocr")
+        return replace(photo, facts={**photo.facts, **facts_in(told, wanted & {"tags", "text"})})
 
     def preview(self, photo: Photo) -> bytes | None:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
-        ask = functools.partial(self._call, int(photo.source), limit=PREVIEW_LIMIT)
-        data = None
+        data: bytes | None = None
         with suppress(Missing):
-            for size in dict.fromkeys((self._server.size, "preview")):  # an original may be a GIF
-                query = {"size": size, "edited": "true"}
-                data = ask("GET", f"/assets/{photo.id}/thumbnail", no_web_page, params=query)
+            # an original may be a GIF
+            for size in dict.fromkeys((self._config.thumbnail_size, "preview")):
+                more = {"params": {"size": size, "edited": "true"}, "limit": PREVIEW_LIMIT}
+                data = self._ask(photo, "GET", "/thumbnail", no_web_page, **more)
                 if picture_type(data)[0]:
                     break
         return data
@@ -2845,75 +2920,32 @@ class ApiLibrary(Library):
         close to the first could be lost. The note goes first, so that a text of ours never
         stands without one, wherever the process is killed.
         """
-        current = self._read(photo)
+        current, new = self._read(photo), {"description": text}
         stored = dig(current, "exifInfo", "description") or ""
         if dig(current, "isTrashed") is True:
             raise Skip("photo_gone")
         if stored not in (text, photo.description):
             return False
-        body = json.dumps({"description": text}).encode()
-        if len(body) > BODY_LIMIT:
+        if len(json.dumps(new)) > BODY_LIMIT:
             raise Permanent("description_too_long")
         if note:
             self.remember([(photo, note)])
         if stored != text:
-            path = f"/assets/{photo.id}"
-            self._call(int(photo.source), "PUT", path, Reply.json, data=body, headers=JSON_BODY)
+            self._ask(photo, "PUT", json=new)
         return True
-
-    def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
-        """POST /search/metadata for many that were updated, GET /assets/{id} for each other."""
-        stored: dict[str, str] = {}
-        if len(photos) > len(self._parts):  # else these are fewer requests
-            since = self.clock() - timedelta(seconds=age + 2)  # the clock has whole seconds
-            stored = {photo.id: photo.description for photo in self.news(since, None)}
-        for photo in photos:
-            if photo.id not in stored:
-                with suppress(Skip):
-                    stored[photo.id] = dig(self._read(photo), "exifInfo", "description") or ""
-        return stored
 
     def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
         """PUT or DELETE /assets/{id}/metadata for each; one that is refused costs nothing else."""
-        for photo, note in notes if self._keeps_notes() else ():
-            ask = functools.partial(self._call, int(photo.source))
-            path = f"/assets/{photo.id}/metadata"
+        for photo, note in notes if self.keeps_notes() else ():
             with suppress(Permanent, Skip, Missing):
                 if note:
                     item = {"key": KEY, "value": note.value(datetime.now(UTC))}
-                    ask("PUT", path, Reply.json, json={"items": [item]})
+                    self._ask(photo, "PUT", "/metadata", json={"items": [item]})
                 else:
-                    ask("DELETE", f"{path}/{KEY}", no_web_page)
-
-    def _read(self, photo: Photo) -> dict[str, Any]:
-        """GET /assets/{id}; Retryable if something else answers."""
-        told = self._call(int(photo.source), "GET", f"/assets/{photo.id}", Reply.json)
-        if dig(told, "id") != photo.id:
-            raise Retryable("not_json", url=public(self._immich.url))
-        return dict(told)
-
-    def _call(
-        self, number: int, method: str, path: str, read: Callable[[Reply], T], **options: Any
-    ) -> T:
-        """A request by one of the keys, and its answer read; Skip once the key is refused."""
-        account = self._accounts[number]
-        check = functools.partial(granted, self._immich, account.key, self._server.version)
-        try:
-            if not account.refused:
-                with blame(check):
-                    return read(self._immich.call(account.key, method, path, **options))
-        except Fatal as error:
-            if error.key not in ("immich_key_refused", "immich_permission_missing"):
-                raise
-            first, account.refused = not account.refused, error
-            if all(other.refused for other in self._accounts):
-                raise
-            if first:
-                log.error("%s", t("key_refused", number=account.number, why=error))
-        raise Skip("key_refused", number=account.number, why=account.refused)
+                    self._ask(photo, "DELETE", f"/metadata/{KEY}", no_web_page)
 
     def close(self) -> None:
-        self._immich.close()
+        self._session.close()
 
 
 def assets_found(reply: Reply) -> dict[str, Any]:
@@ -2931,94 +2963,42 @@ def no_web_page(reply: Reply) -> bytes:
     return reply.body
 
 
-def photo_listed(item: Mapping[str, Any], source: str, note: Note | None) -> Photo | None:
-    """A photo as POST /search/metadata lists it; None for what the search let through besides."""
-    hidden = item.get("type") != "IMAGE" or item.get("visibility") in ("hidden", "locked")
-    if hidden or True in (item.get("isTrashed"), item.get("isOffline")):
-        return None
-    description = dig(item, "exifInfo", "description")
-    return Photo(
-        id=item["id"],
-        name=str(item.get("originalFileName") or item["id"]),
-        description=description if isinstance(description, str) else "",
-        source=source,
-        ready=bool(item.get("thumbhash")),  # null until the preview is made
-        note=note,
-        library=str(item.get("libraryId") or ""),
-    )
-
-
-def open_api(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
+def open_api(config: Config) -> Opened:
     """Check Immich's address and each key; one that is refused is left out."""
-    url = config.immich_api_url
     renews = config.policy is Policy.OUTDATED
-    groups = [n for n in config.context if n == "albums" or (n == "tags" and renews)]
-    needed = (*NEEDED_PERMISSIONS, *(GROUP_PERMISSIONS[name] for name in groups))
+    server = Server(groups=[n for n in GROUPS if n in config.context and (n == "albums" or renews)])
+    needed = (*NEEDED_PERMISSIONS, *(GROUPS[name][0] for name in server.groups))
     accounts: dict[str, Account] = {}  # by user, as two keys may be of one
-    refused: list[Fatal] = []
-    with closing(Immich(url, config.immich_header)) as immich:
-        _, version = immich_version(immich)
-        for number, key in enumerate(config.immich_api_keys, 1):
+    with closing(ApiLibrary(config, server)) as library:
+        library.read_version()
+        for number, key in enumerate(config.immich_api_keys):
+            account = Account(key, number)
             try:
-                user_id = user_of(immich, key, version, needed)
-                accounts.setdefault(user_id or key, Account(key, number, user_id))
+                account.user_id = library.user_of(key, needed)
             except Unexpected:  # says nothing of the key
                 raise
             except Fatal as error:
-                refused.append(Fatal("key_refused", number=number, why=error))
-    if not accounts:
+                account.refused = error
+            accounts.setdefault(account.user_id or key, account)
+        if renews and not library.keeps_notes():
+            raise Fatal("notes_needed")
+    server.accounts = {str(account.number): account for account in accounts.values()}
+    refused = [
+        Fatal("key_refused", number=one.number + 1, why=one.refused)
+        for one in accounts.values()
+        if one.refused
+    ]
+    if len(refused) == len(accounts):
         raise refused[0]
     for trouble in refused:
         log.error("%s", trouble)
-    if config.policy is Policy.OUTDATED and version < (2, 5, 0):
-        raise Fatal("notes_needed")
-    if "albums" in groups and version < (1, 135, 0):
-        groups.remove("albums")
+    if "albums" in server.groups and server.version < (1, 135, 0):
+        server.groups = [name for name in server.groups if name != "albums"]
         log.warning("%s", t("no_albums"))
-    size, context = config.thumbnail_size, config.context
-    server = Server(version, list(accounts.values()), size, context, groups)
     return (
-        lambda: ApiLibrary(Immich(url, config.immich_header), server),
-        lambda: not refused and not any(account.refused for account in server.accounts),
+        lambda: ApiLibrary(config, server),
+        lambda: not any(account.refused for account in accounts.values()),
     )
-
-
-def immich_version(immich: Immich) -> tuple[Reply, Version]:
-    """GET /server/version, which needs no key and answers in maintenance too."""
-    try:
-        reply = immich.call("", "GET", "/server/version", timeout=CHECK_TIMEOUT)
-        told = reply.json()
-        major, minor, patch = (int(dig(told, part)) for part in ("major", "minor", "patch"))
-    except (Retryable, TypeError, ValueError) as error:
-        if getattr(error, "key", "not_json") not in ("not_json", "immich_maintenance"):
-            raise
-        status = getattr(error, "fields", {}).get("status", 200)
-        raise Unexpected("immich_wrong", url=public(immich.url), status=status) from error
-    return reply, (major, minor, patch)
-
-
-def granted(immich: Immich, key: str, version: Version) -> list[Any]:
-    """What a key may do, by GET /api-keys/me; releases before it say only that it is valid."""
-    if version < (1, 139, 0):
-        immich.call(key, "POST", "/auth/validateToken", timeout=CHECK_TIMEOUT).json()
-        return ["all"]
-    told = immich.call(key, "GET", "/api-keys/me", timeout=CHECK_TIMEOUT).json()
-    return dig_list(told, "permissions")
-
-
-def user_of(immich: Immich, key: str, version: Version, needed: Sequence[str]) -> str | None:
-    """The id of a key's user, None if it may not ask; Fatal for a key that cannot work."""
-    allowed = granted(immich, key, version)
-    missing = [p for p in needed if p not in allowed and "all" not in allowed]
-    if missing:
-        raise Fatal("immich_permission_missing", permission=", ".join(missing))
-    try:
-        user_id = dig(immich.call(key, "GET", "/users/me", timeout=CHECK_TIMEOUT).json(), "id")
-    except Fatal as error:
-        if error.key != "immich_permission_missing":
-            raise
-        return None
-    return user_id if isinstance(user_id, str) else None
 
 
 def statements(tables: Tables, config: Config) -> dict[str, Any]:
@@ -3336,7 +3316,7 @@ def read_file(path: Path) -> bytes:
         raise kind("unreadable_file", file=path, why=error.strerror) from error
 
 
-def open_database(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
+def open_database(config: Config) -> Opened:
     """Check the connection, tables, rights and the folder of the previews."""
     url, choose = postgres_url(config.postgres_url), functools.partial(statements, config=config)
     place = config.thumbs_root or config.immich_root, "" if config.thumbs_root else "thumbs"
@@ -3393,7 +3373,7 @@ def say_repeated(texts: Mapping[str, int], config: Config) -> None:
         log.info("%s", t("same_description", texts=", ".join(shown[:3])))
 
 
-def open_library(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
+def open_library(config: Config) -> Opened:
     """What makes a library for each worker, once it was checked, and tells if all was reached."""
     opener = open_api if config.access is Access.API else open_database
     try:

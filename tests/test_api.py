@@ -908,5 +908,5 @@ def test_no_key_shows_in_errors_log_or_repr(fake, settings, opened, caplog):
     with pytest.raises(ia.Fatal) as raised:
         ia.open_library(settings(server, "bad-secret", "wrong-secret"))
     told = [*caplog.messages, str(raised.value), repr(raised.value), repr(settings(server))]
-    told += [repr(account) for account in library._accounts]
+    told += [repr(account) for account in library._accounts.values()]
     assert "secret" not in json.dumps(told)
