@@ -2488,14 +2488,13 @@ class Library(Protocol):
         """The time by the server's clock; ours may be wrong, or jump."""
 
     def page(self, cursor: Cursor | None, since: datetime | None = None) -> Page:
-        """The next photos of a listing.
+        """The next photos of a listing, with `since` of those uploaded from then on.
 
-        Only live photos (no videos, nothing hidden, locked, trashed or offline), and with
-        `since` only those uploaded from then on.
+        No videos, and nothing that is hidden, locked, trashed or offline.
         """
 
     def total(self) -> int:
-        """About how many photos the whole listing brings; an extra, so not all may ask."""
+        """About how many photos the whole listing brings, if the key may ask."""
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
         """Photos whose preview was made since then; with `started`, none uploaded long before."""
@@ -2529,7 +2528,7 @@ class Library(Protocol):
         """
 
     def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
-        """By id, descriptions written in the last `age` seconds, but of photos that are gone."""
+        """By id, what is stored of texts written in the last `age` seconds; not of lost photos."""
         return {}
 
     def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
@@ -2548,9 +2547,9 @@ def blame(check: Callable[[], object]) -> Iterator[None]:
     """
     try:
         yield
+    except Unavailable:
+        raise
     except (Retryable, Permanent, Unexpected) as error:
-        if isinstance(error, Unavailable):
-            raise
         kind = Permanent if isinstance(error, Permanent) else Retryable
         try:
             check()
@@ -2569,7 +2568,7 @@ class Account:
 
     key: str = field(repr=False)
     number: int  # of the key among those given, from 0
-    user_id: str | None = None  # until known, as some keys may not ask for it
+    user_id: str = ""  # until it is known, as some keys may not ask for it
     strangers: set[str] = field(default_factory=set)  # partners, who share their photos
     groups: Mapping[str, Mapping[str, Sequence[Any]]] | None = None  # by kind and photo, once read
     refused: Fatal | None = None  # why the key is not used any more
@@ -2674,19 +2673,18 @@ class ApiLibrary(Library):
         told = self._send(key, "GET", "/api-keys/me", CHECK_TIMEOUT).json()
         return dig_list(told, "permissions")
 
-    def user_of(self, key: str, needed: Sequence[str]) -> str | None:
-        """The id of a key's user, None if it may not ask; Fatal for a key that cannot work."""
+    def user_of(self, key: str, needed: Sequence[str]) -> str:
+        """The id of a key's user, "" if it may not ask; Fatal for a key that cannot work."""
         allowed = self.permissions(key)
         missing = [p for p in needed if p not in allowed and "all" not in allowed]
         if missing:
             raise Fatal("immich_permission_missing", permission=", ".join(missing))
         try:
-            user_id = dig(self._send(key, "GET", "/users/me", CHECK_TIMEOUT).json(), "id")
+            return text_at(self._send(key, "GET", "/users/me", CHECK_TIMEOUT).json(), "id")
         except Fatal as error:
             if error.key != "immich_permission_missing":
                 raise
-            return None
-        return user_id if isinstance(user_id, str) else None
+            return ""
 
     def _send(
         self, key: str, method: str, path: str, timeout: float = IMMICH_TIMEOUT, **options: Any
@@ -2749,7 +2747,7 @@ class ApiLibrary(Library):
         for item in items:
             listed[item["id"]] = date = moment(item.get("fileCreatedAt")) or date
         # made while the next page is fetched, but where whose they are is asked
-        made = list if account.user_id is None else iter
+        made = iter if account.user_id else list
         note = UNREAD if self.keeps_notes() else None
         fresh = ((i, self._photo(i, account, note)) for i in items if i["id"] not in walk.seen)
         photos = made(photo for item, photo in fresh if photo and self._owns(account, item))
@@ -2760,8 +2758,10 @@ class ApiLibrary(Library):
 
     def _search(self, account: Account, query: dict[str, Any]) -> tuple[list[Any], bool]:
         """POST /search/metadata, in the flat shape of all releases: one page; if there is more."""
-        body = query | {"size": PAGE}
-        found = self._call(account, "POST", "/search/metadata", assets_found, json=body)
+        told = self._call(account, "POST", "/search/metadata", json=query | {"size": PAGE})
+        found = dig(told, "assets")
+        if not isinstance(found, dict):
+            raise Retryable("not_json", url=public(self._config.immich_api_url))
         items = [item for item in dig_list(found, "items") if isinstance(dig(item, "id"), str)]
         return items, dig(found, "nextPage") is not None
 
@@ -2771,9 +2771,7 @@ class ApiLibrary(Library):
             return {"type": "IMAGE", "visibility": visibility}
         return {"type": "IMAGE", "isArchived": visibility == "archive", "isVisible": True}
 
-    def _photo(
-        self, item: Mapping[str, Any], account: Account, note: Note | None = None
-    ) -> Photo | None:
+    def _photo(self, item: Any, account: Account, note: Note | None = None) -> Photo | None:
         """A photo in an answer; None for what the search let through besides."""
         hidden = item.get("type") != "IMAGE" or item.get("visibility") in ("hidden", "locked")
         if hidden or True in (item.get("isTrashed"), item.get("isOffline")):
@@ -2800,7 +2798,7 @@ class ApiLibrary(Library):
         tells, since only its owner may update it. The update is empty.
         """
         owner: Any = item.get("ownerId")
-        if account.user_id is None and owner not in account.strangers:
+        if not account.user_id and owner not in account.strangers:
             path = f"/assets/{item['id']}"
             try:
                 self._call(account, "PUT", path, json={})
@@ -2845,8 +2843,7 @@ class ApiLibrary(Library):
         # not by _call: a key without this right is as good as any for the work
         ask = functools.partial(self._send, method="POST", path="/search/statistics")
         answers = [ask(account.key, json=self._filter(v)).json() for account, v in self._parts]
-        totals = [dig(answer, "total") for answer in answers]
-        return sum(total for total in totals if isinstance(total, int))
+        return int(sum(number_at(answer, "total") for answer in answers))
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
         """What was updated since then, as a photo is when its preview is made."""
@@ -2916,9 +2913,8 @@ class ApiLibrary(Library):
     def write(self, photo: Photo, text: str, note: Note | None) -> bool:
         """GET and PUT /assets/{id}: there is no write on condition, so read just before.
 
-        The GET also tells whether a write that timed out was done after all: a second PUT
-        close to the first could be lost. The note goes first, so that a text of ours never
-        stands without one, wherever the process is killed.
+        The GET also tells whether a write that timed out was done: a second PUT close to the
+        first could be lost. The note goes first: no text of ours ever stands without one.
         """
         current, new = self._read(photo), {"description": text}
         stored = dig(current, "exifInfo", "description") or ""
@@ -2946,14 +2942,6 @@ class ApiLibrary(Library):
 
     def close(self) -> None:
         self._session.close()
-
-
-def assets_found(reply: Reply) -> dict[str, Any]:
-    """The photos in the answer of POST /search/metadata; Retryable if it is another's answer."""
-    found = dig(reply.json(), "assets")
-    if not isinstance(found, dict):
-        raise Retryable("not_json", url=reply.url)
-    return found
 
 
 def no_web_page(reply: Reply) -> bytes:
@@ -3024,14 +3012,11 @@ TABLES = """SELECT c.relname, array_agg(a.attname::text)
     GROUP BY c.relname"""
 BEFORE_ALL_IDS = "00000000-0000-0000-0000-000000000000"
 REOPEN_AFTER = 3600.0  # seconds; Immich may have been upgraded, which changes its tables
-CONNECTION = {  # unless the setting says otherwise; a lost connection is noticed in a minute
-    "application_name": "immich-analyze",
-    "connect_timeout": "10",
-    "keepalives_idle": "30",
-    "keepalives_interval": "10",
-    "keepalives_count": "3",
-    "tcp_user_timeout": "60000",  # ms
-}
+# Unless the setting says otherwise; a lost connection is noticed in a minute.
+CONNECTION = (
+    "application_name=immich-analyze connect_timeout=10 tcp_user_timeout=60000"
+    " keepalives_idle=30 keepalives_interval=10 keepalives_count=3"
+)
 
 
 class Database:
@@ -3063,8 +3048,8 @@ class Database:
         if old and not old.closed and now < self._opened + REOPEN_AFTER:
             return old
         self.close()
-        own = psycopg2.extensions.parse_dsn(self._url)
-        new: psycopg2.extensions.connection = psycopg2.connect(**(CONNECTION | own))
+        usual, own = map(psycopg2.extensions.parse_dsn, (CONNECTION, self._url))
+        new: psycopg2.extensions.connection = psycopg2.connect(**(usual | own))
         new.autocommit = True
         new.set_client_encoding("UTF8")
         with new.cursor() as cursor:
@@ -3090,17 +3075,11 @@ class DbLibrary(Library):
     must_confirm = False
 
     def __init__(
-        self,
-        database: Database,
-        root: Path,
-        thumbs: str,
-        most_workers: int,
-        context: Sequence[str] = (),
+        self, database: Database, place: tuple[Path, str], most: int, context: Sequence[str]
     ) -> None:
-        self.most_workers = most_workers
-        self._database, self._context = database, context
-        self._root, self._thumbs = root, thumbs
-        self._check = functools.partial(check_database, database, root, thumbs)
+        self._database, self._context, self.most_workers = database, context, most
+        self._root, self._thumbs = place
+        self._check = functools.partial(check_database, database, *place)
 
     def _rows(self, name: str, note: Note | None = None, **values: object) -> list[tuple[Any, ...]]:
         stored = psycopg2.extras.Json(note.value(datetime.now(UTC))) if note else None
@@ -3111,18 +3090,18 @@ class DbLibrary(Library):
         now: datetime = self._rows("clock")[0][0]
         return now
 
-    def _listed(self, name: str, **bounds: Any) -> list[tuple[Any, ...]]:
+    def _listed(self, name: str, **bounds: Any) -> Page:
         """A page; if a row of it cannot be decoded, with bare ids: that photo will fail alone."""
         try:
-            return self._rows(name, limit=PAGE, **bounds)
+            rows = self._rows(name, limit=PAGE, **bounds)
         except Permanent:
-            return self._rows(f"bare_{name}", limit=PAGE, **bounds)
+            rows = self._rows(f"bare_{name}", limit=PAGE, **bounds)
+        mark = rows[-1][-1] if len(rows) == PAGE else None
+        return [row_listed(row, self._context) for row in rows], mark
 
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
         """One page by id: only photos with work to do, each with its preview's path."""
-        rows = self._listed("listing", since=since, after=cursor or BEFORE_ALL_IDS)
-        photos = [row_listed(row, self._context) for row in rows]
-        return photos, photos[-1].id if len(photos) == PAGE else None
+        return self._listed("listing", since=since, after=cursor or BEFORE_ALL_IDS)
 
     def total(self) -> int:
         return int(self._rows("count")[0][0])
@@ -3131,11 +3110,10 @@ class DbLibrary(Library):
         """The feed of preview rows by `asset_file."updateId"`: only photos with work to do."""
         uploaded = started and started - SWEEP_SPAN  # as previews made anew are in the feed
         photos: list[Photo] = []
-        after = BEFORE_ALL_IDS
-        while after:
-            rows = self._listed("news", since=since, uploaded=uploaded, after=after)
-            photos += (row_listed(row, self._context) for row in rows)
-            after = rows[-1][-1] if len(rows) == PAGE else ""
+        mark: str | None = BEFORE_ALL_IDS
+        while mark:
+            page, mark = self._listed("news", since=since, uploaded=uploaded, after=mark)
+            photos += page
         return photos
 
     def watch(self, event: Callable[[], None], cooldown: float) -> PreviewWatch:
@@ -3159,27 +3137,21 @@ class DbLibrary(Library):
             self._database.close()
 
     def look(self, photo: Photo) -> Photo:
+        """Read its row, with the facts that listings leave out."""
         rows = self._rows("look", id=photo.id)
         if not rows or not rows[0][-2]:
             raise Skip("photo_excluded")
         return replace(row_listed(rows[0], self._context), ready=rows[0][-1])
-
-    def with_facts(self, photo: Photo) -> Photo:
-        if "text" not in self._context:
-            return photo
-        rows = [{"text": text} for (text,) in self._rows("written_on", id=photo.id)]
-        return replace(photo, facts={**photo.facts, **facts_in({"ocr": rows}, ["text"])})
 
     def preview(self, photo: Photo) -> bytes | None:
         """Read the file that `asset_file.path` names, or names by now.
 
         Unavailable if the folder has none of the previews: the disk or share is away.
         """
-        try:
+        with suppress(Missing, Permanent):
             return read_file(inside(self._root, photo.source, self._thumbs))
-        except (Missing, Permanent):
-            with blame(self._check):
-                self._check()
+        with blame(self._check):
+            self._check()
         # it may lie elsewhere by now, or the disk may just have come back
         path = self.look(photo).source or photo.source
         with suppress(Missing):
@@ -3339,15 +3311,15 @@ def open_database(config: Config) -> Opened:
     most = max(1, spare * 3 // 4 - 1)  # a quarter for others, two for the stream
     if most < 2 * config.max_concurrent:
         log.warning("%s", t("few_connections", free=spare + 1, number=most))
-    return lambda: DbLibrary(Database(url, choose), *place, most, config.context), lambda: True
+    return lambda: DbLibrary(Database(url, choose), place, most, config.context), lambda: True
 
 
 def check_database(database: Database, root: Path, thumbs: str) -> None:
     """Unexpected if it takes no writes, or the folder does not hold some of its previews."""
-    if database.rows("read_only") != [("off",)]:
+    [(read_only, samples)] = database.rows("check")
+    if read_only == "on":
         database.close()  # others may be
         raise Unexpected("database_read_only")
-    samples = [path for (path,) in database.rows("samples")]
     for path in samples:
         with suppress(Missing, Permanent):
             read_file(inside(root, path, thumbs))
