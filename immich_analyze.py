@@ -2642,8 +2642,8 @@ class ApiLibrary(Library):
     def __init__(self, config: Config, server: Server) -> None:
         self._config, self._server, self._accounts = config, server, server.accounts
         self._session = Session(config.immich_header)
-        used = [account for account in server.accounts.values() if not account.refused]
-        self._parts = [(account, v) for account in used for v in ("timeline", "archive")]
+        users = server.accounts.values()
+        self._parts = [(account, v) for account in users for v in ("timeline", "archive")]
 
     def read_version(self) -> Reply:
         """GET /server/version, which needs no key and answers in maintenance too."""
@@ -2712,10 +2712,10 @@ class ApiLibrary(Library):
                 log.error("%s", t("key_refused", number=account.number + 1, why=error))
         raise Skip("key_refused", number=account.number + 1, why=account.refused)
 
-    def _ask(self, photo: Photo, method: str, path: str = "", *read: Any, **options: Any) -> Any:
+    def _ask(self, photo: Photo, method: str, path: str = "", **options: Any) -> Any:
         """A request about one photo, with the key of its owner."""
         account = self._accounts[photo.source]
-        return self._call(account, method, f"/assets/{photo.id}{path}", *read, **options)
+        return self._call(account, method, f"/assets/{photo.id}{path}", **options)
 
     def clock(self) -> datetime:
         """The Date header of GET /server/version; a proxy may have taken it away."""
@@ -2739,9 +2739,7 @@ class ApiLibrary(Library):
         query |= {"page": walk.page, "order": "desc", "withExif": True}
         query |= {"withPeople": True} if "people" in self._config.context else {}
         query |= {"takenBefore": iso(walk.before)} if walk.before else {}
-        items, more = list[Any](), False
-        with suppress(Skip):  # with its key: on to the next one
-            items, more = self._search(account, query)
+        items, more = self._search(account, query)
         listed: dict[str, datetime] = {}
         date = walk.before or FAR_FUTURE
         for item in items:
@@ -2758,8 +2756,11 @@ class ApiLibrary(Library):
 
     def _search(self, account: Account, query: dict[str, Any]) -> tuple[list[Any], bool]:
         """POST /search/metadata, in the flat shape of all releases: one page; if there is more."""
-        told = self._call(account, "POST", "/search/metadata", json=query | {"size": PAGE})
-        found = dig(told, "assets")
+        body = query | {"size": PAGE}
+        try:
+            found = dig(self._call(account, "POST", "/search/metadata", json=body), "assets")
+        except Skip:  # with the key, or the album was deleted meanwhile
+            return [], False
         if not isinstance(found, dict):
             raise Retryable("not_json", url=public(self._config.immich_api_url))
         items = [item for item in dig_list(found, "items") if isinstance(dig(item, "id"), str)]
@@ -2823,9 +2824,8 @@ class ApiLibrary(Library):
             groups[kind] = defaultdict(list)
             for group_id, group in {str(dig(one, "id")): one for one in listed}.items():
                 told = dig(group, "albumName") if kind == "albums" else group
-                with suppress(Skip):  # deleted meanwhile
-                    for photo_id in self._members(account, {GROUPS[kind][1]: [group_id]}):
-                        groups[kind][photo_id].append(told)
+                for photo_id in self._members(account, {GROUPS[kind][1]: [group_id]}):
+                    groups[kind][photo_id].append(told)
         return groups
 
     def _members(self, account: Account, query: dict[str, Any]) -> Iterator[str]:
@@ -2900,12 +2900,12 @@ class ApiLibrary(Library):
 
     def preview(self, photo: Photo) -> bytes | None:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
+        ask = functools.partial(self._ask, photo, "GET", "/thumbnail", limit=PREVIEW_LIMIT)
+        sizes = dict.fromkeys((self._config.thumbnail_size, "preview"))  # an original may be a GIF
         data: bytes | None = None
         with suppress(Missing):
-            # an original may be a GIF
-            for size in dict.fromkeys((self._config.thumbnail_size, "preview")):
-                more = {"params": {"size": size, "edited": "true"}, "limit": PREVIEW_LIMIT}
-                data = self._ask(photo, "GET", "/thumbnail", no_web_page, **more)
+            for size in sizes:
+                data = ask(read=no_web_page, params={"size": size, "edited": "true"})
                 if picture_type(data)[0]:
                     break
         return data
@@ -2938,7 +2938,7 @@ class ApiLibrary(Library):
                     item = {"key": KEY, "value": note.value(datetime.now(UTC))}
                     self._ask(photo, "PUT", "/metadata", json={"items": [item]})
                 else:
-                    self._ask(photo, "DELETE", f"/metadata/{KEY}", no_web_page)
+                    self._ask(photo, "DELETE", f"/metadata/{KEY}", read=no_web_page)
 
     def close(self) -> None:
         self._session.close()
@@ -2954,8 +2954,9 @@ def no_web_page(reply: Reply) -> bytes:
 def open_api(config: Config) -> Opened:
     """Check Immich's address and each key; one that is refused is left out."""
     renews = config.policy is Policy.OUTDATED
-    server = Server(groups=[n for n in GROUPS if n in config.context and (n == "albums" or renews)])
-    needed = (*NEEDED_PERMISSIONS, *(GROUPS[name][0] for name in server.groups))
+    groups = [n for n in config.context if n == "albums" or (n == "tags" and renews)]
+    server = Server(groups=groups)
+    needed = (*NEEDED_PERMISSIONS, *(GROUPS[name][0] for name in groups))
     accounts: dict[str, Account] = {}  # by user, as two keys may be of one
     with closing(ApiLibrary(config, server)) as library:
         library.read_version()
@@ -2968,20 +2969,17 @@ def open_api(config: Config) -> Opened:
             except Fatal as error:
                 account.refused = error
             accounts.setdefault(account.user_id or key, account)
-        if renews and not library.keeps_notes():
-            raise Fatal("notes_needed")
-    server.accounts = {str(account.number): account for account in accounts.values()}
-    refused = [
-        Fatal("key_refused", number=one.number + 1, why=one.refused)
-        for one in accounts.values()
-        if one.refused
-    ]
-    if len(refused) == len(accounts):
-        raise refused[0]
-    for trouble in refused:
-        log.error("%s", trouble)
-    if "albums" in server.groups and server.version < (1, 135, 0):
-        server.groups = [name for name in server.groups if name != "albums"]
+    server.accounts = {str(one.number): one for one in accounts.values() if not one.refused}
+    for account in accounts.values():
+        if account.refused:
+            trouble = Fatal("key_refused", number=account.number + 1, why=account.refused)
+            if not server.accounts:
+                raise trouble
+            log.error("%s", trouble)
+    if renews and server.version < (2, 5, 0):
+        raise Fatal("notes_needed")
+    if "albums" in groups and server.version < (1, 135, 0):
+        groups.remove("albums")
         log.warning("%s", t("no_albums"))
     return (
         lambda: ApiLibrary(config, server),
