@@ -2670,14 +2670,12 @@ class ApiLibrary(Library):
         if self._server.version < (1, 139, 0):
             self._send(key, "POST", "/auth/validateToken", CHECK_TIMEOUT).json()
             return ["all"]
-        told = self._send(key, "GET", "/api-keys/me", CHECK_TIMEOUT).json()
-        return dig_list(told, "permissions")
+        return dig_list(self._send(key, "GET", "/api-keys/me", CHECK_TIMEOUT).json(), "permissions")
 
     def user_of(self, key: str, needed: Sequence[str]) -> str:
         """The id of a key's user, "" if it may not ask; Fatal for a key that cannot work."""
         allowed = self.permissions(key)
-        missing = [p for p in needed if p not in allowed and "all" not in allowed]
-        if missing:
+        if missing := [p for p in needed if p not in allowed and "all" not in allowed]:
             raise Fatal("immich_permission_missing", permission=", ".join(missing))
         try:
             return text_at(self._send(key, "GET", "/users/me", CHECK_TIMEOUT).json(), "id")
@@ -2989,25 +2987,15 @@ def open_api(config: Config) -> Opened:
 
 def statements(tables: Tables, config: Config) -> dict[str, Any]:
     """The SQL of immich.sql by name, for these tables; Unexpected if they are not Immich's."""
-    ignored = config.ignore_descriptions
-    given = {
-        "tables": tables,
-        "described": config.policy is not Policy.NONE,
-        "ignored": expression(ignored) if ignored else "",
-        "context": config.context,
-    }
+    described, context = config.policy is not Policy.NONE, config.context
+    ignored = expression(config.ignore_descriptions) if config.ignore_descriptions else ""
+    given = {"tables": tables, "described": described, "ignored": ignored, "context": context}
     named: dict[str, Any] = vars(template(data_file("immich.sql")).make_module(given))
     if not tables.keys() >= {*named["needed"]}:
         raise Unexpected("no_immich_tables")
     return named
 
 
-# The tables and columns there are, by which all other SQL is chosen.
-TABLES = """SELECT c.relname, array_agg(a.attname::text)
-    FROM pg_catalog.pg_class c
-    JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-    WHERE pg_table_is_visible(c.oid) AND c.relkind IN ('r', 'p')
-    GROUP BY c.relname"""
 BEFORE_ALL_IDS = "00000000-0000-0000-0000-000000000000"
 REOPEN_AFTER = 3600.0  # seconds; Immich may have been upgraded, which changes its tables
 # Unless the setting says otherwise; a lost connection is noticed in a minute.
@@ -3020,11 +3008,10 @@ CONNECTION = (
 class Database:
     """One connection, opened when it is first needed, again after it was lost, and each hour."""
 
-    chosen: Mapping[str, Any]  # for the tables as they were when the connection was made
+    chosen: Mapping[str, Any]  # statements for the tables that the connection found
 
-    def __init__(self, url: str, choose: Callable[[Tables], Mapping[str, Any]]) -> None:
-        self._url = url
-        self._choose = choose  # makes the statements for the tables that a connection finds
+    def __init__(self, config: Config) -> None:
+        self._config = config
         self._connection: psycopg2.extensions.connection | None = None
         self._opened = 0.0
 
@@ -3046,14 +3033,15 @@ class Database:
         if old and not old.closed and now < self._opened + REOPEN_AFTER:
             return old
         self.close()
-        usual, own = map(psycopg2.extensions.parse_dsn, (CONNECTION, self._url))
+        url = postgres_url(self._config.postgres_url)
+        usual, own = map(psycopg2.extensions.parse_dsn, (CONNECTION, url))
         new: psycopg2.extensions.connection = psycopg2.connect(**(usual | own))
         new.autocommit = True
         new.set_client_encoding("UTF8")
         with new.cursor() as cursor:
-            cursor.execute("SET lock_timeout = '10s'; SET statement_timeout = '5min'")
-            cursor.execute(TABLES)
-            self.chosen = self._choose({name: set(columns) for name, columns in cursor})
+            cursor.execute(data_file("connection.sql"))
+            tables = {name: set(columns) for name, columns in cursor}
+        self.chosen = statements(tables, self._config)
         self._connection, self._opened = new, now
         return new
 
@@ -3072,17 +3060,41 @@ class DbLibrary(Library):
 
     must_confirm = False
 
-    def __init__(
-        self, database: Database, place: tuple[Path, str], most: int, context: Sequence[str]
-    ) -> None:
-        self._database, self._context, self.most_workers = database, context, most
-        self._root, self._thumbs = place
-        self._check = functools.partial(check_database, database, *place)
+    def __init__(self, config: Config, most_workers: int = 1) -> None:
+        self.database, self._context = Database(config), config.context
+        self._root = config.thumbs_root or config.immich_root
+        self._thumbs = "" if config.thumbs_root else "thumbs"
+        self.most_workers = most_workers
 
     def _rows(self, name: str, note: Note | None = None, **values: object) -> list[tuple[Any, ...]]:
         stored = psycopg2.extras.Json(note.value(datetime.now(UTC))) if note else None
-        with blame(self._check):
-            return self._database.rows(name, note=stored, **values)
+        with blame(self.check):
+            return self.database.rows(name, note=stored, **values)
+
+    def check(self) -> None:
+        """Unexpected if it takes no writes, or the folder does not hold some of its previews."""
+        [(read_only, samples)] = self.database.rows("check")
+        if read_only == "on":
+            self.close()  # others may be
+            raise Unexpected("database_read_only")
+        for path in samples:
+            with suppress(Missing, Permanent):
+                self._file(path)
+                return
+        root, thumbs = self._root, self._root / self._thumbs
+        first = thumbs / "".join(samples[:1]).rpartition("thumbs/")[2]
+        try:
+            read_file(first)
+        except (Missing, Permanent) as error:
+            if isinstance(error.__cause__, PermissionError):  # nobody knows whether it is there
+                raise
+        if not os.path.isdir(thumbs):
+            raise Unexpected("root_wrong" if self._thumbs else "thumbs_wrong", root=root)
+        if samples:
+            raise Unexpected("root_empty", root=root, path=first)
+
+    def _file(self, path: str) -> bytes:
+        return read_file(inside(self._root, path, self._thumbs))
 
     def clock(self) -> datetime:
         now: datetime = self._rows("clock")[0][0]
@@ -3095,7 +3107,13 @@ class DbLibrary(Library):
         except Permanent:
             rows = self._rows(f"bare_{name}", limit=PAGE, **bounds)
         mark = rows[-1][-1] if len(rows) == PAGE else None
-        return [row_listed(row, self._context) for row in rows], mark
+        return [self._photo(row) for row in rows], mark
+
+    def _photo(self, row: Sequence[Any]) -> Photo:
+        """A photo as the statements list it."""
+        asset_id, name, description, path, note, library, told = row[:7]
+        kept, facts = note_in(note), facts_in(told, self._context)
+        return Photo(str(asset_id), name, description, path or "", True, kept, library or "", facts)
 
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
         """One page by id: only photos with work to do, each with its preview's path."""
@@ -3132,14 +3150,14 @@ class DbLibrary(Library):
         try:
             self._rows("release", id=photo.id)
         except AnalyzeError:
-            self._database.close()
+            self.database.close()
 
     def look(self, photo: Photo) -> Photo:
         """Read its row, with the facts that listings leave out."""
         rows = self._rows("look", id=photo.id)
         if not rows or not rows[0][-2]:
             raise Skip("photo_excluded")
-        return replace(row_listed(rows[0], self._context), ready=rows[0][-1])
+        return replace(self._photo(rows[0]), ready=rows[0][-1])
 
     def preview(self, photo: Photo) -> bytes | None:
         """Read the file that `asset_file.path` names, or names by now.
@@ -3147,13 +3165,13 @@ class DbLibrary(Library):
         Unavailable if the folder has none of the previews: the disk or share is away.
         """
         with suppress(Missing, Permanent):
-            return read_file(inside(self._root, photo.source, self._thumbs))
-        with blame(self._check):
-            self._check()
+            return self._file(photo.source)
+        with blame(self.check):
+            self.check()
         # it may lie elsewhere by now, or the disk may just have come back
         path = self.look(photo).source or photo.source
         with suppress(Missing):
-            return read_file(inside(self._root, path, self._thumbs))
+            return self._file(path)
         return None
 
     def write(self, photo: Photo, text: str, note: Note | None) -> bool:
@@ -3172,14 +3190,7 @@ class DbLibrary(Library):
                 self._rows("remember", id=photo.id, note=note)
 
     def close(self) -> None:
-        self._database.close()
-
-
-def row_listed(row: Sequence[Any], context: Sequence[str]) -> Photo:
-    """A photo as the statements list it."""
-    asset_id, name, description, path, note, library, told = row[:7]
-    kept, facts = note_in(note), facts_in(told, context)
-    return Photo(str(asset_id), name, description, path or "", True, kept, library or "", facts)
+        self.database.close()
 
 
 PREVIEW_NAME = re.compile(
@@ -3257,11 +3268,10 @@ class PreviewWatch(fs.FileSystemEventHandler):
 
 
 def inside(root: Path, path: str, thumbs: str = "thumbs") -> Path:
-    """Where a preview lies on this machine.
+    """Where a preview lies here: Permanent for one outside, Missing for one that leads nowhere.
 
     Immich's paths begin with the folder as its container sees it (/data, /usr/src/app/
-    upload, or none), but all previews lie under `thumbs/`. Permanent for one outside,
-    Missing for one that leads nowhere.
+    upload, or none), but all previews lie under `thumbs/`.
     """
     _, found, rest = path.rpartition("thumbs/")
     try:
@@ -3288,13 +3298,12 @@ def read_file(path: Path) -> bytes:
 
 def open_database(config: Config) -> Opened:
     """Check the connection, tables, rights and the folder of the previews."""
-    url, choose = postgres_url(config.postgres_url), functools.partial(statements, config=config)
-    place = config.thumbs_root or config.immich_root, "" if config.thumbs_root else "thumbs"
-    with closing(Database(url, choose)) as database, closing(Database(url, choose)) as other:
+    with closing(DbLibrary(config)) as library, closing(Database(config)) as other:
+        database = library.database
         spare, chosen = database.rows("spare")[0][0], database.chosen
         if missing := database.rows("grants", undo=config.undo):
             raise Fatal("grants_missing", grants="; ".join(grant for (grant,) in missing))
-        check_database(database, *place)
+        library.check()
         lock = os.urandom(8).hex()
         with suppress(Unavailable):  # if no other connection can be had, it takes no lock
             taken = [each.rows("claim", id=lock) for each in (database, other) * 10]
@@ -3309,29 +3318,7 @@ def open_database(config: Config) -> Opened:
     most = max(1, spare * 3 // 4 - 1)  # a quarter for others, two for the stream
     if most < 2 * config.max_concurrent:
         log.warning("%s", t("few_connections", free=spare + 1, number=most))
-    return lambda: DbLibrary(Database(url, choose), place, most, config.context), lambda: True
-
-
-def check_database(database: Database, root: Path, thumbs: str) -> None:
-    """Unexpected if it takes no writes, or the folder does not hold some of its previews."""
-    [(read_only, samples)] = database.rows("check")
-    if read_only == "on":
-        database.close()  # others may be
-        raise Unexpected("database_read_only")
-    for path in samples:
-        with suppress(Missing, Permanent):
-            read_file(inside(root, path, thumbs))
-            return
-    first = root / thumbs / "".join(samples[:1]).rpartition("thumbs/")[2]
-    try:
-        read_file(first)
-    except (Missing, Permanent) as error:
-        if isinstance(error.__cause__, PermissionError):  # nobody knows whether it is there
-            raise
-    if not os.path.isdir(root / thumbs):
-        raise Unexpected("root_wrong" if thumbs else "thumbs_wrong", root=root)
-    if samples:
-        raise Unexpected("root_empty", root=root, path=first)
+    return lambda: DbLibrary(config, most), lambda: True
 
 
 def say_repeated(texts: Mapping[str, int], config: Config) -> None:
