@@ -57,6 +57,7 @@ from enum import StrEnum
 from hashlib import blake2b, sha256
 from http.cookiejar import DefaultCookiePolicy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -2471,7 +2472,7 @@ Version = tuple[int, ...]
 Tables = Mapping[str, set[str]]  # with their columns
 Cursor = Any  # where a listing stands; only the library that made it looks inside
 Page = tuple[Iterable[Photo], Cursor | None]  # and where it goes on; None at its end
-Read = Callable[[Reply], Any]  # makes something of an answer
+Read = Callable[[Reply], Any]  # what is read of an answer
 Opened = tuple[Callable[[], "Library"], Callable[[], bool]]  # makes one; whether all is reached
 
 
@@ -2523,8 +2524,8 @@ class Library(Protocol):
     def write(self, photo: Photo, text: str, note: Note | None) -> bool:
         """Store a description in place of the one that the photo had, with its note.
 
-        False, and nothing written, if there is another one by now. May be called
-        again after an error: a text that is there already counts as written.
+        False, and nothing written, if there is another one by now; a text that is there
+        already counts as written.
         """
 
     def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
@@ -2542,8 +2543,7 @@ class Library(Protocol):
 def blame(check: Callable[[], object]) -> Iterator[None]:
     """Tell a library that is away from one that fails on this call: then `check` works.
 
-    Statuses do not tell: Immich says 500 about one photo, and about everything while its
-    database is away; a proxy may say anything.
+    Statuses do not tell: with its database away, Immich says the same 500 as about one photo.
     """
     try:
         yield
@@ -2587,9 +2587,9 @@ class Server:
 class Walk:
     """Where a listing through the API stands.
 
-    It walks by date, newest first: each step asks for photos not newer than `before`,
-    which is four times as fast as page numbers at 50,000 photos, and loses none where
-    releases before 3.1.0 shuffle those of one date between pages.
+    It walks by date, newest first: each step asks for photos not newer than `before`. At 50,000
+    photos this is four times as fast as page numbers, and none is lost where releases before
+    3.1.0 shuffle those of one date.
     """
 
     part: int = 0  # which key and visibility
@@ -2614,27 +2614,23 @@ def moment(text: object) -> datetime | None:
 def onward(walk: Walk, listed: Mapping[str, datetime], more: bool, stable: bool) -> Walk | None:
     """The step after one that listed these photos; None at the end of the part.
 
-    `stable`: the server orders photos of one date the same way each time. Where it
-    does not, pages within one millisecond are gone through until they bring nothing new.
+    Where the order of photos of one date is not `stable`, pages within one millisecond are
+    asked for again until they bring nothing new.
     """
     quiet = 0 if listed.keys() - walk.seen.keys() else walk.quiet + 1
     seen = {**walk.seen, **listed}
     bound = min(listed.values(), default=FAR_FUTURE) + MILLISECOND
-    if more and walk.before and bound >= walk.before:
-        return replace(walk, page=walk.page + 1, seen=seen, quiet=quiet)
-    if walk.page > 1 and not stable and quiet < 4 * walk.page:
-        return replace(walk, page=1, seen=seen, quiet=quiet)
-    if not more:
-        return None
+    within = more and walk.before and bound >= walk.before  # still the same millisecond
+    if within or (walk.page > 1 and not stable and quiet < 4 * walk.page):
+        return replace(walk, page=walk.page + 1 if within else 1, seen=seen, quiet=quiet)
     again = {asset_id: date for asset_id, date in seen.items() if date <= bound}
-    return Walk(walk.part, bound, seen=again)
+    return Walk(walk.part, bound, seen=again) if more else None
 
 
 class ApiLibrary(Library):
     """Immich's REST API, 1.132 to 3.3, which tells of uploads only to keys that may do everything.
 
-    Every photo is read and written with the key of its owner, and JSON is read
-    leniently: an odd field never costs more than that field.
+    Each photo is read and written with its owner's key. An odd field in JSON costs only itself.
     """
 
     must_confirm, most_workers = True, sys.maxsize
@@ -2690,7 +2686,10 @@ class ApiLibrary(Library):
         """Send one request with a user's key, or with none for ""."""
         own: dict[str, Any] = {"timeout": timeout, "headers": {"x-api-key": key or None}}
         url = self._config.immich_api_url + path
-        return http(self._session, method, url, blame=immich_error, **own | options)
+        reply = http(self._session, method, url, blame=immich_error, **own | options)
+        if "text/html" in reply.headers.get("Content-Type", ""):  # what a proxy shows to people
+            raise Retryable("not_json", url=reply.url)
+        return reply
 
     def _call(
         self, account: Account, method: str, path: str, read: Read = Reply.json, **options: Any
@@ -2793,8 +2792,8 @@ class ApiLibrary(Library):
     def _owns(self, account: Account, item: dict[str, Any]) -> bool:
         """Whether the key's user owns a photo: searches list those of partners too.
 
-        A key without user.read does not know its user; then one photo of each owner
-        tells, since only its owner may update it. The update is empty.
+        A key without user.read does not know its user. Then an empty update of one photo of
+        each owner tells, as only its owner may update it.
         """
         owner: Any = item.get("ownerId")
         if not account.user_id and owner not in account.strangers:
@@ -2903,7 +2902,7 @@ class ApiLibrary(Library):
         data: bytes | None = None
         with suppress(Missing):
             for size in sizes:
-                data = ask(read=no_web_page, params={"size": size, "edited": "true"})
+                data = ask(read=attrgetter("body"), params={"size": size, "edited": "true"})
                 if picture_type(data)[0]:
                     break
         return data
@@ -2936,17 +2935,10 @@ class ApiLibrary(Library):
                     item = {"key": KEY, "value": note.value(datetime.now(UTC))}
                     self._ask(photo, "PUT", "/metadata", json={"items": [item]})
                 else:
-                    self._ask(photo, "DELETE", f"/metadata/{KEY}", read=no_web_page)
+                    self._ask(photo, "DELETE", f"/metadata/{KEY}", read=attrgetter("body"))
 
     def close(self) -> None:
         self._session.close()
-
-
-def no_web_page(reply: Reply) -> bytes:
-    """The body of an answer; Retryable for a page that a proxy shows to people."""
-    if "text/html" in reply.headers.get("Content-Type", ""):
-        raise Retryable("not_json", url=reply.url)
-    return reply.body
 
 
 def open_api(config: Config) -> Opened:
@@ -3055,7 +3047,7 @@ class Database:
 class DbLibrary(Library):
     """Immich's own tables, 1.132 to 3.3, on PostgreSQL 14 and newer.
 
-    Only one description is changed at a time, only while it is as listed, and with its note.
+    A description is changed only together with its note, and only while it is as listed.
     """
 
     must_confirm = False
@@ -3160,10 +3152,7 @@ class DbLibrary(Library):
         return replace(self._photo(rows[0]), ready=rows[0][-1])
 
     def preview(self, photo: Photo) -> bytes | None:
-        """Read the file that `asset_file.path` names, or names by now.
-
-        Unavailable if the folder has none of the previews: the disk or share is away.
-        """
+        """The file of `asset_file.path`; Unavailable if none is there, as without the disk."""
         with suppress(Missing, Permanent):
             return self._file(photo.source)
         with blame(self.check):
@@ -3193,9 +3182,7 @@ class DbLibrary(Library):
         self.database.close()
 
 
-PREVIEW_NAME = re.compile(
-    r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})[-_]preview(?:_edited)?\.(?:jpeg|jpg|webp)"
-)
+PREVIEW_NAME = re.compile(r"([0-9a-f]{8}(-[0-9a-f]{4,12}){4})[-_]preview(_edited)?\.(jpe?g|webp)")
 RENEW_AFTER = 3600.0  # seconds between two beginnings of the watch, as each is hard work
 WRITTEN = [fs.FileCreatedEvent, fs.FileModifiedEvent, fs.FileClosedEvent, fs.FileMovedEvent]
 
@@ -3203,8 +3190,7 @@ WRITTEN = [fs.FileCreatedEvent, fs.FileModifiedEvent, fs.FileClosedEvent, fs.Fil
 class PreviewWatch(fs.FileSystemEventHandler):
     """Tells by inotify of previews that are written, each once in `cooldown` seconds.
 
-    It only makes things prompt: what it misses, the database has. So trouble with it is
-    one line, and no error.
+    What it misses, the database has, only later. So trouble with it is one line, and no error.
     """
 
     def __init__(self, folder: Path, event: Callable[[], None], cooldown: float) -> None:
@@ -3270,8 +3256,7 @@ class PreviewWatch(fs.FileSystemEventHandler):
 def inside(root: Path, path: str, thumbs: str = "thumbs") -> Path:
     """Where a preview lies here: Permanent for one outside, Missing for one that leads nowhere.
 
-    Immich's paths begin with the folder as its container sees it (/data, /usr/src/app/
-    upload, or none), but all previews lie under `thumbs/`.
+    Immich's paths begin as its container sees them, but all previews lie under `thumbs/`.
     """
     _, found, rest = path.rpartition("thumbs/")
     try:
