@@ -57,7 +57,6 @@ from enum import StrEnum
 from hashlib import blake2b, sha256
 from http.cookiejar import DefaultCookiePolicy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -2468,11 +2467,9 @@ SWEEP_SPAN = timedelta(days=2)  # how late a preview may come after the upload
 MANY = 20  # photos that may have the same description by chance
 NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")
 
-Version = tuple[int, ...]
 Tables = Mapping[str, set[str]]  # with their columns
 Cursor = Any  # where a listing stands; only the library that made it looks inside
 Page = tuple[Iterable[Photo], Cursor | None]  # and where it goes on; None at its end
-Read = Callable[[Reply], Any]  # what is read of an answer
 Opened = tuple[Callable[[], "Library"], Callable[[], bool]]  # makes one; whether all is reached
 
 
@@ -2578,7 +2575,7 @@ class Account:
 class Server:
     """What is known of one Immich, shared by all who talk to it."""
 
-    version: Version = (0, 0, 0)  # which may grow: each look at the clock tells
+    version: tuple[int, ...] = (0, 0, 0)  # which may grow: each look at the clock tells
     accounts: Mapping[str, Account] = field(default_factory=dict)  # by Photo.source
     groups: Sequence[str] = ()  # those of GROUPS that a listing reads as a whole
 
@@ -2692,13 +2689,14 @@ class ApiLibrary(Library):
         return reply
 
     def _call(
-        self, account: Account, method: str, path: str, read: Read = Reply.json, **options: Any
+        self, account: Account, method: str, path: str, *, raw: bool = False, **options: Any
     ) -> Any:
-        """What `read` makes of the answer to a request; Skip once the key is refused."""
+        """The JSON that a request is answered with, or its bytes; Skip once the key is refused."""
         try:
             if not account.refused:
                 with blame(functools.partial(self.permissions, account.key)):
-                    return read(self._send(account.key, method, path, **options))
+                    reply = self._send(account.key, method, path, **options)
+                    return reply.body if raw else reply.json()
         except Fatal as error:
             if error.key not in ("immich_key_refused", "immich_permission_missing"):
                 raise
@@ -2814,15 +2812,15 @@ class ApiLibrary(Library):
         """Albums and tags by photo: one search for each of them, of all that a user has."""
         groups: dict[str, dict[str, list[Any]]] = {}
         for kind in self._server.groups:
+            photos = groups[kind] = defaultdict[str, list[Any]](list)
             paths = [f"/{kind}"]
             if kind == "albums" and self._server.version < (3, 0, 0):
                 paths.append("/albums?shared=true")
             listed = [one for path in paths for one in dig_list(self._call(account, "GET", path))]
-            groups[kind] = defaultdict(list)
             for group_id, group in {str(dig(one, "id")): one for one in listed}.items():
                 told = dig(group, "albumName") if kind == "albums" else group
                 for photo_id in self._members(account, {GROUPS[kind][1]: [group_id]}):
-                    groups[kind][photo_id].append(told)
+                    photos[photo_id].append(told)
         return groups
 
     def _members(self, account: Account, query: dict[str, Any]) -> Iterator[str]:
@@ -2902,7 +2900,7 @@ class ApiLibrary(Library):
         data: bytes | None = None
         with suppress(Missing):
             for size in sizes:
-                data = ask(read=attrgetter("body"), params={"size": size, "edited": "true"})
+                data = ask(raw=True, params={"size": size, "edited": "true"})
                 if picture_type(data)[0]:
                     break
         return data
@@ -2935,7 +2933,7 @@ class ApiLibrary(Library):
                     item = {"key": KEY, "value": note.value(datetime.now(UTC))}
                     self._ask(photo, "PUT", "/metadata", json={"items": [item]})
                 else:
-                    self._ask(photo, "DELETE", f"/metadata/{KEY}", read=attrgetter("body"))
+                    self._ask(photo, "DELETE", f"/metadata/{KEY}", raw=True)
 
     def close(self) -> None:
         self._session.close()
@@ -2959,8 +2957,9 @@ def open_api(config: Config) -> Opened:
             except Fatal as error:
                 account.refused = error
             accounts.setdefault(account.user_id or key, account)
-    server.accounts = {str(one.number): one for one in accounts.values() if not one.refused}
-    for account in accounts.values():
+    users = accounts.values()
+    server.accounts = {str(one.number): one for one in users if not one.refused}
+    for account in users:
         if account.refused:
             trouble = Fatal("key_refused", number=account.number + 1, why=account.refused)
             if not server.accounts:
@@ -2971,10 +2970,7 @@ def open_api(config: Config) -> Opened:
     if "albums" in groups and server.version < (1, 135, 0):
         groups.remove("albums")
         log.warning("%s", t("no_albums"))
-    return (
-        lambda: ApiLibrary(config, server),
-        lambda: not any(account.refused for account in accounts.values()),
-    )
+    return lambda: ApiLibrary(config, server), lambda: not any(one.refused for one in users)
 
 
 def statements(tables: Tables, config: Config) -> dict[str, Any]:
@@ -3217,8 +3213,7 @@ class PreviewWatch(fs.FileSystemEventHandler):
             observer.schedule(self, str(self._folder), recursive=True, event_filter=WRITTEN)
             observer.start()
             # folders that go beyond the limit are left out in silence, but then one more does too
-            nothing, parent = fs.FileSystemEventHandler(), str(self._folder.parent)
-            observer.unschedule(observer.schedule(nothing, parent, event_filter=[]))
+            observer.unschedule(observer.schedule(self, str(self._folder.parent), event_filter=[]))
         except OSError as error:
             if error.errno == errno.ENOSPC or not (observer and observer.is_alive()):
                 keys = {errno.ENOSPC: "watch_limit", errno.EMFILE: "watch_instances"}
@@ -3254,11 +3249,8 @@ class PreviewWatch(fs.FileSystemEventHandler):
 
 
 def inside(root: Path, path: str, thumbs: str = "thumbs") -> Path:
-    """Where a preview lies here: Permanent for one outside, Missing for one that leads nowhere.
-
-    Immich's paths begin as its container sees them, but all previews lie under `thumbs/`.
-    """
-    _, found, rest = path.rpartition("thumbs/")
+    """Where a preview lies here: Permanent for one outside, Missing for one that leads nowhere."""
+    _, found, rest = path.rpartition("thumbs/")  # before it is what only Immich's container has
     try:
         real = (root / thumbs / rest).resolve()
     except (OSError, RuntimeError) as error:  # links that lead in a circle
