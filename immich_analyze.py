@@ -2492,7 +2492,7 @@ class Library(Protocol):
         """
 
     def total(self) -> int:
-        """About how many photos the whole listing brings, if the key may ask."""
+        """About how many photos the whole listing brings; an extra that not every key may ask."""
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
         """Photos whose preview was made since then; with `started`, none uploaded long before."""
@@ -2526,7 +2526,7 @@ class Library(Protocol):
         """
 
     def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
-        """By id, what is stored of texts written in the last `age` seconds; not of lost photos."""
+        """By id, descriptions written in the last `age` seconds; photos that are gone have none."""
         return {}
 
     def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
@@ -2538,10 +2538,8 @@ class Library(Protocol):
 
 @contextmanager
 def blame(check: Callable[[], object]) -> Iterator[None]:
-    """Tell a library that is away from one that fails on this call: then `check` works.
-
-    Statuses do not tell: with its database away, Immich says the same 500 as about one photo.
-    """
+    """Tell a library that is away from one that fails on this call: then `check` works."""
+    # a status does not tell: with its database away, Immich says the same 500 as about one photo
     try:
         yield
     except Unavailable:
@@ -3141,14 +3139,13 @@ class DbLibrary(Library):
             self.database.close()
 
     def look(self, photo: Photo) -> Photo:
-        """Read its row, with the facts that listings leave out."""
         rows = self._rows("look", id=photo.id)
         if not rows or not rows[0][-2]:
             raise Skip("photo_excluded")
         return replace(self._photo(rows[0]), ready=rows[0][-1])
 
     def preview(self, photo: Photo) -> bytes | None:
-        """The file of `asset_file.path`; Unavailable if none is there, as without the disk."""
+        """The file at `asset_file.path`; Unavailable if all are missing, as when a disk is away."""
         with suppress(Missing, Permanent):
             return self._file(photo.source)
         with blame(self.check):
