@@ -806,7 +806,7 @@ class Note:
     failed: str = ""  # or the key of the error for which there is none
     why: str = ""
     tries: int = 0  # runs, or days, in which it failed so
-    facts: str = ""  # facts_id of what was known of the photo, where that was asked for
+    facts: str = ""  # names_id of the photo
 
     def value(self, at: datetime) -> dict[str, Any]:
         """As it is stored, in JSON."""
@@ -846,9 +846,6 @@ def iso(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-Facts = Mapping[str, tuple[str, ...]]  # what is known of a photo, by name; words for the model
-
-
 @dataclass(frozen=True, slots=True)
 class Photo:
     """A photo as Immich showed it last."""
@@ -860,7 +857,7 @@ class Photo:
     ready: bool = True  # whether Immich has made its preview
     note: Note | None = None
     library: str = ""  # id of its external library
-    facts: Facts = field(default_factory=dict)  # those that were asked for
+    told: Mapping[str, Any] = field(default_factory=dict)  # what Immich's API tells, for facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -881,17 +878,6 @@ USUAL_PIXELS, USUAL_SIDE = 50_000_000, 4096  # above the first, pictures are shr
 MOST_PIXELS = 270_000_000  # a gigabyte in memory
 JPEG_SIDE = 65_500  # the longest that JPEG can have
 OLDEST = 120  # years
-DAYTIMES = ("night", "morning", "noon", "afternoon", "evening", "night")
-DAYTIME_ENDS = (5, 11, 14, 18, 22, 24)  # hours
-MOST_READ = 500  # letters of what is written on a photo
-# Names of files that people did not choose: of these words and single letters, or an id.
-CAMERA_WORD = re.compile(
-    r"[a-z]|img|dsc[fnx]?|pxl|m?vimg|mvi|vid|mov|gopr|g[hx]|dji|sam|pano|burst\w*|cimg|imgp|hpim|pict"
-    r"|wa|whatsapp|image|photo|bild|at|um|signal|received|fb|snapchat|telegram|cover|hdr|mp|raw"
-    r"|portrait|night|edited|copy|scan|untitled|foto|изображение|фото",
-    re.I,
-)
-HEX_NAME = re.compile(r"(?=.*\d)([0-9a-f]{4,}-?){2,}", re.I)
 GAP = "\n\n"  # between a person's text, or a prompt, and what is added
 
 
@@ -923,32 +909,6 @@ def undescribed(photo: Photo, config: Config) -> bool:
     return bool(re.match(expression(ignored), text, re.S)) and not has_ours(photo)
 
 
-def persons_text(photo: Photo, config: Config) -> str:
-    """What a person wrote of a photo: the description without ours."""
-    rest = unmerge(photo)
-    text = photo.description if rest is None else rest
-    return "" if undescribed(replace(photo, description=text), config) else text
-
-
-def question(photo: Photo, config: Config) -> str:
-    """What is asked about a photo: the prompt, then what it leaves out of facts and language."""
-    prompt, known = config.prompt, dict.fromkeys(PLACEHOLDERS, "")
-    if not (config.context or config.description_language or re.search(TAG, prompt)):
-        return prompt
-    shown = {*re.findall(r"\w+", "".join(re.findall(SHOWN, prompt)))} & {*PLACEHOLDERS}
-    told = {**photo.facts, "description": (persons_text(photo, config),)}
-    for name in config.context:  # in one line, whatever people wrote
-        known[name] = " ".join(", ".join(told.get(name, ())).split())
-    known["language"] = config.description_language
-    words = marked(data_file("question.jinja")).make_module(known | dict.fromkeys(shown, ""))
-    known["context"] = tidy(words.context)
-    if re.search(TAG, prompt):
-        prompt = tidy(marked(prompt).render(known))
-    follows = ["" if shown - {"language"} else known["context"], tidy(words.request)]
-    rest = GAP.join(filter(None, follows))
-    return prompt.rstrip("\n") + GAP + rest if rest else prompt
-
-
 def left_alone(photo: Photo, config: Config) -> str:
     """Why a photo is not to be described, as a key; "" if it is, or if its note must tell."""
     note = photo.note
@@ -959,7 +919,7 @@ def left_alone(photo: Photo, config: Config) -> str:
         return "has_description" if config.undo else ""
     current = note and same and not note.failed and note.was != text_id(photo.description)
     if current and note and note.facts:
-        current = note.facts == facts_id(photo.facts, config.context)
+        current = note.facts == names_id(photo, config)
     if config.policy is Policy.MISSING_AI:
         wanted = not has_ours(photo)
     elif config.policy is Policy.OUTDATED and note is not UNREAD:
@@ -1042,10 +1002,10 @@ def number_at(data: object, *path: str | int) -> float:
     return value if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
-def taken_at(item: object) -> datetime | None:
+def taken_at(told: object) -> datetime | None:
     """When a photo was taken, by the clock of the place."""
     with suppress(ValueError):
-        return datetime.fromisoformat(str(dig(item, "localDateTime")))
+        return datetime.fromisoformat(str(dig(told, "localDateTime")))
     return None
 
 
@@ -1060,9 +1020,9 @@ def age_at(born: object, taken: datetime | None) -> int | None:
     return None
 
 
-def people_in(item: object) -> Iterator[str]:
+def people_in(told: object) -> Iterator[str]:
     """Named people, left to right where their faces are told, else by name."""
-    people = [one for one in dig_list(item, "people") if dig(one, "isHidden") is not True]
+    people = [one for one in dig_list(told, "people") if dig(one, "isHidden") is not True]
     named = [(text_at(one, "name"), one) for one in people if text_at(one, "name")]
 
     def from_left(person: tuple[str, object]) -> tuple[float, str]:
@@ -1071,95 +1031,82 @@ def people_in(item: object) -> Iterator[str]:
         return min(left, default=math.inf), person[0]
 
     for name, person in sorted(named, key=from_left):
-        age = age_at(dig(person, "birthDate"), taken_at(item))
+        age = age_at(dig(person, "birthDate"), taken_at(told))
         yield name if age is None else f"{name} (aged {age})"
 
 
-def place_in(item: object) -> list[str]:
+def place_in(told: object) -> list[str]:
     """City, state and country."""
-    return [text_at(item, "exifInfo", part) for part in ("city", "state", "country")]
+    return [text_at(told, "exifInfo", part) for part in ("city", "state", "country")]
 
 
-def position_in(item: object) -> Iterator[str]:
-    """Latitude and longitude in degrees."""
-    north, east = (number_at(item, "exifInfo", part) for part in ("latitude", "longitude"))
-    if north and east and abs(north) <= 90 and abs(east) <= 180:
-        yield f"{north:.5f}, {east:.5f}"
-
-
-def date_in(item: object) -> Iterator[str]:
-    """Day and time of the day, by the clock of the place."""
-    if taken := taken_at(item):
-        hours = bisect_left(DAYTIME_ENDS, taken.hour + 1)
-        yield f"{taken:%A}, {taken.day} {taken:%B %Y}, {DAYTIMES[hours]}"
-
-
-def albums_in(item: object) -> list[str]:
+def albums_in(told: object) -> list[str]:
     """The names of the albums that the photo's owner has or shares."""
-    return [one_line(name) for name in dig_list(item, "albums")]
+    return [one_line(name) for name in dig_list(told, "albums")]
 
 
-def tags_in(item: object) -> list[str]:
+def tags_in(told: object) -> list[str]:
     """The last part of each tag, but of those that contain another one."""
-    paths = [text_at(tag, "value") for tag in dig_list(item, "tags")]
+    paths = [text_at(tag, "value") for tag in dig_list(told, "tags")]
     deepest = [p for p in paths if not any(other.startswith(f"{p}/") for other in paths)]
     return [path.rpartition("/")[2] for path in deepest]
 
 
-def camera_in(item: object) -> Iterator[str]:
-    """Make and model, lens, and how the photo was exposed."""
-    exif = dig(item, "exifInfo")
-    make, model = text_at(exif, "make"), text_at(exif, "model")
-    brand = make.lower().split()[:1]
-    yield model if brand and brand[0] in model.lower().split() else f"{make} {model}".strip()
-    yield text_at(exif, "lensModel")
-    exposure = text_at(exif, "exposureTime")
-    yield f"{exposure} s" if re.fullmatch(r"(?=[^/]*[1-9])\d+([./]\d+)?", exposure) else ""
-    for name, form in (("fNumber", "f/{:g}"), ("focalLength", "{:g} mm"), ("iso", "ISO {:g}")):
-        value = number_at(exif, name)
-        yield form.format(value) if value > 0 else ""
+# Facts that are names; our text is outdated once they are others.
+NAMES = {"people": people_in, "place": place_in, "albums": albums_in, "tags": tags_in}
 
 
-def file_in(item: object) -> Iterator[str]:
-    """The name of the file without its ending, unless a camera or a messenger gave it."""
-    name = re.sub(r"\.\w{1,5}$", "", text_at(item, "originalFileName"))
-    said = re.findall(r"[^\W\d_]+", name)
-    if not HEX_NAME.fullmatch(name) and not all(CAMERA_WORD.fullmatch(word) for word in said):
-        yield name
+def names(photo: Photo, fact: str) -> list[str]:
+    """The names that are known of a photo, each once."""
+    return list(dict.fromkeys(filter(None, NAMES[fact](photo.told))))
 
 
-def text_in(item: object) -> Iterator[str]:
-    """What Immich read on the photo."""
-    rows = [row for row in dig_list(item, "ocr") if dig(row, "isVisible") is not False]
-    yield " ".join(filter(None, (text_at(row, "text") for row in rows)))[:MOST_READ].strip()
+def names_id(photo: Photo, config: Config) -> str:
+    """What notes call the names that are asked for; "" where none are."""
+    asked = {fact: sorted(names(photo, fact)) for fact in NAMES if fact in config.context}
+    return text_id(json.dumps(asked)) if asked else ""
 
 
-# What can be known of a photo, and how it is read from the JSON of Immich's API.
-READERS: dict[str, Callable[[object], Iterable[str]]] = {
-    "people": people_in,
-    "place": place_in,
-    "gps": position_in,
-    "date": date_in,
-    "albums": albums_in,
-    "tags": tags_in,
-    "camera": camera_in,
-    "file": file_in,
-    "text": text_in,
-}
-RENEWED_BY = ("people", "place", "albums", "tags")  # a description is outdated once these change
+def file_name(told: object) -> str:
+    """The name of the file without its ending, "" if a camera or a messenger gave it."""
+    known, name = patterns(), re.sub(r"\.\w{1,5}$", "", text_at(told, "originalFileName"))
+    chosen = [w for w in re.findall(r"[^\W\d_]+", name) if not known["camera_word"].fullmatch(w)]
+    return name if chosen and not known["id_name"].fullmatch(name) else ""
 
 
-def facts_in(item: object, wanted: Iterable[str]) -> Facts:
-    """Those of the wanted facts that Immich's answer about a photo tells."""
-    read = {name: READERS[name](item) for name in wanted if name in READERS}
-    known = {name: tuple(dict.fromkeys(filter(None, parts))) for name, parts in read.items()}
-    return {name: parts for name, parts in known.items() if parts}
+def persons_text(photo: Photo, config: Config) -> str:
+    """What a person wrote of a photo: the description without ours."""
+    rest = unmerge(photo)
+    text = photo.description if rest is None else rest
+    return "" if undescribed(replace(photo, description=text), config) else text
 
 
-def facts_id(facts: Facts, wanted: Container[str]) -> str:
-    """What notes call the facts that can make a description outdated; "" if none is wanted."""
-    told = {name: sorted(facts.get(name, ())) for name in RENEWED_BY if name in wanted}
-    return text_id(json.dumps(told)) if told else ""
+def question(photo: Photo, config: Config) -> str:
+    """What is asked about a photo: the prompt, then what it leaves out of facts and language."""
+    prompt, given = config.prompt, {"language": config.description_language}
+    if not (config.context or config.description_language or re.search(TAG, prompt)):
+        return prompt
+    words = marked(data_file("question.jinja")).make_module(
+        {
+            "told": photo.told,
+            "text_at": text_at,
+            "number_at": number_at,
+            "list_at": dig_list,
+            "names": functools.partial(names, photo),
+            "taken": taken_at(photo.told),
+            "file_name": file_name(photo.told),
+            "persons_text": persons_text(photo, config),
+        }
+    )
+    # in one line, whatever people wrote
+    facts = {n: one_line(getattr(words, n)() if n in config.context else "") for n in FACTS}
+    shown = {*re.findall(r"\w+", "".join(re.findall(SHOWN, prompt)))} & {*PLACEHOLDERS}
+    given["context"] = tidy(words.context(**facts | dict.fromkeys(shown & {*FACTS}, "")))
+    if re.search(TAG, prompt):
+        prompt = tidy(marked(prompt).render(facts | given))
+    request = "" if "language" in shown else tidy(words.request(config.description_language))
+    rest = GAP.join(filter(None, ["" if shown - {"language"} else given["context"], request]))
+    return prompt.rstrip("\n") + GAP + rest if rest else prompt
 
 
 def picture_type(data: bytes) -> tuple[str | None, bool]:
@@ -1240,11 +1187,11 @@ def plain_picture(size: tuple[int, int], colour: str = "gray") -> Picture:
 
 @functools.cache
 def patterns() -> dict[str, re.Pattern[str]]:
-    """What models say beside a description, by name, from answers.toml."""
+    """What models and servers say, and the like, by the names in patterns.toml."""
     import tomllib  # here, as each start would wait for it
 
     texts: dict[str, str] = {}
-    for name, text in tomllib.loads(data_file("answers.toml")).items():  # contains those above it
+    for name, text in tomllib.loads(data_file("patterns.toml")).items():  # contains those above it
         texts[name] = re.sub(r"\{([a-z_]+)\}", lambda part: f"(?:{texts[part[1]]}\n)", text)
     return {name: re.compile(text, re.VERBOSE) for name, text in texts.items()}
 
@@ -1463,11 +1410,11 @@ def http(
     blame: Callable[[Reply], AnalyzeError],
     timeout: float,
     limit: int = REPLY_LIMIT,
-    watch: Callable[[bytearray], None] | None = None,
+    watch: Callable[[bytes], None] | None = None,
     **options: Any,
 ) -> Reply:
     """Send one request and read the answer; a status other than 2xx is raised, by `blame`."""
-    # `watch` sees the body of any other answer as it grows; what it raises ends the request,
+    # `watch` gets the body of any other answer piece by piece; what it raises ends the request,
     # also for the server
     shown, body = shown_with_proxy(session, url), bytearray()
     limits = (min(timeout, CONNECT_TIMEOUT), min(timeout, LONGEST_TIMEOUT))
@@ -1479,7 +1426,7 @@ def http(
                 if len(body) > limit:
                     raise Retryable("reply_too_large", url=shown)
                 if watch and response.ok:
-                    watch(body)
+                    watch(piece)
             reply = Reply(shown, response.status_code, response.headers, bytes(body))
     except requests.exceptions.InvalidHeader as error:  # in a broken answer
         raise Retryable("connection_cut", url=shown) from error
@@ -1549,36 +1496,29 @@ def retry_after(reply: Reply) -> float | None:
 
 
 BUSY = {408, 429, 502, 503, 504}
-# What model servers say, in all words that were seen.
-BUSY_WORDS = re.compile(r"server busy|overloaded|rate.?limit|loading model", re.I)
-CANNOT_SEE = re.compile(r"image input is not supported|missing data required for image input", re.I)
-CONTEXT = re.compile(r"available context|exceed_context_size|context[ _](length|size|window)", re.I)
-HTTPS = re.compile(r"plain HTTP request was sent to|HTTP request to an HTTPS|speaking plain HTTP")
-NO_MODEL = re.compile(r"model_not_found|model\b.*\b(not found|not exist)|no such model", re.I)
-PROMPT_TOKENS = re.compile(r"(?:n_prompt_tokens\D+|request \()(\d+)")
-THINKING = re.compile(r"thinking|reasoning", re.I)
 
 
 def model_host_error(reply: Reply) -> AnalyzeError:
     """What a model host's status says, or its words where an answer of status 200 is an error."""
     status, why, words = reply.status, reply.complaint(), reply.body.decode("utf-8", "replace")
+    known = patterns()
     hints = {413: "hint_too_large", 504: "hint_too_slow"}
     hint = t(hints.get(status, "")) if status in hints else ""
     fields: dict[str, Any] = {"url": reply.url, "status": status, "words": words}
     fields["why"] = f"{hint} {why}".strip()
     said = f" “{why}”" if why else ""
     match status:
-        case _ if CANNOT_SEE.search(why):
+        case _ if known["cannot_see"].search(why):
             return Fatal("model_blind", **fields)
-        case _ if HTTPS.search(words):
+        case _ if known["https_needed"].search(words):
             return Fatal("https_needed", **fields)
         case 401 | 402 | 403:
             return Fatal("host_key_refused", said=said, **fields)
-        case 200 | 400 | 404 if NO_MODEL.search(why):
+        case 200 | 400 | 404 if known["no_model"].search(why):
             return Fatal("model_missing", **fields)
         case 404 | 405:
             return Unexpected("host_wrong", said=said, **fields)
-        case _ if status in BUSY or (status == 200 and BUSY_WORDS.search(why)):
+        case _ if status in BUSY or (status == 200 and known["overloaded"].search(why)):
             return Unavailable("host_busy", pause=retry_after(reply), **fields)
         case _:
             key = "host_failed" if status == 200 or status >= 500 else "picture_refused"
@@ -1611,12 +1551,6 @@ def immich_error(reply: Reply) -> AnalyzeError:
             return Permanent("immich_refused", status=status, why=why)
 
 
-# What libpq says, without a code, when it cannot connect before a person acts.
-REFUSED = re.compile(
-    r"authentication failed|no password|no pg_hba|not permitted to log in|certificate"
-    r"|support SSL|invalid .*(?:value|port|option)",
-    re.I,
-)
 # SQLSTATE classes that also a restore goes through: nothing of that name, no right, on standby.
 UNEXPECTED = ("0A", "25", "28", "3D", "42")
 
@@ -1636,7 +1570,7 @@ def database_error(error: psycopg2.Error) -> AnalyzeError:
     """Who is to blame for an error of PostgreSQL or its driver."""
     why = re.sub(r"\s*Is the server running[^?]*\?", "", " ".join(str(error).split()))
     words, code = re.sub(r'"[^"]*"', "", why), error.pgcode or ""  # names may hold any word
-    at_fault = isinstance(error, psycopg2.ProgrammingError) or REFUSED.search(words)
+    at_fault = isinstance(error, psycopg2.ProgrammingError) or patterns()["refused"].search(words)
     match error:
         case psycopg2.errors.LockNotAvailable() | psycopg2.errors.QueryCanceled():  # one row's
             return Retryable("database_refused", why=why)
@@ -1694,21 +1628,13 @@ TEXTS = 1000  # answers of a host that are remembered
 TIMED_OUT = ("timed_out", "timed_out_reading")
 SEES, BLIND = 0, -1  # in Host.texts: no hash of a picture, but what a plain one showed
 CUT = ("answer_cut", "context_full")
-# Parts of a question that some hosts refuse; for the last they take another name.
-REFUSABLE = ("think", "chat_template_kwargs", "reasoning_effort", "stream_options", "max_tokens")
-# Where an answer, or a piece of one, has its message, why it ended, and the tokens of both sides.
-MESSAGE = (("message",), ("choices", 0, "delta"), ("choices", 0, "message"), ("choices", 0))
-FINISH = (("done_reason",), ("choices", 0, "finish_reason"))
 WHOLE = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence")  # ends of a whole answer
-TOKENS = (("eval_count",), ("usage", "completion_tokens"))
-PROMPT_SIZE = (("prompt_eval_count",), ("usage", "prompt_tokens"))
-TEXT_IN = (("content",), ("text",))
-THOUGHTS_IN = (("thinking",), ("reasoning_content",), ("reasoning",))
 
 
-def first(data: object, paths: Iterable[tuple[str | int, ...]]) -> Any:
-    """What is at the first of these paths that leads to anything; None without any."""
-    return next(filter(None, (dig(data, *path) for path in paths)), None)
+def first(data: object, names: Iterable[str], kind: type = object) -> Any:
+    """What JSON has under the first of these names that is anything of this kind, or None."""
+    found = (dig(data, name) for name in names)
+    return next((one for one in found if one and isinstance(one, kind)), None)
 
 
 def text_of(found: object) -> str:
@@ -1723,7 +1649,7 @@ class Manner:
     """How a host wants to be asked, as it told by refusing another way."""
 
     context: int = 0  # tokens; 0 = as the server has it
-    refused: frozenset[str] = frozenset()  # of REFUSABLE
+    refused: frozenset[str] = frozenset()  # parts of a question
 
 
 # What stands for the picture in a question.
@@ -1833,22 +1759,22 @@ DIALECTS = {
 
 def lacks_context(error: AnalyzeError) -> bool:
     """Whether a host says that picture, prompt and answer do not fit into its context."""
-    return error.key == "context_full" or bool(CONTEXT.search(error.words))
+    return error.key == "context_full" or bool(patterns()["no_context"].search(error.words))
 
 
 def adapted(manner: Manner, error: AnalyzeError, config: Config) -> Manner | None:
     """How else to ask a host, by what it said to a question; None if it knows no other way."""
-    dialect = DIALECTS[config.interface]
+    dialect, known = DIALECTS[config.interface], patterns()
     if lacks_context(error):
-        told = PROMPT_TOKENS.search(error.words)
+        told = known["prompt_tokens"].search(error.words)
         prompt = int(told[1]) if told else error.fields.get("prompt", 0)
         tokens = -(-(prompt + config.max_tokens) // CONTEXT_STEP) * CONTEXT_STEP
         larger = dialect.takes_context and prompt and tokens > manner.context
         return replace(manner, context=tokens) if larger else None
-    refused = {name for name in REFUSABLE if re.search(rf"\b{name}\b", error.words)}
-    if re.search(r"\bstream(ing)?\b", error.words):
+    refused = set(known["refusable"].findall(error.words))
+    if known["streaming"].search(error.words):
         refused |= {"stream", "stream_options"}
-    if not refused and THINKING.search(error.words):
+    if not refused and known["thinking"].search(error.words):
         refused = set(dialect.thinking(False))
     better = replace(manner, refused=manner.refused | refused)
     return better if better != manner else None
@@ -1859,22 +1785,22 @@ class Host:
     """What is known of one model host. Its requests have numbers, to tell which came first."""
 
     url: str = field(repr=False)
-    unavailable_until: float = 0.0
     why: AnalyzeError | None = None  # the trouble; None since it described a picture
+    since: float = math.inf  # when that began
+    failed: int = 0  # the latest request to any host then
     pause: float = 0.0  # seconds that it was unavailable for the last time
-    failed: int = 0  # the latest request to any host when the trouble began
-    answered: int = 0  # the latest request that it answered with a description
-    told: bool = False  # whether people were told of the trouble
-    told_at: float = -math.inf
+    unavailable_until: float = 0.0
+    told_at: float = -math.inf  # when people were last told of a trouble
     probed_at: float = -math.inf
     gone: bool = False  # whether the latest probe found nothing
     texts: dict[str, int] = field(default_factory=dict)  # what it said of pictures, by hash
     in_flight: int = 0
     most: float = math.inf  # requests at a time, once it was found to queue them
     streak: int = 0  # answers since that changed
+    latest: int = 0  # its latest request
     begun: int = 0  # the latest request that it said something to, and when it last did
     heard_at: float = -math.inf
-    latest: int = 0  # its latest request
+    answered: int = 0  # the latest request that it answered with a description
     requests: int = 0  # that ended, and the seconds they took, all together
     seconds: float = 0.0
 
@@ -1886,49 +1812,41 @@ class Host:
     @property
     def absent(self) -> bool:
         """Whether nothing answers there: a request that costs nothing tells when it is back."""
-        status = self.why and self.why.fields.get("status")
-        return bool(self.why and (self.why.key == "unreachable" or status == 502))
+        why = self.why
+        return why is not None and (why.key == "unreachable" or why.fields.get("status") == 502)
 
     @property
     def full(self) -> bool:
-        """Whether it has as many requests as it works on at a time."""
-        return self.in_flight >= self.most
+        """Whether it has all the requests it may: one if it hung or was left out for long."""
+        tried = self.struck_off or (self.why and self.why.key in TIMED_OUT)
+        return self.in_flight >= (1 if tried else self.most)
 
     def wait(self, now: float) -> float:
-        """Seconds until it can be asked; one that hung or was left out gets one request first."""
-        tried = self.in_flight and self.why and (self.struck_off or self.why.key in TIMED_OUT)
-        return max(self.unavailable_until - now, PROBE_INTERVAL if tried else 0.0)
+        """Seconds until it is available."""
+        return max(self.unavailable_until - now, 0.0)
 
 
+@dataclass(eq=False, repr=False)
 class Hosts:
     """The host rotation, shared by all workers.
 
     The next host is the one with the fewest of our requests in flight, the longest unused
     among equals: equal hosts get equal work, and a fast one gets more. A host in trouble is
-    unavailable for 1, 2, 4 ... seconds, up to `longest_pause`; one that needs a person, for an
-    hour. No wait for a usable host is longer than `wait_timeout`; with `lasts`, hosts that
-    need a person are waited for too.
+    unavailable for 1, 2, 4 ... seconds; one that needs a person, for an hour.
     """
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        places: int,
-        longest_pause: float,
-        wait_timeout: float = math.inf,
-        *,
-        lasts: bool = False,
-    ) -> None:
-        self._lock = threading.Lock()
-        self._ended = threading.Condition(self._lock)  # a request
-        self._places = threading.BoundedSemaphore(places)
+    urls: Sequence[str]
+    places: int  # for requests at a time
+    longest_pause: float
+    wait_timeout: float = math.inf  # how long no host may be usable
+    lasts: bool = False  # hosts that need a person are waited for, too
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Condition()  # told when a request ends
+        self._places = threading.BoundedSemaphore(self.places)
         self._testing = threading.Lock()
-        self._hosts = {url: Host(url) for url in urls}
-        self._longest_pause = longest_pause
-        self._wait_timeout = wait_timeout
-        self._lasts = lasts
+        self._hosts = {url: Host(url) for url in self.urls}
         self._latest = 0
-        self._unusable_since = math.inf
         self.retrying = threading.Lock()  # held by the worker that asks about a photo again
         self.moved = time.monotonic()  # when a request last began or ended
         self.manners: dict[str, Manner] = {}  # of hosts that refused the usual one
@@ -1945,70 +1863,67 @@ class Hosts:
         with self._places:
             if stop.is_set():
                 raise Stopped("stopped")
-            while not (host := self._pick(avoid)):
+            while not (picked := self._pick(avoid)):
                 if stop.wait(self._wait()):
                     raise Stopped("stopped")
-                if absent := self._to_probe():
-                    gone, absent.gone = absent.gone, not probe(absent.url)
-                    if gone and not absent.gone:  # it has just come back
-                        absent.unavailable_until = 0.0
+                self._look_for_absent(probe)
+            host, number = picked
             began = self.moved = time.monotonic()
             try:
-                yield host.url, host.latest
+                yield host.url, number
             finally:
-                with self._ended:
-                    self._ended.notify_all()
+                with self._lock:
+                    self._lock.notify_all()
                     self.moved = time.monotonic()
                     host.in_flight -= 1
                     host.requests += 1
                     host.seconds += self.moved - began
 
-    def _pick(self, avoid: Container[str]) -> Host | None:
-        """The host to ask next, with the request counted; None while none is available."""
+    def _pick(self, avoid: Container[str]) -> tuple[Host, int] | None:
+        """The host to ask next, and the request's number; None while no host is available."""
         with self._lock:
             now = time.monotonic()
-            hosts = self._hosts.values()
-            available = [host for host in hosts if host.wait(now) <= 0 and not host.full]
-            if not available:
+            hosts = [h for h in self._hosts.values() if not h.wait(now) and not h.full]
+            if not hosts:
                 return None
-            host = min(available, key=lambda host: (host.url in avoid, host.in_flight, host.latest))
-            self._latest += 1
-            host.in_flight, host.latest = host.in_flight + 1, self._latest
-            return host
+            host = min(hosts, key=lambda host: (host.url in avoid, host.in_flight, host.latest))
+            host.in_flight += 1
+            return host, self.number(host.url)
 
     def _wait(self) -> float:
-        """Seconds until a host may be available; Fatal where none is worth waiting for.
-
-        Where one has all the requests that it takes, waits until one ends.
-        """
-        with self._ended:
-            now, hosts = time.monotonic(), self._hosts.values()
+        """Seconds until a host may be available; Fatal where none is worth waiting for."""
+        with self._lock:
             self._check_last()
-            left = self._unusable_since + self._wait_timeout - now
+            now, hosts = time.monotonic(), self._hosts.values()
+            left = max(host.since for host in hosts) + self.wait_timeout - now
             if left <= 0:
                 raise Fatal("no_host", why="; ".join(str(host.why) for host in hosts))
-            pause = PROBE_INTERVAL if any(host.absent for host in hosts) else left
-            seconds = min(left, pause, *(host.wait(now) for host in hosts if not host.full))
+            waits = [host.wait(now) for host in hosts if not host.full]
+            waits += [PROBE_INTERVAL for host in hosts if host.absent]
+            seconds = min([left, *waits])
             if not any(host.full for host in hosts):
                 return seconds
-            self._ended.wait(min(seconds, QUIET))
+            self._lock.wait(min(seconds, threading.TIMEOUT_MAX))  # until a request ends
             return 0.0
 
     def _check_last(self) -> None:
         """Fatal if all hosts need a person, unless that is outlasted."""
         whys = [host.why for host in self._hosts.values() if host.why and host.struck_off]
-        if len(whys) == len(self._hosts) and not self._lasts:
+        if len(whys) == len(self._hosts) and not self.lasts:
             raise whys[-1].as_kind(Fatal)
 
-    def _to_probe(self) -> Host | None:
-        """The absent host that was not probed for longest, for the caller alone."""
+    def _look_for_absent(self, probe: Callable[[str], bool]) -> None:
+        """Probe the absent host that was not probed for longest: one that came is available."""
         with self._lock:
             now = time.monotonic()
-            absent = (host for host in self._hosts.values() if host.absent)
-            due = (host for host in absent if host.probed_at <= now - PROBE_INTERVAL)
-            if host := min(due, key=lambda host: host.probed_at, default=None):
-                host.probed_at = now
-            return host
+            absent = [host for host in self._hosts.values() if host.absent]
+            host = min(absent, key=lambda host: host.probed_at, default=None)
+            if not host or host.probed_at > now - PROBE_INTERVAL:
+                return
+            host.probed_at = now
+        before, host.gone = host.gone, not probe(host.url)
+        if before and not host.gone:
+            host.unavailable_until = 0.0
 
     def number(self, url: str) -> int:
         """The next number: of a request outside the rotation, or of a failure."""
@@ -2023,26 +1938,24 @@ class Hosts:
             host, now = self._hosts[url], time.monotonic()
             again = host.why and lacks_context(host.why) and lacks_context(error)
             if again and not host.answered and host.in_flight <= 1:  # it is no single panorama's
-                error, host.told = Fatal("context_small", url=public(url), why=error), False
+                error = Fatal("context_small", url=public(url), why=error)
             if host.why is None:
-                host.failed, host.gone = self._latest, True
+                host.since, host.failed, host.gone = now, self._latest, True
+            known = host.struck_off
             if now >= host.unavailable_until:  # else it is one more request of the same moment
                 host.why = error
-                host.pause = min(max(1.0, 2 * host.pause), self._longest_pause)
+                host.pause = min(max(1.0, 2 * host.pause), self.longest_pause)
             seconds = STRUCK_OFF if host.struck_off else error.pause or host.pause
             host.unavailable_until = max(host.unavailable_until, now + seconds)
-            if all(host.why for host in self._hosts.values()):
-                self._unusable_since = min(self._unusable_since, now)
             self._check_last()
             # one that asks for a moment may do so again and again
-            tell = not host.told and (host.struck_off or now >= host.told_at + QUIET)
-            if tell:
-                host.told, host.told_at = True, now
-        if tell and host.struck_off:
-            log.error("%s", t("host_struck_off", why=error, url=public(url)))
-        elif tell:
-            more = {"url": public(url), "seconds": f"{seconds:g}"}
-            log.warning("%s", t("host_unavailable", why=error, **more))
+            lately = host.told_at >= host.since or now < host.told_at + QUIET
+            told = known if host.struck_off else lately
+            host.told_at = host.told_at if told else now
+            say = log.error if host.struck_off else log.warning
+            key = "host_struck_off" if host.struck_off else "host_unavailable"
+        if not told:
+            say("%s", t(key, why=error, url=public(url), seconds=f"{seconds:g}"))
 
     def answered(self, url: str, number: int) -> None:
         """Note that a host answered a request with a description, and so is well."""
@@ -2052,11 +1965,10 @@ class Hosts:
             host.streak += 1
             if host.streak >= GROWTH:
                 host.most, host.streak = host.most + 1, 0
-            self._unusable_since = math.inf
             if host.why is None or number <= host.failed:
                 return  # an answer to a question of before is no recovery
-            host.why, host.pause, host.unavailable_until = None, 0.0, 0.0
-            told, host.told = host.told, False
+            told = host.told_at >= host.since
+            host.why, host.since, host.pause, host.unavailable_until = None, math.inf, 0.0, 0.0
         if told:
             log.info("%s", t("host_back", url=public(url)))
 
@@ -2068,8 +1980,7 @@ class Hosts:
 
     def answered_since(self, url: str, number: int) -> bool:
         """Whether a host described a picture that it was asked about after this request."""
-        with self._lock:
-            return self._hosts[url].answered > number
+        return self._hosts[url].answered > number
 
     def queued(self, url: str, number: int, seconds: float) -> bool:
         """Whether a request found no room beside others at its host, which then gets fewer.
@@ -2078,9 +1989,9 @@ class Hosts:
         some of before, and on none of later.
         """
         with self._lock:
-            host, began = self._hosts[url], time.monotonic() - seconds
-            waited = host.begun <= number and host.heard_at > began
-            if host.most <= 1 or not (waited if seconds else host.in_flight > 1):
+            host = self._hosts[url]
+            listened = host.begun <= number and host.heard_at > time.monotonic() - seconds
+            if host.most <= 1 or not (listened if seconds else host.in_flight > 1):
                 # one that refuses a single request lacks no room
                 host.most = host.most if seconds else math.inf
                 return False
@@ -2114,121 +2025,118 @@ class Hosts:
 class Tries:
     """What one photo met at the hosts, and who is to blame for it; only its worker knows.
 
-    Before a failure counts against the photo, its host must have shown that it is well: it
-    described another picture since.
+    A failure counts against the photo once its host is shown to be well: it described another
+    picture since.
     """
 
-    def __init__(self, hosts: Hosts, max_retries: int, timeout: float = math.inf) -> None:
+    def __init__(self, hosts: Hosts, config: Config) -> None:
         self.error: AnalyzeError = Stopped("stopped")  # of the latest failure
+        self.failed: set[str] = set()  # hosts
+        self.alone = False  # whether it is asked about when no other such photo is
         self._hosts = hosts
-        self._timeout = timeout
-        self._most = min(PICTURE_TRIES, (max_retries or math.inf) + 1)
-        self._waits = max_retries or math.inf  # that are left
-        # host, the request after which it must answer another one, weight
-        self._failures: list[tuple[str, int, float]] = []
+        self._timeout = config.timeout
+        self._waits = config.max_retries or math.inf  # that are left
+        self._most = min(PICTURE_TRIES, self._waits + 1)
+        self._counted = 0.0  # tries
+        # by host, the request after which it must answer another one, and the tries that count then
+        self._open: dict[str, tuple[int, float]] = {}
 
     def blame(self, url: str, number: int, error: AnalyzeError) -> None:
         """Note that request `number`, about the photo, failed.
 
         A host is unavailable if it says that it is away or has too much to do, or is silent to
-        all. Of all else, its next answer tells whose fault it is. A cut answer would be cut again.
+        all. Of all else, its next answer tells whose fault it is.
         """
-        busy = error.fields.get("status") in (429, 503)
+        status = error.fields.get("status")
+        busy, timed_out = status in (429, 503), error.key in TIMED_OUT
         seconds = 0.0 if busy else self._timeout
         if (busy or error.key == "timed_out") and self._hosts.queued(url, number, seconds):
-            # no try, unless it is refused alone too: then it was the picture's fault
-            tries = sum(weight for *_, weight in self._failures)
-            self._failures.append((url, -1, float(busy and tries + 1 < self._most)))
-            self.error = error
             if error.pause:
                 self._hosts.unavailable(url, error)
-            return
-        silent = error.key in TIMED_OUT and not self._hosts.answered_since(url, number)
-        of_host = error.key == "model_says_the_same"
-        if isinstance(error, Unavailable) or silent or of_host:
-            self.wait_for(url, error)
-        if error.key != "unreachable" and not of_host:
+            # no try, unless it is refused alone too: then it was the picture's fault
+            if busy and self._tries() + 1 < self._most:
+                self._counted += 1
+        else:
+            of_host = error.key in ("unreachable", "model_says_the_same")  # whatever it is shown
+            silent = timed_out and not self._hosts.answered_since(url, number)
+            if of_host or silent or isinstance(error, Unavailable):
+                self._wait_for(url, error)
+            if of_host:
+                return
             # one that refuses the photo again lives; else it may have died meanwhile
-            again = [after for host, after, _ in self._failures if host == url]
-            refused = again and error.key == "picture_refused"
-            after = again[0] if refused else self._hosts.number(url)
-            weight = 0.25 if error.fields.get("status") == 429 else 1.0  # mostly it is the others'
-            weight = self._most if error.key in CUT else weight
-            self._failures.append((url, after, weight))
-            self.error = error
+            lives = url in self.failed and error.key == "picture_refused"
+            tries = 0.25 if status == 429 else 1.0  # mostly it is the others'
+            tries = self._most if error.key in CUT else tries  # it would be cut again
+            self._open[url] = (-1 if lives else self._hosts.number(url), tries)
+        self.alone = self.alone or bool(self.failed) or not timed_out  # one is no reason yet
+        self.failed.add(url)
+        self.error = error
 
     def excuse(self, url: str, error: AnalyzeError) -> None:
         """Note that a host fails on a plain picture too; an outage counts once at all hosts."""
-        self._failures = [(*one[:2], min(one[-1], 1.0)) for one in self._failures]
-        waiting = {one[0] for one in self._failures if one[-1] and not self._counts(one)}
-        if waiting > {url}:
-            kept = [one for one in self._failures if one[0] != url or self._counts(one)]
-            self._failures = [*kept, (url, self._hosts.number(url), 0.0)]
-        self.wait_for(url, error)
+        if url in self._open:
+            number, tries = self._open.pop(url)
+            elsewhere = any(tries for _, tries in self._open.values())
+            self._open[url] = (number, 0.0 if elsewhere else min(tries, 1.0))
+        self._wait_for(url, error)
 
-    def wait_for(self, url: str, error: AnalyzeError) -> None:
+    def _wait_for(self, url: str, error: AnalyzeError) -> None:
         """Leave a host out for a time; Unavailable once that was often enough."""
         self._hosts.unavailable(url, error)
         self._waits -= 1
         if self._waits < 0:
             raise error.as_kind(Unavailable)
 
-    @property
-    def alone(self) -> bool:
-        """Whether it is asked about when no other such photo is; one time-out is no reason yet."""
-        return len(self._failures) > (self.error.key in TIMED_OUT)
-
-    @property
-    def hosts(self) -> set[str]:
-        """The hosts that failed on the photo."""
-        return {url for url, *_ in self._failures}
+    def _tries(self) -> float:
+        return self._counted + sum(tries for _, tries in self._open.values())
 
     def enough(self) -> bool:
         """Whether there are enough failures, if all of them count."""
-        return sum(weight for *_, weight in self._failures) >= self._most
+        return self._tries() >= self._most
 
-    def over(self) -> bool:
-        """Whether enough failures count."""
-        return sum(one[-1] for one in self._failures if self._counts(one)) >= self._most
-
-    def _counts(self, failure: tuple[str, int, float]) -> bool:
-        return self._hosts.answered_since(*failure[:2])
+    def judge(self) -> bool:
+        """Count the failures whose hosts are well by now; whether those are enough."""
+        for url, (number, tries) in [*self._open.items()]:
+            if self._hosts.answered_since(url, number):
+                self._counted += tries
+                del self._open[url]
+        return self._counted >= self._most
 
     def doubtful(self, url: str) -> set[str]:
-        """The hosts that must show that they are well before `url` is asked about the photo.
-
-        It is those that failed on the photo, and `url` if it is in trouble of that kind.
-        """
+        """The hosts to be shown a plain picture before `url` is asked about the photo (again)."""
+        self.judge()
         now = time.monotonic()
-        available = {h.url: h.why for h in self._hosts.seen() if h.unavailable_until <= now}
-        silent = {one[0] for one in self._failures if not self._counts(one)}
-        sick = available.get(url) and not isinstance(available[url], Unavailable)
-        return (silent | ({url} if sick else set())) & available.keys()
+        available = {host.url: host.why for host in self._hosts.seen() if not host.wait(now)}
+        why = available.get(url)
+        sick = {url} if why and not isinstance(why, Unavailable) else set()
+        return (self._open.keys() | sick) & available.keys()
 
 
 class Answer:
     """What a host answers, put together while it comes: one JSON object, lines of them, or events.
 
-    What is wrong with it is raised as soon as that shows, so that the rest is not made.
+    What is wrong with it is raised as soon as it shows, so that the rest is not made.
     """
 
     def __init__(self, url: str, config: Config, heard: Callable[[], None]) -> None:
         self._url, self._config, self._tell = public(url), config, heard
+        self._unread = bytearray()  # the line whose end is still to come
         self._text = self._finish = ""
-        self._counts = [0, 0]  # tokens of the answer and the prompt, where the host tells
-        self._read = self._searched = 0  # bytes of the body: its lines, and all that was there
-        self._events = self._pieces = 0  # and those of them with a token
+        self._tokens = self._prompt = 0  # tokens of answer and prompt, where the host tells
+        self._events = self._pieces = 0  # JSON objects, and those of them with a token
         self._streamed = self._over = False
         self._heard = time.monotonic()
-        self._check_at, self._thinks_at = CHECK_STEP, max(config.max_tokens / 4, LEAD_IN)
+        self._check_at = CHECK_STEP
+        self._thinks_at = math.inf if config.think else max(config.max_tokens / 4, LEAD_IN)
 
-    def listen(self, body: bytearray) -> None:
-        """Take the lines that are there by now."""
-        end, pieces = body.rfind(b"\n", self._searched) + 1, self._pieces
-        self._searched = len(body)
+    def listen(self, data: bytes) -> None:
+        """Take what came, a line at a time."""
+        lines, end, rest = data.rpartition(b"\n")
+        pieces = self._pieces
         if end:
-            self._take_lines(bytes(body[self._read : end]))
-            self._read = end
+            self._take_lines(bytes(self._unread + lines))
+            self._unread.clear()
+        self._unread += rest
         if self._pieces > pieces:
             self._heard = time.monotonic()
             self._tell()
@@ -2238,10 +2146,10 @@ class Answer:
 
     def _check(self) -> None:
         """Raise what is wrong with an answer that is still being made."""
-        most, thinks_at = self._config.max_tokens, self._thinks_at
-        if self._streamed and self._pieces > most:  # which the server ignores
+        pieces, most = self._pieces if self._streamed else 0, self._config.max_tokens
+        if pieces > most:  # which the server ignores
             raise Retryable("answer_cut", tokens=most)
-        if self._streamed and self._pieces > thinks_at and not self._config.think:
+        if pieces > self._thinks_at:
             self._thinks_at = math.inf
             if not clean(self._text):
                 raise Retryable("answer_thinks")
@@ -2273,26 +2181,30 @@ class Answer:
             code = str(dig(said, "error", "code") or dig(said, "code"))
             status = int(code) if re.fullmatch(r"[45]\d\d", code) else 200
             raise model_host_error(Reply(self._url, status, {}, json.dumps(said).encode()))
-        message, done = first(said, MESSAGE), dig(said, "done")
-        text, thought = first(message, TEXT_IN), first(message, THOUGHTS_IN)
+        done, choice = dig(said, "done"), dig(said, "choices", 0)
+        usage, inner = dig(said, "usage") or said, choice or said
+        message = first(inner, ("delta", "message")) or choice
+        text = first(message, ("content", "text"))
+        thought = first(message, ("thinking", "reasoning_content", "reasoning"))
         self._text += text_of(text)
         self._pieces += bool(text) + bool(thought)
         self._events += isinstance(said, dict)
-        self._finish = str(first(said, FINISH) or self._finish).lower()
-        found = zip((first(said, TOKENS), first(said, PROMPT_SIZE)), self._counts, strict=True)
-        self._counts = [number if isinstance(number, int) else old for number, old in found]
+        finish = first(inner, ("done_reason", "finish_reason")) or self._finish
+        self._finish = str(finish).lower()
+        self._tokens = first(usage, ("eval_count", "completion_tokens"), int) or self._tokens
+        self._prompt = first(usage, ("prompt_eval_count", "prompt_tokens"), int) or self._prompt
         self._over |= done is True or bool(self._finish)
         self._streamed |= done is False or self._events > 1
 
     def description(self, reply: Reply) -> str:
         """The description in it, once all of it is there."""
-        self._take_lines(reply.body[self._read :])
+        self._take_lines(bytes(self._unread))
         if not self._events:
             self._take(reply.json())
         if self._streamed and not self._over:
             raise Retryable("connection_cut", url=self._url)
         if self._finish in ("length", "max_tokens"):
-            most, (tokens, prompt) = self._config.max_tokens, self._counts
+            most, tokens, prompt = self._config.max_tokens, self._tokens, self._prompt
             if not tokens and self._streamed and 2 * self._pieces < most:
                 tokens = self._pieces
             if 0 < tokens < most - 1 and not 0 < prompt < LEAST_CONTEXT - tokens:
@@ -2324,42 +2236,39 @@ class Ai:
 
         `check` is called just before each request, and may raise. Raises Permanent once the
         picture failed three times, Unavailable after `--max-retries` waits, Fatal when no host
-        is worth waiting for, Stopped.
-
-        A host that failed is shown a plain picture before the photo is asked about again, so a
-        sick one costs no photo. Photos are asked about again one at a time, so a photo that
-        kills its host takes no other down with it twice.
+        is worth waiting for, Stopped. Photos are asked about again one at a time, so that one
+        that kills its host does not take the others down with it twice.
         """
-        tries = Tries(self._hosts, self._config.max_retries, self._config.timeout)
-        while not tries.over():
+        met = Tries(self._hosts, self._config)
+        while not met.judge():
             with (
-                self._hosts.retrying if tries.alone else nullcontext(),
-                self._hosts.place(self._stop, tries.hosts, self._probe) as (url, number),
+                self._hosts.retrying if met.alone else nullcontext(),
+                self._hosts.place(self._stop, met.failed, self._probe) as (url, number),
             ):
                 check()
-                doubtful = tries.doubtful(url)
-                if not (doubtful or tries.over()):  # it may count by now
+                doubtful = met.doubtful(url)
+                if not (doubtful or met.judge()):  # it may count by now
                     try:
                         return self._described(url, picture, number)
                     except AnalyzeError as error:
-                        tries.blame(url, number, error)
-                        doubtful = tries.doubtful(url)
-                away = [host for host in doubtful if self._is_away(host, picture, tries)]
+                        met.blame(url, number, error)
+                        doubtful = met.doubtful(url)
+                away = [host for host in doubtful if self._is_away(host, picture, met)]
             # others go first where no other host is left; a host may soon be back
-            again = doubtful and not away and tries.hosts >= set(self._config.hosts)
-            waits = (again or tries.enough()) and not tries.over()
+            again = doubtful and not away and met.failed >= set(self._config.hosts)
+            waits = (again or met.enough()) and not met.judge()
             if waits and self._stop.wait(self._config.retry_delay_seconds):
                 raise Stopped("stopped")
-        raise tries.error.as_kind(Permanent)
+        raise met.error.as_kind(Permanent)
 
-    def _is_away(self, url: str, picture: Picture, tries: Tries) -> bool:
+    def _is_away(self, url: str, picture: Picture, met: Tries) -> bool:
         """Show a host a plain picture of the same size; whether it says that it is away."""
         try:
             self._described(url, replace(plain_picture(picture.size), question=picture.question))
         except AnalyzeError as error:
-            if error.key == tries.error.key == "answer_no_picture":  # of neither picture
+            if error.key == met.error.key == "answer_no_picture":  # of neither picture
                 error = Fatal("model_blind", url=public(url))
-            tries.excuse(url, error)
+            met.excuse(url, error)
             return isinstance(error, Unavailable)
         return False
 
@@ -2411,7 +2320,7 @@ class Ai:
         try:
             self._call(url, "GET", self._dialect.alive, timeout=PROBE_TIMEOUT)
         except AnalyzeError as error:  # it may be there, though it says no more
-            return not isinstance(error, Retryable) or error.key in ("not_json", "host_failed")
+            return not isinstance(error, Retryable) or error.key == "host_failed"
         return True
 
     def _call(self, url: str, method: str, path: str, **options: Any) -> Reply:
@@ -2512,7 +2421,7 @@ class Library(Protocol):
         """The photo as it is now, with its note; Skip if it is not to be described."""
 
     def with_facts(self, photo: Photo) -> Photo:
-        """The photo with those facts that it did not come with."""
+        """The photo with all that was asked for, which a listing may not tell."""
         return photo
 
     def preview(self, photo: Photo) -> bytes | None:
@@ -2772,7 +2681,7 @@ class ApiLibrary(Library):
             return None
         if account.groups is None:
             account.groups = self._groups(account)
-        within = {kind: photos.get(item["id"], []) for kind, photos in account.groups.items()}
+        groups = {kind: photos.get(item["id"], []) for kind, photos in account.groups.items()}
         description = dig(item, "exifInfo", "description")
         return Photo(
             id=item["id"],
@@ -2782,7 +2691,7 @@ class ApiLibrary(Library):
             ready=bool(item.get("thumbhash")),  # null until the preview is made
             note=note,
             library=str(item.get("libraryId") or ""),
-            facts=facts_in({**item, **within}, self._config.context),
+            told={**item, **groups} if self._config.context else {},
         )
 
     def _owns(self, account: Account, item: dict[str, Any]) -> bool:
@@ -2877,19 +2786,20 @@ class ApiLibrary(Library):
         return replace(photo, note=note_in(dig(told, "value")))
 
     def look(self, photo: Photo) -> Photo:
-        found = self._photo(self._read(photo), self._accounts[photo.source])
-        if not found:
+        item, account = self._read(photo), self._accounts[photo.source]
+        found = self._photo(item, account)
+        if not found or not self._owns(account, item):
             raise Skip("photo_excluded")
         return self.claim(found)
 
     def with_facts(self, photo: Photo) -> Photo:
         """GET /assets/{id} for tags, GET /assets/{id}/ocr for what is written on it."""
-        server, wanted, told = self._server, {*self._config.context}, dict[str, Any]()
-        if "tags" in wanted and "tags" not in server.groups:
-            told |= self._read(photo)
-        if "text" in wanted and server.version >= (2, 2, 0):
+        context, told = self._config.context, dict[str, Any]()
+        if "tags" in context and "tags" not in self._server.groups:
+            told["tags"] = self._read(photo).get("tags")
+        if "text" in context and self._server.version >= (2, 2, 0):
             told["ocr"] = self._ask(photo, "GET", "/ocr")
-        return replace(photo, facts={**photo.facts, **facts_in(told, wanted & {"tags", "text"})})
+        return replace(photo, told={**photo.told, **told})
 
     def preview(self, photo: Photo) -> bytes | None:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
@@ -3047,7 +2957,7 @@ class DbLibrary(Library):
     must_confirm = False
 
     def __init__(self, config: Config, most_workers: int = 1) -> None:
-        self.database, self._context = Database(config), config.context
+        self.database = Database(config)
         self._root = config.thumbs_root or config.immich_root
         self._thumbs = "" if config.thumbs_root else "thumbs"
         self.most_workers = most_workers
@@ -3098,8 +3008,8 @@ class DbLibrary(Library):
     def _photo(self, row: Sequence[Any]) -> Photo:
         """A photo as the statements list it."""
         asset_id, name, description, path, note, library, told = row[:7]
-        kept, facts = note_in(note), facts_in(told, self._context)
-        return Photo(str(asset_id), name, description, path or "", True, kept, library or "", facts)
+        kept, told = note_in(note), told or {}
+        return Photo(str(asset_id), name, description, path or "", True, kept, library or "", told)
 
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
         """One page by id: only photos with work to do, each with its preview's path."""
@@ -3853,7 +3763,7 @@ def failure_note(photo: Photo, error: AnalyzeError, config: Config) -> Note:
 
 def store(photo: Photo, text: str, library: Library, run: Run) -> None:
     """Write a description; merge it anew, or leave the photo alone, if somebody was quicker."""
-    config, facts = run.config, facts_id(photo.facts, run.config.context)
+    config, facts = run.config, names_id(photo, run.config)
     for _ in range(LIBRARY_TRIES):
         stored = merge(photo, text, config)
         was = text_id(photo.description) if library.must_confirm and is_ours(photo) else ""

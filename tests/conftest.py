@@ -26,6 +26,16 @@ import immich_analyze as ia
 ROOT = Path(__file__).parent.parent
 FOREIGN = ("IMMICH_", "DB_", "RUST_LOG", "LC_", "LANG", "JOURNAL_STREAM", "NOTIFY_SOCKET")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+TRACERS = sys.gettrace(), threading.gettrace()  # of coverage, if it runs
+
+
+def trace(function: Any, in_new_threads: Any) -> None:
+    """What this thread and later ones are traced with; None for nothing."""
+    sys.settrace(function)
+    threading.settrace(in_new_threads)
+
+
+trace(None, None)
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -45,6 +55,21 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("LANG", "C.UTF-8")
     monkeypatch.setattr(ia, "_language", "en")
+
+
+@pytest.fixture(autouse=True)
+def measured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Coverage is measured in tests alone, and not in those of files marked `unmeasured`.
+
+    Tracing makes all of Python slow, also outside of the module that is measured.
+    """
+    if request.node.get_closest_marker("unmeasured"):
+        monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield
+        return
+    trace(*TRACERS)
+    yield
+    trace(None, None)
 
 
 @pytest.fixture(autouse=True)

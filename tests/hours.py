@@ -47,6 +47,7 @@ UPTIME = 1000.0  # what the clock shows at the beginning: never is 0, as on real
 DAY = 86400.0
 STUCK = 60.0  # real seconds without a turn handed on: something waits that we do not know of
 LONGEST = 50.0  # real seconds for a test: a run that does too much is no reason to end the others
+POSTS = 300.0  # invented seconds between two words to systemd, which does not listen here
 SPINNING = 50_000  # turns and looks at the clock within one invented moment
 ABOUT_A_PHOTO = re.compile(r"\([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\): ")
 FIRST, USUAL, LAST = range(3)  # who goes before whom when several could go on
@@ -387,6 +388,7 @@ class Hours:
         patch.setattr(ia, "threading", Instead(threading, **own))
         patch.setattr(ia, "time", Instead(time, **clocks))
         patch.setattr(ia, "datetime", self._datetime())
+        patch.setattr(ia, "POST_INTERVAL", POSTS)
         patch.setattr(ia, "ThreadPoolExecutor", self._bound(Pool))
         patch.setattr(ia, "wait", self.wait_for_futures, raising=False)
         patch.setattr(ia, "as_completed", self.as_completed, raising=False)

@@ -404,6 +404,7 @@ class _Listener(http.server.ThreadingHTTPServer):
         thread.start()
 
     def _converse(self, request: Any, client_address: Any) -> None:
+        sys.settrace(None)  # coverage is measured of the tool alone; tracing slows all down
         self.process_request_thread(request, client_address)
         with self._lock:
             self._open.pop(threading.current_thread(), None)

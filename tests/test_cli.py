@@ -424,17 +424,17 @@ def test_a_prompt_that_is_not_utf8_is_sent_with_no_photo(api, ollama, process):
     assert ollama.exchanges == api.server.exchanges == []
 
 
-def test_what_the_last_run_gave_up_is_said_in_the_next_also_under_cron(library, ollama, process):
+def test_what_the_last_run_gave_up_is_said_in_the_next_also_under_cron(library, ollama, command):
     library.add("bad.jpg", picture=b"not a picture at all")
     for n in range(3):
         library.add(picture=servers.own_picture(n))
-        assert process(*library.argv, *asking(ollama)).returncode == 1
+        assert command(*library.argv, *asking(ollama)).returncode == 1
     for more in ([], ["--log-level", "warning"]):
-        done = process(*library.argv, *asking(ollama), *more)
+        done = command(*library.argv, *asking(ollama), *more)
         [line] = done.stderr.splitlines()
         assert done.returncode == 0
         assert ia.t("tally_failed_before", number=1) in line
-    quiet = process(*library.argv, *asking(ollama), "--log-level", "error")
+    quiet = command(*library.argv, *asking(ollama), "--log-level", "error")
     assert (quiet.returncode, quiet.stderr) == (0, "")
 
 
@@ -461,6 +461,7 @@ def test_no_model_host_is_asked_before_the_first_photo_if_that_is_not_wanted(api
     assert [(x.method, x.path) for x in ollama.exchanges] == [("POST", "/api/chat")]
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize("how", ["well", "failing", "wrong"])
 def test_closed_streams_do_no_harm(api, ollama, closed, how):
@@ -496,6 +497,7 @@ def test_one_refused_key_of_two_is_told_and_the_other_works(api, ollama, command
     assert done.stderr.splitlines()[0] == ia.t("key_refused", number=1, why=why)
 
 
+@pytest.mark.unmeasured
 def test_python_has_nothing_to_warn_of(library, ollama, process):
     fill(library, 3)
     done = process(*library.argv, *asking(ollama), PYTHONWARNINGS="error", PYTHONDEVMODE="1")

@@ -1,17 +1,20 @@
 """What is known of a photo: who, where, when, in which album, and how it gets into a question."""
 
 import itertools
+import json
 import random
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import sandbox
 import servers
-from facts import Line, Person
+from facts import Album, Line, Person
 from hours import Hours
 from servers import FakeImmich, FakeOllama
-from worlds import CHATS, ApiWorld, SqlWorld, World, shown
+from worlds import CHATS, ApiWorld, SqlWorld, World, asking, shown
 
 import immich_analyze as ia
 
@@ -20,9 +23,15 @@ pytestmark = pytest.mark.slow
 TAKEN = "2019-07-14T15:30:00.000Z"  # the clock of the place, although it ends with Z
 
 
-def known(name: str, **item: Any) -> list[str]:
-    """The parts of one fact, by what the API says of a photo."""
-    return list(ia.facts_in({"localDateTime": TAKEN} | item, [name]).get(name, ()))
+@pytest.fixture
+def known(config: Any) -> Any:
+    """What is told of one fact, by what the API says of a photo; "" for nothing."""
+
+    def tell(fact: str, **told: Any) -> str:
+        photo = ia.Photo("id", "photo.jpg", "", "", told={"localDateTime": TAKEN} | told)
+        return ia.question(photo, config("--prompt", f"{{{{ {fact} }}}}"))
+
+    return tell
 
 
 def person(name: Any, born: Any = None, *, hidden: Any = False, left: int | None = None) -> dict:
@@ -45,8 +54,8 @@ def person(name: Any, born: Any = None, *, hidden: Any = False, left: int | None
         ("nobody", []),
     ],
 )
-def test_people_are_those_with_a_name_who_are_not_hidden(people, names):
-    assert known("people", people=people) == names
+def test_people_are_those_with_a_name_who_are_not_hidden(known, people, names):
+    assert known("people", people=people) == ", ".join(names)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +75,9 @@ def test_people_are_those_with_a_name_who_are_not_hidden(people, names):
         ("2012-07-14", "-0044-03-15T12:00:00Z", None),
     ],
 )
-def test_the_age_is_that_on_the_day_of_the_photo(born, taken, age):
+def test_the_age_is_that_on_the_day_of_the_photo(known, born, taken, age):
     told = known("people", people=[person("Ben", born)], localDateTime=taken)
-    assert told == ["Ben" if age is None else f"Ben (aged {age})"]
+    assert told == ("Ben" if age is None else f"Ben (aged {age})")
 
 
 # --- Where and when ----------------------------------------------------------------------------
@@ -84,9 +93,9 @@ def test_the_age_is_that_on_the_day_of_the_photo(born, taken, age):
         ((1, [], {}), []),
     ],
 )
-def test_a_place_is_told_from_small_to_large(place, parts):
+def test_a_place_is_told_from_small_to_large(known, place, parts):
     exif = dict(zip(("city", "state", "country"), place, strict=True))
-    assert known("place", exifInfo=exif) == parts
+    assert known("place", exifInfo=exif) == ", ".join(parts)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +111,8 @@ def test_a_place_is_told_from_small_to_large(place, parts):
         (float("nan"), 0, []),
     ],
 )
-def test_a_position_is_in_degrees(north, east, parts):
-    assert known("gps", exifInfo={"latitude": north, "longitude": east}) == parts
+def test_a_position_is_in_degrees(known, north, east, parts):
+    assert known("gps", exifInfo={"latitude": north, "longitude": east}) == "".join(parts)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +131,8 @@ def test_a_position_is_in_degrees(north, east, parts):
         (5, None),
     ],
 )
-def test_the_date_is_by_the_clock_of_the_place(taken, told):
-    assert known("date", localDateTime=taken) == ([told] if told else [])
+def test_the_date_is_by_the_clock_of_the_place(known, taken, told):
+    assert known("date", localDateTime=taken) == (told or "")
 
 
 # --- What it belongs to ------------------------------------------------------------------------
@@ -139,15 +148,13 @@ def test_the_date_is_by_the_clock_of_the_place(taken, told):
         (["", None, 5], []),
     ],
 )
-def test_of_a_path_of_tags_the_deepest_is_told(values, parts):
-    assert known("tags", tags=[{"value": value} for value in values]) == parts
+def test_of_a_path_of_tags_the_deepest_is_told(known, values, parts):
+    assert known("tags", tags=[{"value": value} for value in values]) == ", ".join(parts)
 
 
-def test_albums_are_told_once_each():
-    assert known("albums", albums=["Summer", "Sea  side", "Summer", "", None]) == [
-        "Summer",
-        "Sea side",
-    ]
+def test_albums_are_told_once_each(known):
+    told = known("albums", albums=["Summer", "Sea  side", "Summer", "", None])
+    assert told == "Summer, Sea side"
 
 
 # --- How it was taken --------------------------------------------------------------------------
@@ -172,8 +179,8 @@ def test_albums_are_told_once_each():
         (None, []),
     ],
 )
-def test_a_camera_is_told_without_saying_its_make_twice(exif, parts):
-    assert known("camera", exifInfo=exif) == parts
+def test_a_camera_is_told_without_saying_its_make_twice(known, exif, parts):
+    assert known("camera", exifInfo=exif) == ", ".join(parts)
 
 
 OWN_NAMES = [
@@ -220,43 +227,42 @@ CHOSEN_NAMES = [
 
 
 @pytest.mark.parametrize("name", OWN_NAMES)
-def test_a_name_that_a_camera_or_messenger_gave_says_nothing(name):
-    assert known("file", originalFileName=name) == []
+def test_a_name_that_a_camera_or_messenger_gave_says_nothing(known, name):
+    assert known("file", originalFileName=name) == ""
 
 
 @pytest.mark.parametrize("name", CHOSEN_NAMES)
-def test_a_name_that_a_person_chose_is_told_without_its_ending(name):
-    assert known("file", originalFileName=name) == [name.rpartition(".")[0]]
+def test_a_name_that_a_person_chose_is_told_without_its_ending(known, name):
+    assert known("file", originalFileName=name) == name.rpartition(".")[0]
 
 
-def test_what_is_written_on_a_photo_is_told_in_order_up_to_500_letters():
+def test_what_is_written_on_a_photo_is_told_in_order_up_to_500_letters(known):
     rows = [{"text": " HARBOUR\n"}, {"text": "hidden", "isVisible": False}, {"text": "café"}, {}]
-    assert known("text", ocr=rows) == ["HARBOUR café"]
-    assert known("text", ocr=[{"text": "x" * 400}] * 2) == [f"{'x' * 400} {'x' * 99}"]
-    assert known("text", ocr=[]) == []
+    assert known("text", ocr=rows) == "HARBOUR café"
+    assert known("text", ocr=[{"text": "x" * 400}] * 2) == f"{'x' * 400} {'x' * 99}"
+    assert known("text", ocr=[]) == ""
 
 
 # --- All together ------------------------------------------------------------------------------
 
 
-def test_only_what_is_wanted_is_told():
-    item = {"exifInfo": {"city": "Rostock"}, "localDateTime": TAKEN, "people": [person("Anna")]}
-    assert ia.facts_in(item, []) == {}
-    assert set(ia.facts_in(item, ["people", "place"])) == {"people", "place"}
-    assert set(ia.facts_in(item, ia.READERS)) == {"people", "place", "date"}
+@pytest.mark.parametrize(
+    "told", [{}, {"people": 5, "exifInfo": [], "tags": {}, "ocr": None, "localDateTime": []}]
+)
+def test_odd_answers_leave_no_trace(config, told):
+    photo = ia.Photo("id", "photo.jpg", "", "", told=told)
+    assert ia.question(photo, config("--prompt", "Look.", "--context", "all,gps")) == "Look."
 
 
-@pytest.mark.parametrize("item", [{}, {"people": 5, "exifInfo": [], "tags": {}, "ocr": None}, None])
-def test_odd_answers_leave_no_trace(item):
-    assert ia.facts_in(item, ia.READERS) == {}
+def test_the_order_of_names_does_not_change_what_a_note_calls_them(config):
+    def called(people: Any, context: str = "people") -> str:
+        told = {"people": [person(name) for name in people]}
+        return ia.names_id(ia.Photo("id", "photo.jpg", "", "", told=told), asked[context])
 
-
-def test_the_order_of_facts_does_not_change_what_a_note_calls_them():
-    names = {ia.facts_id({"people": p}, ["people"]) for p in itertools.permutations("abc")}
-    assert len(names) == 1
-    assert ia.facts_id({"people": ("a",)}, ["people"]) not in names
-    assert ia.facts_id({"date": ("a",)}, ["date", "camera"]) == ""
-    assert ia.facts_id({}, ["people"]) != ia.facts_id({}, ["people", "place"])
+    asked = {c: config("--context", c) for c in ("people", "date,camera", "people,place")}
+    assert len({called(names) for names in itertools.permutations("abc")}) == 1
+    assert called("abc") not in (called("ab"), called("abc", "people,place"))
+    assert called("abc", "date,camera") == ""
 
 
 # --- In whole libraries, of all generations ----------------------------------------------------
@@ -374,3 +380,249 @@ def test_each_question_holds_the_facts_of_its_photo_and_no_others(
         pass
     assert run.counts == {"described": 40}
     assert {picture: in_order(told(text)) for picture, text in questions(ollama).items()} == wanted
+
+
+# --- Nobody else's names -----------------------------------------------------------------------
+
+
+@pytest.fixture(params=["api", "database"])
+def two_users(request: Any, photos: Any, postgres: sandbox.Postgres) -> Iterator[World]:
+    """A library of Alice, whose key it is, and of Bob, who shares his photos with her."""
+    if request.param == "database":
+        yield SqlWorld(photos(), postgres)
+        return
+    with api("3.1.0", partners=True) as server:
+        yield ApiWorld(server)
+    server.check()
+
+
+def test_names_are_those_that_the_owner_of_the_photo_gave(
+    hours: Hours, two_users: World, ollama: FakeOllama
+) -> None:
+    anna = Person("Anna", "1980-02-29")
+    cut, hidden = Person("Cut", visible=False), Person("Removed", deleted=True)
+    hers, his, both = Album("Hers", "alice"), Album("His", "bob"), Album("Both", "bob", ["alice"])
+    people = [anna, cut, hidden]
+    more = {"taken": TAKEN_ON, "owner": "alice", "people": people, "tags": ["Hers"]}
+    id = two_users.add(picture=servers.own_picture(1), albums=[hers, both], **more)
+    two_users.add_to_album(id, his)
+    of_bob = replace(anna, name="Aunt")
+    more = {
+        "taken": TAKEN_ON,
+        "owner": "bob",
+        "people": [of_bob],
+        "tags": ["Bob's"],
+        "albums": [his, both],
+    }
+    two_users.add(picture=servers.own_picture(2), **more)
+    with hours.batch(two_users, ollama, "--context", "people,albums,tags"):
+        pass
+    asked = {picture: told(text) for picture, text in questions(ollama).items()}
+    alices = asked.pop(servers.own_picture(1))
+    assert in_order(alices) == {
+        "People in it": "Anna (aged 39)",
+        "Albums": "Both, Hers",
+        "Tags": "Hers",
+    }
+    bobs = {"People in it": "Aunt (aged 39)", "Albums": "Both, His", "Tags": "Bob's"}
+    assert list(map(in_order, asked.values())) in ([], [bobs])  # through the API, only hers
+
+
+# --- Made anew when they change ----------------------------------------------------------------
+
+RENEWED = ["-O", "outdated", "--context", "people,place,date,albums,tags"]
+CHANGES: dict[str, Any] = {
+    "a name": lambda library, id, zoe: library.name_person(zoe, "Zoë", "alice"),
+    "an album": lambda library, id, _: library.add_to_album(id, Album("New", "alice")),
+    "a tag": lambda library, id, _: library.tag(id, "New"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_text_of_ours_is_made_anew_once_a_fact_changes(
+    hours: Hours, two_users: World, ollama: FakeOllama, change: str
+) -> None:
+    zoe = Person("")
+    more = {"owner": "alice", "taken": TAKEN_ON, "place": CITIES[0]}
+    ids = [
+        two_users.add(picture=servers.own_picture(n), people=[zoe] if n == 1 else [], **more)
+        for n in range(3)
+    ]
+    typed = two_users.add(picture=servers.picture(), people=[zoe], description="Mine.", **more)
+    asked = []
+    for number in (3, 0, 1, 0):
+        if number == 1:
+            CHANGES[change](two_users, ids[1], zoe)
+            CHANGES[change](two_users, typed, zoe)
+        before = len(ollama.find(*CHATS))
+        with hours.batch(two_users, ollama, *RENEWED):
+            pass
+        asked.append(len(ollama.find(*CHATS)) - before)
+    assert asked == [3, 0, 1, 0]
+    assert two_users.texts()[typed] == "Mine."
+    assert ("Zoë" if change == "a name" else "New") in questions(ollama)[servers.own_picture(1)]
+
+
+def test_a_text_that_a_person_changed_is_not_made_anew(
+    hours: Hours, two_users: World, ollama: FakeOllama
+) -> None:
+    zoe = Person("")
+    id = two_users.add(picture=servers.picture(), owner="alice", people=[zoe])
+    with hours.batch(two_users, ollama, *RENEWED):
+        pass
+    two_users.describe(id, "Changed by hand.")
+    two_users.name_person(zoe, "Zoë", "alice")
+    with hours.batch(two_users, ollama, *RENEWED):
+        pass
+    assert two_users.texts() == {id: "Changed by hand."}
+
+
+def test_a_service_makes_a_text_anew_within_a_day(
+    hours: Hours, two_users: World, ollama: FakeOllama
+) -> None:
+    zoe = Person("")
+    two_users.add(picture=servers.picture(), owner="alice", people=[zoe])
+    with hours.service(two_users, ollama, *RENEWED, "--api-poll-interval", "1800") as run:
+        run.until(60)
+        two_users.name_person(zoe, "Zoë", "alice")
+        run.until(25 * 3600)
+    assert len(ollama.find(*CHATS)) == 2
+    assert "Zoë" in questions(ollama)[servers.picture()]
+
+
+def test_what_shapes_a_question_outdates_texts_once(
+    hours: Hours, two_users: World, ollama: FakeOllama
+) -> None:
+    two_users.add(picture=servers.picture(), owner="alice", place=CITIES[0])
+    asked = []
+    for options in ([], ["--context", "place"], ["--description-language", "de"]):
+        for _ in range(2):
+            with hours.batch(two_users, ollama, "-O", "outdated", *options):
+                pass
+            asked.append(len(ollama.find(*CHATS)))
+    assert asked == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_note_without_facts_stays_valid(
+    hours: Hours, two_users: World, ollama: FakeOllama
+) -> None:
+    id = two_users.add(picture=servers.picture(), owner="alice", place=CITIES[0])
+    with hours.batch(two_users, ollama, *RENEWED):
+        pass
+    note = two_users.notes()[id][ia.KEY]
+    assert re.fullmatch("[0-9a-f]{16}", note.pop("facts"))
+    if isinstance(two_users, ApiWorld):
+        two_users.server.assets[id].notes[ia.KEY] = note
+    else:
+        change = 'UPDATE asset_metadata SET value = %s WHERE "assetId" = %s'
+        two_users.photos.run(change, json.dumps(note), id)
+    with hours.batch(two_users, ollama, *RENEWED):
+        pass
+    assert len(ollama.find(*CHATS)) == 1
+
+
+# --- What it costs and needs -------------------------------------------------------------------
+
+
+def test_people_place_and_date_cost_no_request(
+    hours: Hours, immich: FakeImmich, ollama: FakeOllama
+) -> None:
+    world, numbers = ApiWorld(immich), []
+    for options in ([], ["--context", "people,place,date,camera,file,gps"]):
+        for asset in immich.add_many(5):
+            assert asset.id
+        before = len(immich.exchanges)
+        with hours.batch(world, ollama, *options):
+            pass
+        numbers.append(len(immich.exchanges) - before)
+    assert numbers[0] == numbers[1]
+
+
+def test_albums_cost_one_search_each_and_text_and_tags_one_request_a_photo(
+    hours: Hours, ollama: FakeOllama
+) -> None:
+    with api("3.1.0") as server:
+        world = ApiWorld(server)
+        for number in range(4):
+            albums = ["Summer", "Winter"][: number % 2 + 1]
+            world.add(picture=servers.own_picture(number), albums=albums, ocr=["HARBOUR"])
+        with hours.batch(world, ollama, "--context", "albums,text"):
+            pass
+        searches = server.find("POST", "/api/search/metadata")
+        assert sum("albumIds" in search.json for search in searches) == 2
+        assert len(server.find("GET", "/api/albums")) == 1
+        assert len(server.find("GET", "/ocr")) == 4
+        assert server.find("GET", "/api/tags") == []
+    server.check()
+
+
+@pytest.mark.parametrize(
+    ("options", "permission"),
+    [
+        (["--context", "albums"], "album.read"),
+        (["--context", "tags", "-O", "outdated"], "tag.read"),
+        (["--context", "people,place,date,tags,camera,file,text"], ""),
+    ],
+)
+def test_a_permission_that_is_missing_is_named_at_the_start(
+    command: Any, immich: FakeImmich, ollama: FakeOllama, options: list[str], permission: str
+) -> None:
+    done = command(*ApiWorld(immich).argv, *asking(ollama), *options)
+    assert done.returncode == (2 if permission else 0)
+    said = ia.t("immich_permission_missing", permission=permission)
+    assert (said in done.stderr) == bool(permission)
+
+
+def test_a_grant_that_is_missing_is_named_at_the_start(
+    command: Any, database: SqlWorld, ollama: FakeOllama
+) -> None:
+    own, secret = "reads_little", "its secret"
+    uri = database.photos.restricted_role(own, secret, "person", "face")
+    argv = ["--postgres-url", uri, "--immich-root", str(database.photos.root), *asking(ollama)]
+    assert command(*argv, "--context", "people").returncode == 0
+    done = command(*argv, "--context", "people,albums,tags,text")
+    assert done.returncode == 2
+    for table in ("album", "album_asset", "album_user", "tag", "tag_asset", "asset_ocr"):
+        assert f"GRANT SELECT ON {table} TO {own}" in done.stderr
+    assert "person" not in done.stderr
+
+
+def test_before_1_135_a_line_says_that_albums_are_not_known(
+    hours: Hours, ollama: FakeOllama
+) -> None:
+    with api("1.132.3") as server:
+        world = ApiWorld(server)
+        world.add(picture=servers.picture(), albums=["Summer"])
+        with hours.batch(world, ollama, "--context", "albums") as run:
+            pass
+    assert run.counts == {"described": 1}
+    assert run.lines(ia.t("no_albums"), level="WARNING")
+    assert "Summer" not in questions(ollama)[servers.picture()]
+
+
+def test_a_persons_text_is_told_without_ours(
+    hours: Hours, two_users: World, ollama: FakeOllama
+) -> None:
+    text = "By Anna.\n\n[AI]\nOld.\n[/AI]"
+    two_users.add(picture=servers.own_picture(1), owner="alice", description=text)
+    two_users.add(picture=servers.own_picture(2), owner="alice")
+    with hours.batch(two_users, ollama, "-O", "all", "--context", "description"):
+        pass
+    asked = questions(ollama)
+    assert told(asked[servers.own_picture(1)]) == {"A person's description": "By Anna."}
+    assert asked[servers.own_picture(2)] == ia.PROMPT
+
+
+def test_the_question_about_a_photo_can_be_seen_without_asking(
+    command: Any, two_users: World, ollama: FakeOllama
+) -> None:
+    id = two_users.add(picture=servers.picture(), owner="alice", place=CITIES[0], albums=["Sea"])
+    argv = [*two_users.argv, *asking(ollama), "--context", "place,albums"]
+    before = two_users.state()
+    for way in (id, f"http://photos.example/photos/{id}"):
+        done = command(*argv, "--show-prompt", way)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert told(done.stdout) == {"Place": ", ".join(CITIES[0]), "Albums": "Sea"}
+    unknown = command(*argv, "--show-prompt", "00000000-0000-4000-8000-000000000000")
+    assert unknown.returncode == 2
+    assert (two_users.state(), ollama.find(*CHATS)) == (before, [])

@@ -229,16 +229,6 @@ def test_one_that_hung_gets_one_request_at_a_time(hosts, stop):
             assert asked(mine, stop, 2) == "ab"
 
 
-def test_alone_one_that_hung_has_the_others_wait(hosts, stop):
-    mine = hosts(A)
-    mine.unavailable(A, HUNG)
-    with place(mine, stop):
-        stop._after = 20
-        with pytest.raises(ia.Stopped), place(mine, stop):
-            pytest.fail("it was asked twice")
-    assert stop.waits == [1] + [ia.PROBE_INTERVAL] * 19
-
-
 # --- What people are told --------------------------------------------------------------------
 
 
@@ -325,6 +315,14 @@ def test_a_host_that_needs_a_person_is_left_out_for_an_hour(hosts, stop, lines):
     describe(mine, stop)
     assert lines()[1:] == [("INFO", ia.t("host_back", url=A))]
     assert [host.struck_off for host in mine.seen()] == [False, False]
+
+
+def test_one_in_trouble_that_turns_out_to_need_a_person_is_told_of_once_more(hosts, stop, lines):
+    mine = hosts(A, B)
+    for trouble in (BUSY, refused(), refused()):
+        mine.unavailable(A, trouble)
+        stop.now += HOUR
+    assert levels(lines) == ["WARNING", "ERROR"]
 
 
 def test_the_last_host_that_needs_a_person_ends_a_batch(hosts, stop, lines):
@@ -628,9 +626,9 @@ def test_a_host_that_is_silent_to_all_has_no_queue(hosts, stop):
         assert not mine.queued(url, number, 10)
 
 
-def test_who_waits_for_a_full_host_asks_when_a_request_ends(hours):
-    mine, stop, began = ia.Hosts([A], 4, 60.0), Stop(hours), []
-    mine._hosts[A].most = 2
+def begun(mine: ia.Hosts, hours) -> list[float]:
+    """When five workers, who are there from the begin, are given a host for seven seconds each."""
+    stop, began = Stop(hours), []
 
     def work() -> None:
         with place(mine, stop):
@@ -640,7 +638,19 @@ def test_who_waits_for_a_full_host_asks_when_a_request_ends(hours):
     with ia.ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(work) for _ in range(5)]
     assert [job.exception() for job in jobs] == [None] * 5
-    assert began == [0, 0, 7, 7, 14]
+    return began
+
+
+def test_who_waits_for_a_full_host_asks_when_a_request_ends(hours):
+    mine = ia.Hosts([A], 4, 60.0)
+    mine._hosts[A].most = 2
+    assert begun(mine, hours) == [0, 0, 7, 7, 14]
+
+
+def test_alone_one_that_hung_has_the_others_wait(hours):
+    mine = ia.Hosts([A], 4, 60.0)
+    mine.unavailable(A, HUNG)
+    assert begun(mine, hours) == [1, 8, 15, 22, 29]
 
 
 # --- Stopping --------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 
 import immich_analyze as ia
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,7 +69,7 @@ def test_the_wheel_holds_the_module_and_what_it_reads(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == {
         "immich_analyze.py",
-        "immich_analyze_i18n/answers.toml",
+        "immich_analyze_i18n/patterns.toml",
         "immich_analyze_i18n/en.json",
         "immich_analyze_i18n/connection.sql",
         "immich_analyze_i18n/immich.sql",

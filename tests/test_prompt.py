@@ -9,12 +9,10 @@ from worlds import CHATS, asking
 import immich_analyze as ia
 
 FACTS = {
-    "people": ("Anna {{ 7 * 7 }}", "Ben (aged 7)"),
-    "place": ("Warnemünde", "Germany"),
-    "date": ("Sunday, 14 July 2019, afternoon",),
-    "gps": ("54.18, 12.08",),
-    "text": ("CAFÉ", "open\n\ndaily"),
-    "description": ("At the sea",),
+    "people": [{"name": "Anna {{ 7 * 7 }}"}, {"name": "Ben", "birthDate": "2012-01-31"}],
+    "exifInfo": {"city": "Warnemünde", "country": "Germany", "latitude": 54.18, "longitude": 12.08},
+    "localDateTime": "2019-07-14T15:30:00Z",
+    "ocr": [{"text": "CAFÉ,"}, {"text": "open\n\ndaily"}],
 }
 TOLD = "Anna {{ 7 * 7 }}, Ben (aged 7)"
 RUSSIAN, GERMAN = "Кошка сидит на подоконнике и смотрит", "Eine Katze sitzt am Fenster und schaut"
@@ -25,8 +23,9 @@ CHINESE = "一只猫坐在窗台上看着外面的街道"
 def asked(config):
     """What is asked about a photo of which these facts are known."""
 
-    def ask(*argv: str, facts=FACTS) -> str:
-        return ia.question(ia.Photo("id", "photo.jpg", "", "", facts=facts), config(*argv))
+    def ask(*argv: str, told=FACTS) -> str:
+        text = "At the sea" if told else ""
+        return ia.question(ia.Photo("id", "photo.jpg", text, "", told=told), config(*argv))
 
     return ask
 
@@ -42,18 +41,30 @@ def test_what_is_known_follows_the_prompt_each_fact_once_and_the_language_last(a
     told = asked("--prompt", "Look.\n", "--context", "all", "--description-language", "de")
     first, context, last = told.split("\n\n")
     assert (first, last) == ("Look.", "Write the description in this language: German.")
-    lines = [TOLD, "Warnemünde, Germany", *FACTS["date"], "CAFÉ, open daily", "At the sea"]
+    lines = [
+        TOLD,
+        "Warnemünde, Germany",
+        "Sunday, 14 July 2019, afternoon",
+        "CAFÉ, open daily",
+        "At the sea",
+    ]
     assert [told.count(line) for line in lines] == [1] * len(lines)
     assert all(context.splitlines())
-    assert FACTS["gps"][0] not in told
+    assert "54.18" not in told
     assert "invent no names" in context
     assert "Mention the place and the date" in context
 
 
 def test_nothing_is_left_where_nothing_is_known(asked):
-    assert asked("--prompt", "Look.\n", "--context", "all", facts={}) == "Look.\n"
-    told = asked("--prompt", "Look.", "--context", "people,date", facts={"date": ("July 2019",)})
-    assert "Date: July 2019\n" in told
+    assert asked("--prompt", "Look.\n", "--context", "all", told={}) == "Look.\n"
+    told = asked(
+        "--prompt",
+        "Look.",
+        "--context",
+        "people,date",
+        told={"localDateTime": "2019-07-14T15:30:00Z"},
+    )
+    assert "Date: Sunday, 14 July 2019, afternoon\n" in told
     assert "People" not in told
     assert told.count("\n\n") == 1
 
@@ -73,8 +84,8 @@ def test_nothing_is_left_where_nothing_is_known(asked):
 def test_a_template_is_filled_in(asked, prompt, with_facts, without):
     argv = ["--prompt", prompt, "--description-language", "sr"]
     request = "" if "language" in prompt else "\n\nWrite the description in this language: Serbian."
-    for facts, text in ((FACTS, with_facts), ({}, without)):
-        assert asked(*argv, facts=facts) == (text.rstrip("\n") if request else text) + request
+    for told, text in ((FACTS, with_facts), ({}, without)):
+        assert asked(*argv, told=told) == (text.rstrip("\n") if request else text) + request
 
 
 def test_a_template_may_say_where_the_rest_stands(asked):
@@ -97,15 +108,15 @@ def test_a_template_may_say_where_the_rest_stands(asked):
         ("A\n{{ people.__class__ }}", 2),
         ("A\n{{ people|nothing }}", 2),
         ("{% include 'secret' %}", 1),
-        ("\n{% for a in range(9 ** 9) %}{% for b in range(9 ** 9) %}{% endfor %}{% endfor %}", 2),
+        ("\n{% for a in range(9) %}{% for b in range(9) %}{% endfor %}{% endfor %}", 2),
         ("\n{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", 2),
     ],
 )
-def test_a_template_that_cannot_work_is_refused_with_its_line(command, prompt, line):
-    done = command("--prompt", prompt)
-    assert done.returncode == 2
-    assert done.stderr.startswith(ia.t("bad_template", line=line, why=""))
-    assert done.stderr.count("\n") == 1
+def test_a_template_that_cannot_work_is_refused_with_its_line(config, prompt, line):
+    with pytest.raises(ia.Fatal) as caught:
+        config("--prompt", prompt)
+    assert str(caught.value).startswith(ia.t("bad_template", line=line, why=""))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_prompt_may_be_in_a_file_but_not_also_beside_it(config, tmp_path):
@@ -153,7 +164,7 @@ def test_what_shapes_the_answer_makes_another_prompt(config):
         ("Russian", "Selfie, 12:45", True),
         ("Hindi", "एक बिल्ली खिड़की पर बैठी है", True),
         ("Klingon", RUSSIAN, True),
-        ("", CHINESE, True),
+        (None, CHINESE, True),
     ],
 )
 def test_an_answer_in_a_script_of_other_languages_is_none(language, answer, taken):
@@ -182,6 +193,19 @@ def test_a_photo_whose_answer_is_in_another_script_is_asked_about_again(api, oll
     assert api.texts() == {id: GERMAN}
     asked = {chat.json["messages"][0]["content"] for chat in ollama.find(*CHATS)}
     assert asked == {f"{ia.PROMPT}\n\nWrite the description in this language: German."}
+
+
+@pytest.mark.slow
+def test_a_host_that_repeats_itself_is_shown_plain_pictures_with_the_same_words(
+    api, ollama, command
+):
+    photos = [servers.own_picture(number) for number in range(2)]
+    for picture in photos:
+        api.add(picture=picture)
+    ollama.answer = lambda picture, _: "A lake." if picture in photos else "Grey."
+    assert command(*api.argv, *asking(ollama)).returncode == 0
+    asked = [chat.json["messages"][0]["content"] for chat in ollama.find(*CHATS)]
+    assert asked == [ia.PROMPT] * 3
 
 
 @pytest.mark.slow

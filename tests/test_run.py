@@ -607,6 +607,7 @@ def multiply_assets(server: FakeImmich, number: int) -> None:
         server.assets[id] = asset
 
 
+@pytest.mark.unmeasured
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_described_photos_take_no_memory_and_few_requests(library, ollama):
     library.add(picture=servers.picture(), description="By a person.")

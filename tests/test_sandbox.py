@@ -13,7 +13,7 @@ import sandbox
 import tiny_vlm
 from facts import Album, Line, Person
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
 
 
 @pytest.fixture(scope="module")

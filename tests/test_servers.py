@@ -42,6 +42,8 @@ from servers import (
 )
 from worlds import ApiWorld
 
+pytestmark = pytest.mark.unmeasured
+
 RED = picture("red")
 STRANGER = "bob"
 

@@ -67,6 +67,7 @@ DEFAULTS = {
     "retry_failed": False,
     "undo": False,
     "dry_run": False,
+    "enrich_prompt": False,
     "ignore_descriptions": (),
     "access": ia.Access.DATABASE,
     "access_ambiguous": False,

@@ -282,7 +282,7 @@ CASES = json.loads(Path(__file__).with_name("answers.json").read_text(encoding="
 
 def test_every_pattern_is_used_by_the_module_or_in_another():
     module = Path(ia.__file__)
-    text = module.with_name("i18n").joinpath("answers.toml").read_text(encoding="utf-8")
+    text = module.with_name("i18n").joinpath("patterns.toml").read_text(encoding="utf-8")
     used = re.findall(r"\{([a-z_]+)\}", text)
     used += re.findall(r'"([a-z_]+)"', module.read_text(encoding="utf-8"))
     assert set(ia.patterns()) - set(used) == set()
