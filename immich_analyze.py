@@ -1364,16 +1364,14 @@ def words_in(said: object) -> str:
         return said
     if isinstance(said, list):
         return "; ".join(words_in(one) or str(one) for one in said)
-    if not isinstance(said, dict):
-        return str(said or "")
-    inner = said.get("error")
-    ways = [inner if isinstance(inner, dict | list) else None, said.get("message"), inner]
-    ways += [said.get("detail"), said.get("errors")]
-    return next(filter(None, map(words_in, ways)), "")
+    if isinstance(said, dict):
+        places = ("message", "error", "detail", "errors")  # `error` may be just the status
+        return next(filter(None, (words_in(said.get(place)) for place in places)), "")
+    return str(said or "")
 
 
 class Session(requests.Session):
-    """A session for one worker, without cookies: a stale one outranks an API key."""
+    """A session for one worker; it keeps no cookies, as a stale one outranks an API key."""
 
     def __init__(self, headers: Iterable[Header] = ()) -> None:
         super().__init__()
@@ -3256,7 +3254,7 @@ class Outcome(StrEnum):
 
 
 class Stop(threading.Event):
-    """Set once the process is to end. Who naps is also woken by news."""
+    """Set once the process is to end; whoever naps is also woken by news."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -3268,18 +3266,13 @@ class Stop(threading.Event):
         self._news.set()
 
     def rouse(self) -> None:
-        """End the nap of whoever naps now, or the next nap."""
+        """End the nap that somebody takes, or else the next one."""
         self._news.set()
 
     def nap(self, seconds: float) -> None:
         """Wait for so long, for news, or for the end."""
         self._news.wait(seconds)
         self._news.clear()
-
-
-def id_hash(photo_id: str) -> int:
-    """Eight bytes that stand for an id."""
-    return int.from_bytes(blake2b(photo_id.encode(), digest_size=8).digest())
 
 
 class Taken:
@@ -3289,17 +3282,17 @@ class Taken:
         self._lock = threading.Lock()
         self._hashes = array("Q")  # of ids, in order; few bytes, as a service may run for months
         # when it can be taken, never while somebody has it; the pause; what became of it
-        self._failed: dict[str, tuple[float, float, Outcome]] = {}
+        self._failed: dict[str, tuple[float, float, str]] = {}
 
     def take(self, photo: Photo) -> bool:
         """Take a photo; False if somebody has or had it."""
-        value = id_hash(photo.id)
+        value = int.from_bytes(blake2b(photo.id.encode(), digest_size=8).digest())
         with self._lock:
             at = bisect_left(self._hashes, value)
             if self._hashes[at : at + 1] != array("Q", [value]):
                 self._hashes.insert(at, value)
                 return True
-            free, pause, before = self._failed.get(photo.id, (math.inf, 0.0, Outcome.FAILED))
+            free, pause, before = self._failed.get(photo.id, (math.inf, 0.0, ""))
             if free > time.monotonic():
                 return False
             self._failed[photo.id] = math.inf, pause, before
@@ -3319,14 +3312,13 @@ class Taken:
     def forget_failures(self) -> None:
         """Let all that failed be taken again, as if for the first time."""
         with self._lock:
-            in_hand = {i: f for i, f in self._failed.items() if f[0] == math.inf > f[1]}
-            failed = set(map(id_hash, self._failed.keys() - in_hand.keys()))
-            self._hashes = array("Q", (value for value in self._hashes if value not in failed))
-            self._failed = in_hand
+            for photo_id, (free, pause, _) in self._failed.items():
+                if free < math.inf or pause == math.inf:  # nobody has it
+                    self._failed[photo_id] = 0.0, 0.0, ""
 
 
 class Tally:
-    """What became of the photos, told by all workers. `form` is the key of its text."""
+    """What became of the photos, as all workers tell it. `form` is the key of its text."""
 
     def __init__(self, form: str = "tally") -> None:
         self._lock = threading.Lock()
@@ -3336,7 +3328,6 @@ class Tally:
         self.reasons: Counter[tuple[Outcome, str]] = Counter()  # the same by message key
         self.total: int | None = None  # photos of the backlog, where that is known
         self.listed = 0  # of these, by now
-        self.texts: Counter[str] = Counter()  # descriptions that were listed, but rare ones
         self.began = self.moved = time.monotonic()  # when the stream or a photo last went on
 
     def add(self, outcome: Outcome, reason: str = "", number: int = 1) -> None:
@@ -3347,54 +3338,50 @@ class Tally:
             self.moved = time.monotonic()
 
     def add_failure(self, photo: Photo, note: Note) -> None:
-        """Have a failure noted, once it is known that it is not everybody's."""
+        """Have a failure noted, once it is known that other photos do not fail."""
         with self._lock:
             self._failures.append((photo, note))
 
     def proven_failures(self) -> list[tuple[Photo, Note]]:
         """The failures to note now: none before the first photo was described."""
         with self._lock:
-            proven = self._failures if self.counts[Outcome.DESCRIBED] else []
-            self._failures = self._failures[len(proven) :]
+            if not self.counts[Outcome.DESCRIBED]:
+                return []
+            proven, self._failures = self._failures, []
             return proven
 
     def __str__(self) -> str:
         return t(self._form, **{outcome.value: self.counts[outcome] for outcome in Outcome})
 
 
+@dataclass
 class Patience:
     """Calls the library again on trouble that may pass; shared by all workers.
 
-    A library that is away is waited for, and Fatal after `longest` seconds; a call that
-    fails by itself is given up after some tries, with its last error. An outage is two
-    lines, however many wait. `passing` are the errors that an outage shows in.
+    It waits for a library that is away, `longest` seconds at most, and gives up a call that
+    fails by itself after some tries. An outage is two lines, however many wait.
     """
 
-    def __init__(
-        self,
-        stop: threading.Event,
-        pause: float,
-        longest: float,
-        passing: tuple[type[AnalyzeError], ...] = (Unavailable,),
-    ) -> None:
+    stop: threading.Event
+    pause: float  # between two calls
+    longest: float  # after which an outage is Fatal
+    passing: tuple[type[AnalyzeError], ...] = (Unavailable,)  # the errors of an outage
+    why: AnalyzeError | None = None  # the trouble, while it is waited for
+
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._stop = stop
-        self._pause = pause
-        self._longest = longest
-        self._passing = passing
         self._since = math.inf  # when the first call of an outage failed
-        self.why: AnalyzeError | None = None  # the trouble, while it is waited for
 
     def __call__(self, call: Callable[[], T], tries: int = LIBRARY_TRIES) -> T:
         """What the call gives; Stopped when asked to stop meanwhile."""
-        began = None
+        began = None  # when this call first met the outage
         while True:
             try:
                 answer = call()
-            except self._passing as error:
+            except self.passing as error:
                 now = time.monotonic()
                 began = now if began is None else began
-                left = began + self._longest - now
+                left = began + self.longest - now
                 if left <= 0:
                     raise Fatal("library_away", why=error) from error
                 self._away(error, now)
@@ -3410,8 +3397,8 @@ class Patience:
                 return answer
 
     def _wait(self, error: AnalyzeError, most: float) -> None:
-        pause = min(most, error.pause or self._pause, max(self._pause, LONGEST_PAUSE))
-        if self._stop.wait(pause):
+        pause = min(most, error.pause or self.pause, max(self.pause, LONGEST_PAUSE))
+        if self.stop.wait(pause):
             raise Stopped("stopped") from error
 
     def _away(self, error: AnalyzeError, now: float) -> None:
@@ -3452,13 +3439,13 @@ class Written:
 class Checks:
     """What Immich took, to be read back once it could have lost it.
 
-    The first three of each library are read back alone and at once, the others together.
-    Three losses in a row are enough.
+    The first three texts of a library are read back one by one, the others together. Once
+    it lost three in a row, it gets no more.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._changed = threading.Event()
+        self._changed = threading.Condition(self._lock)
         self._written: list[Written] = []  # in the order of their writes
         self._checked: Counter[tuple[str, str]] = Counter()
         self._losses: Counter[tuple[str, str]] = Counter()  # in a row
@@ -3468,18 +3455,18 @@ class Checks:
         """Have a description read back."""
         with self._lock:
             self._written.append(written)
-            self._changed.set()
+            self._changed.notify()
 
     def close(self) -> None:
         """Nothing is added any more."""
         with self._lock:
             self._closed = True
-            self._changed.set()
+            self._changed.notify()
 
     def next(self, stop: threading.Event) -> list[Written]:
         """Wait for what is to be read back; nothing at the end, or when stopped."""
-        self._changed.wait()
         with self._lock:
+            self._changed.wait_for(lambda: self._written or self._closed)
             alone = [w for w in self._written if self._checked[w.library] < MOST_LOSSES][:1]
             first = (alone or self._written)[:1]
         pause = first[0].at + CHECK_PAUSE - time.monotonic() if alone else CHECK_PAUSE
@@ -3488,14 +3475,11 @@ class Checks:
         with self._lock:
             now = time.monotonic()
             due = alone or [w for w in self._written if w.at + CHECK_PAUSE <= now] or first
-            taken = {id(written) for written in due}
-            self._written = [written for written in self._written if id(written) not in taken]
-            if not self._written and not self._closed:
-                self._changed.clear()
+            self._written = [written for written in self._written if written not in due]
             return due
 
     def count(self, written: Written, *, lost: bool) -> bool:
-        """Note whether a library kept a text; True when that was one loss too many."""
+        """Count whether a library kept a text; True when that was one loss too many."""
         with self._lock:
             self._checked[written.library] += 1
             self._losses[written.library] = self._losses[written.library] + 1 if lost else 0
@@ -3526,26 +3510,19 @@ class Run:
 
 
 def wanted(photos: Iterable[Photo], run: Run, *, counts: bool = False) -> Iterator[Photo]:
-    """The listed photos that are for this run, as far as the listing tells; they are taken."""
+    """Take the listed photos that, as far as the listing tells, are for this run."""
     number, shards = run.config.shard
-    left: Counter[str] = Counter()  # counted together, as most photos have a description
-    try:
-        for photo in photos:
-            if shards > 1 and zlib.crc32(photo.id.encode()) % shards != number - 1:
-                continue
-            if counts:
-                run.tally.listed += 1
-                run.tally.texts[photo.description] += 1
-            reason = left_alone(photo, run.config)
-            if reason or not photo.ready:
-                left[reason] += 1
-            elif run.taken.take(photo):
+    for photo in photos:
+        if zlib.crc32(photo.id.encode()) % shards != number - 1:
+            continue
+        if counts:
+            run.tally.listed += 1
+        reason = left_alone(photo, run.config)
+        if photo.ready and not reason:
+            if run.taken.take(photo):
                 yield photo
-    finally:
-        if len(run.tally.texts) > MOST_TEXTS:
-            run.tally.texts = Counter({text: n for text, n in run.tally.texts.items() if n > 1})
-        for reason, many in left.items() if counts else ():
-            run.tally.add(Outcome.SKIPPED if reason else Outcome.NOT_READY, reason, many)
+        elif counts:
+            run.tally.add(Outcome.SKIPPED if reason else Outcome.NOT_READY, reason)
 
 
 def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterator[Photo | None]:
@@ -3557,19 +3534,25 @@ def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterato
             page.add_done_callback(lambda _: run.stop.rouse())
             return page
 
+        texts: Counter[str] = Counter()  # without rare ones, where there are many
         page: Future[Page] | None = fetch(None)  # the next, while this one is worked through
         while page:
             while not page.done():
                 run.stop.nap(1.0)
                 yield None
-            photos, cursor = page.result()
+            found, cursor = page.result()
             page = fetch(cursor) if cursor else None
+            photos = list(found)
             yield from wanted(photos, run, counts=counts)
-        say_repeated(run.tally.texts if counts else {}, run.config)
+            if counts:
+                texts.update(photo.description for photo in photos)
+            if len(texts) > MOST_TEXTS:
+                texts = Counter({text: n for text, n in texts.items() if n > 1})
+        say_repeated(texts, run.config)
 
 
 def fetched(library: Library, cursor: Cursor | None, since: datetime | None, run: Run) -> Page:
-    """A page, in a service however long it takes; for a batch trouble with it is the end."""
+    """A page; a service waits for it however long it takes, and a batch ends without it."""
     service, pause = run.config.mode.monitors, PAGE_PAUSE
     page = functools.partial(library.page, cursor, since)
     while True:
@@ -3592,7 +3575,7 @@ class News:
         self._library = library
         self._run = run
         self._mark: datetime | None = None  # of the latest look
-        self._started: datetime | None = None  # in monitor mode: older photos are not its business
+        self._started: datetime | None = None  # only in monitor mode, which leaves older photos
         self._arrived: list[Photo] = []  # the newest is next
         self._next = 0.0  # when to look, by the monotonic clock
         self._next_prompt, self._pause = math.inf, PROMPT_PAUSE
@@ -3630,11 +3613,11 @@ class News:
         return max(0.0, min(self._next, self._next_prompt, self._next_sweep) - time.monotonic())
 
     def _look(self, *, prompt: bool) -> bool:
-        """Find what arrived since the last look; whether there was anything."""
+        """Find what arrived since the last look; True if there was anything."""
         run = self._run
         try:
             now = run.patience(self._library.clock, 1)
-            if not self._mark:  # what is there by now, the backlog has
+            if not self._mark:  # the backlog has what is there by now
                 self._mark, self._started = now, None if run.config.mode.backlog else now
                 return False
             span = PROMPT_SPAN + timedelta(seconds=self._pause) if prompt else OVERLAP
@@ -3653,7 +3636,7 @@ class News:
         return bool(fresh)
 
     def sweep(self) -> Iterator[Photo | None] | None:
-        """Each hour, the listing of the uploads of two days; each day, of all."""
+        """The listing of the uploads of two days, once an hour; of all, once a day."""
         if time.monotonic() < self._next_sweep:
             return None
         self._next_sweep = time.monotonic() + SWEEP_INTERVAL
@@ -3920,19 +3903,17 @@ def run_all(
 ) -> None:
     """Run all threads until the stream ends; the first error of one ends it for all."""
 
-    def ending(call: Callable[[], None]) -> None:
-        try:
-            call()
-        finally:
-            if sys.exception():
-                run.stop.set()
+    def ended(job: Future[None]) -> None:
+        if job.exception():
+            run.stop.set()
 
     with ThreadPoolExecutor(len(workers) + len(checkers), "worker") as pool:
-        checking = [pool.submit(ending, checker) for checker in checkers]
-        working = [pool.submit(ending, worker) for worker in workers]
-        wait(working)
+        jobs = [pool.submit(call) for call in (*workers, *checkers)]
+        for job in jobs:
+            job.add_done_callback(ended)
+        wait(jobs[: len(workers)])
         run.checks.close()
-    for job in (*working, *checking):
+    for job in jobs:
         job.result()
 
 
@@ -3944,8 +3925,8 @@ def run_all(
 class Signals:
     """The first SIGINT or SIGTERM ends the stream; the second, or `grace`, the process.
 
-    They are waited for by a thread: setting an Event in a signal handler can deadlock.
-    Made before any other thread, as those inherit what is blocked.
+    A thread waits for them, as a signal handler that sets an Event can deadlock. It has to be
+    the first, as the others inherit which signals are blocked.
     """
 
     def __init__(self, stop: threading.Event) -> None:
@@ -3953,7 +3934,6 @@ class Signals:
         self.grace = 30.0
         self.sum_up: Callable[[int], object] = int  # what is said before `grace` ends it
         self._stop = stop
-        self._told = threading.Event()
         self._wanted = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, self._wanted)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
@@ -3963,9 +3943,8 @@ class Signals:
         timer = threading.Timer(self.grace, self._quit, (self.number, self.sum_up))
         timer.daemon = True
         timer.start()
-        self._stop.set()
         log.warning("%s", t("finishing", signal=signal.Signals(self.number).name))
-        self._told.set()
+        self._stop.set()
         self._quit(signal.sigwait(self._wanted))
 
     def _quit(self, number: int, last: Callable[[int], object] = int) -> None:
@@ -3976,15 +3955,14 @@ class Signals:
         os._exit(128 + number)
 
     def exit_code(self, mode: Mode) -> int:
-        """What a signal makes of it, once the line about it is out: services are ended by one."""
-        self._told.wait(self.grace)
+        """The exit code after a signal; it is how a service usually ends."""
         return 0 if mode.monitors else 128 + self.number
 
 
 class Lines(logging.Handler):
     """Writes log lines to standard error, above the progress bar if there is one.
 
-    File names and servers' words fake no lines there, steer no terminal and quote no secret.
+    No file name and no server's words can forge a line, control the terminal or show a secret.
     """
 
     secrets: tuple[str, ...] = ()
@@ -3996,10 +3974,8 @@ class Lines(logging.Handler):
         text = self.format(record)  # with the traceback, whose lines stay
         for secret in filter(None, self.secrets):
             text = text.replace(secret, "…")
-        try:
+        with suppress(OSError):  # nobody reads it any more; the work goes on
             tqdm.write(text, file=sys.stderr)
-        except OSError:  # nobody reads it any more; the work goes on
-            self.handleError(record)
 
 
 UNSAFE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"  # control characters
@@ -4045,7 +4021,7 @@ def pace(photos: int, seconds: float) -> str:
 
 
 def show_progress(tally: Tally, over: threading.Event) -> None:
-    """Draw the progress bar each second until all is over. Skipped photos are no progress."""
+    """Draw the progress bar each second until all is over; skipping photos is no progress."""
     form = {"unit": t("photos"), "bar_format": ENDLESS, "dynamic_ncols": True, "leave": False}
     last = False
     with suppress(OSError), tqdm(**form) as bar:  # unless nobody reads it any more
@@ -4125,35 +4101,23 @@ class Status:
 
     def metrics(self) -> str:
         """What GET /metrics answers: Prometheus' text format."""
-        now, left = time.monotonic(), self.left()
-        hosts = [(label(host=public(host.url)), host) for host in self._hosts.seen()]
-        reasons = sorted(self._tally.reasons.items())
-        families: list[tuple[str, str, list[tuple[str, float]]]] = [
-            ("healthy", "gauge", [("", not self.trouble())]),
-            ("photos_total", "counter", [(label(outcome=o, reason=r), n) for (o, r), n in reasons]),
-            ("library_away_seconds", "gauge", [("", self._patience.away())]),
-            ("backlog_left", "gauge", [] if left is None else [("", left)]),
-            ("in_flight", "gauge", [(name, host.in_flight) for name, host in hosts]),
-            ("requests_total", "counter", [(name, host.requests) for name, host in hosts]),
-            ("request_seconds_total", "counter", [(name, host.seconds) for name, host in hosts]),
-            ("unavailable_seconds", "gauge", [(n, max(0.0, h.wait(now))) for n, h in hosts]),
-        ]
-        lines = []
-        for name, kind, samples in families:
-            lines.append(f"# TYPE immich_analyze_{name} {kind}")
-            lines += (f"immich_analyze_{name}{labels} {value:.12g}" for labels, value in samples)
-        return "\n".join(lines) + "\n"
+        now, hosts = time.monotonic(), []
+        for host in self._hosts.seen():
+            name = json.dumps(public(host.url), ensure_ascii=False)  # as Prometheus escapes it
+            hosts.append((f"{{host={name}}}", host, max(0.0, host.wait(now))))
+        text = template(data_file("metrics.jinja")).render(
+            healthy=not self.trouble(),
+            reasons=sorted(self._tally.reasons.items()),
+            away=self._patience.away(),
+            left=self.left(),
+            hosts=hosts,
+        )
+        return str(text)
 
 
 def condition(host: Host) -> str:
     """How a model host is, in a word."""
     return "struck off" if host.struck_off else "unavailable" if host.why else "ok"
-
-
-def label(**labels: str) -> str:
-    """Labels of a sample; Prometheus escapes as JSON does."""
-    pairs = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in labels.items())
-    return "{" + ",".join(pairs) + "}"
 
 
 def serve_health(status: Status, host: str, number: int) -> None:
@@ -4194,7 +4158,7 @@ def serve_health(status: Status, host: str, number: int) -> None:
 
 
 def ask_health(config: Config) -> int:
-    """Ask the running tool's /health by the same settings; 0 if it is well, or does not tell."""
+    """Ask the tool that runs with these settings how it is; 0 if it is well, or has no port."""
     if not config.health_port:
         return 0
     everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where it may listen
@@ -4221,7 +4185,7 @@ def notify(message: str) -> None:
 
 
 def keep_posted(status: Status, tally: Tally, stop: Stop) -> None:
-    """Tell systemd how it stands, and that all moves, until the end; the log, once an hour."""
+    """Tell systemd until the end how the run stands and that it moves; the log, once an hour."""
     watchdog = float(os.environ.get("WATCHDOG_USEC") or math.inf) / 1e6
     told, said, settled = time.monotonic(), str(tally), False
     while True:
@@ -4239,7 +4203,7 @@ def keep_posted(status: Status, tally: Tally, stop: Stop) -> None:
 
 
 def in_turn(photos: Iterator[Photo], turn: threading.Lock, *idle: Library) -> Iterator[Photo]:
-    """One worker's share of a stream; `turn` is held while it looks or waits for work."""
+    """One worker's share of a stream; it holds `turn` while it looks or waits for work."""
     while True:
         if not turn.acquire(timeout=IDLE):
             for library in idle:
