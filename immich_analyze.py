@@ -2802,10 +2802,9 @@ class ApiLibrary(Library):
     def preview(self, photo: Photo) -> bytes | None:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
         ask = functools.partial(self._ask, photo, "GET", "/thumbnail", limit=PREVIEW_LIMIT)
-        sizes = dict.fromkeys((self._config.thumbnail_size, "preview"))  # an original may be a GIF
         data: bytes | None = None
         with suppress(Missing):
-            for size in sizes:
+            for size in dict.fromkeys((self._config.thumbnail_size, "preview")):  # it may be a GIF
                 data = ask(raw=True, params={"size": size, "edited": "true"})
                 if picture_type(data)[0]:
                     break
@@ -3006,8 +3005,7 @@ class DbLibrary(Library):
     def _photo(self, row: Sequence[Any]) -> Photo:
         """A photo as the statements list it."""
         asset_id, name, description, path, note, library, told = row[:7]
-        kept, told = note_in(note), told or {}
-        return Photo(str(asset_id), name, description, path or "", True, kept, library or "", told)
+        return Photo(str(asset_id), name, description, path, True, note_in(note), library, told)
 
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
         """One page by id: only photos with work to do, each with its preview's path."""

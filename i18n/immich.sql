@@ -124,14 +124,15 @@ jsonb_build_object(
     {% if all and 'asset_ocr' in facts_from %}, 'ocr', ({{ text() }}) {% endif %}
 )
 {% else %}
-NULL
+'{}'::jsonb
 {% endif %}
 {% endmacro %}
 
 -- What the tool knows of a photo.
 {% macro columns(all=false) %}
-a.id, a."originalFileName", coalesce(e.description, ''), f.path,
-{% if notes %} m.value {% else %} NULL {% endif %}, a."libraryId"::text, {{ facts(all) }}
+a.id, a."originalFileName", coalesce(e.description, ''), coalesce(f.path, ''),
+{% if notes %} m.value {% else %} NULL {% endif %},
+coalesce(a."libraryId"::text, ''), {{ facts(all) }}
 {% endmacro %}
 
 -- A photo that people find in their library.
@@ -206,7 +207,7 @@ LIMIT %(limit)s
 
 -- The same pages without texts, one of which PostgreSQL cannot decode.
 {% macro bare(page) %}
-SELECT id, id::text, '', '', NULL, NULL, NULL, mark FROM ({{ page }}) photos
+SELECT id, id::text, '', '', NULL, '', '{}'::jsonb, mark FROM ({{ page }}) photos
 {% endmacro %}
 {% set bare_listing = bare(listing) %}
 {% set bare_news = bare(news) %}
