@@ -2373,12 +2373,11 @@ BODY_LIMIT = 10 * 2**20  # bytes that Immich takes of a request
 SWEEP_SPAN = timedelta(days=2)  # how late a preview may come after the upload
 MANY = 20  # photos that may have the same description by chance
 NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")
-GROUP_PERMISSIONS = {"albums": "album.read", "tags": "tag.read"}
 
-Version = tuple[int, int, int]
 Tables = Mapping[str, set[str]]  # with their columns
 Cursor = Any  # where a listing stands; only the library that made it looks inside
 Page = tuple[Iterable[Photo], Cursor | None]  # and where it goes on; None at its end
+Opened = tuple[Callable[[], "Library"], Callable[[], bool]]  # makes one; whether all is reached
 
 
 class Library(Protocol):
@@ -2394,14 +2393,13 @@ class Library(Protocol):
         """The time by the server's clock; ours may be wrong, or jump."""
 
     def page(self, cursor: Cursor | None, since: datetime | None = None) -> Page:
-        """The next photos of a listing.
+        """The next photos of a listing, with `since` of those uploaded from then on.
 
-        Only live photos (no videos, nothing hidden, locked, trashed or offline), and with
-        `since` only those uploaded from then on.
+        No videos, and nothing that is hidden, locked, trashed or offline.
         """
 
     def total(self) -> int:
-        """About how many photos the whole listing brings; an extra, so not all may ask."""
+        """About how many photos the whole listing brings; an extra that not every key may ask."""
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
         """Photos whose preview was made since then; with `started`, none uploaded long before."""
@@ -2430,12 +2428,12 @@ class Library(Protocol):
     def write(self, photo: Photo, text: str, note: Note | None) -> bool:
         """Store a description in place of the one that the photo had, with its note.
 
-        False, and nothing written, if there is another one by now. May be called
-        again after an error: a text that is there already counts as written.
+        False, and nothing written, if there is another one by now; a text that is there
+        already counts as written.
         """
 
     def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
-        """By id, descriptions written in the last `age` seconds, but of photos that are gone."""
+        """By id, descriptions written in the last `age` seconds; photos that are gone have none."""
         return {}
 
     def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
@@ -2447,16 +2445,13 @@ class Library(Protocol):
 
 @contextmanager
 def blame(check: Callable[[], object]) -> Iterator[None]:
-    """Tell a library that is away from one that fails on this call: then `check` works.
-
-    Statuses do not tell: Immich says 500 about one photo, and about everything while its
-    database is away; a proxy may say anything.
-    """
+    """Tell a library that is away from one that fails on this call: then `check` works."""
+    # a status does not tell: with its database away, Immich says the same 500 as about one photo
     try:
         yield
+    except Unavailable:
+        raise
     except (Retryable, Permanent, Unexpected) as error:
-        if isinstance(error, Unavailable):
-            raise
         kind = Permanent if isinstance(error, Permanent) else Retryable
         try:
             check()
@@ -2465,8 +2460,8 @@ def blame(check: Callable[[], object]) -> Iterator[None]:
         raise error.as_kind(kind) from error
 
 
-# By the id of a photo, what it belongs to: "albums" with a name, "tags" with a path.
-Groups = Mapping[str, Sequence[tuple[str, Any]]]
+# What photos are in, by the path that lists it: the permission, and the field of a search for it.
+GROUPS = {"albums": ("album.read", "albumIds"), "tags": ("tag.read", "tagIds")}
 
 
 @dataclass(slots=True)
@@ -2474,10 +2469,10 @@ class Account:
     """One user's API key. What is learned of the user only the listing changes, one at a time."""
 
     key: str = field(repr=False)
-    number: int  # of the key as it was given, for messages
-    user_id: str | None  # None until known, as some keys may not ask for it
+    number: int  # of the key among those given, from 0
+    user_id: str = ""  # until it is known, as some keys may not ask for it
     strangers: set[str] = field(default_factory=set)  # partners, who share their photos
-    groups: Groups | None = None  # None until they were asked for
+    groups: Mapping[str, Mapping[str, Sequence[Any]]] | None = None  # by kind and photo, once read
     refused: Fatal | None = None  # why the key is not used any more
 
 
@@ -2485,20 +2480,18 @@ class Account:
 class Server:
     """What is known of one Immich, shared by all who talk to it."""
 
-    version: Version  # which may grow: each look at the clock tells
-    accounts: Sequence[Account]
-    size: str = SIZES[0]  # of the pictures to ask for
-    context: Sequence[str] = ()  # facts that are asked for
-    groups: Sequence[str] = ()  # those of them that are asked for once a listing
+    version: tuple[int, ...] = (0, 0, 0)  # which may grow: each look at the clock tells
+    accounts: Mapping[str, Account] = field(default_factory=dict)  # by Photo.source
+    groups: Sequence[str] = ()  # those of GROUPS that a listing reads as a whole
 
 
 @dataclass(frozen=True, slots=True)
 class Walk:
     """Where a listing through the API stands.
 
-    It walks by date, newest first: each step asks for photos not newer than `before`,
-    which is four times as fast as page numbers at 50,000 photos, and loses none where
-    releases before 3.1.0 shuffle those of one date between pages.
+    It walks by date, newest first: each step asks for photos not newer than `before`. At 50,000
+    photos this is four times as fast as page numbers, and none is lost where releases before
+    3.1.0 shuffle those of one date.
     """
 
     part: int = 0  # which key and visibility
@@ -2523,143 +2516,155 @@ def moment(text: object) -> datetime | None:
 def onward(walk: Walk, listed: Mapping[str, datetime], more: bool, stable: bool) -> Walk | None:
     """The step after one that listed these photos; None at the end of the part.
 
-    `stable`: the server orders photos of one date the same way each time. Where it
-    does not, pages within one millisecond are gone through until they bring nothing new.
+    Where the order of photos of one date is not `stable`, pages within one millisecond are
+    asked for again until they bring nothing new.
     """
     quiet = 0 if listed.keys() - walk.seen.keys() else walk.quiet + 1
     seen = {**walk.seen, **listed}
     bound = min(listed.values(), default=FAR_FUTURE) + MILLISECOND
-    if more and walk.before and bound >= walk.before:
-        return replace(walk, page=walk.page + 1, seen=seen, quiet=quiet)
-    if walk.page > 1 and not stable and quiet < 4 * walk.page:
-        return replace(walk, page=1, seen=seen, quiet=quiet)
-    if not more:
-        return None
+    within = more and walk.before and bound >= walk.before  # still the same millisecond
+    if within or (walk.page > 1 and not stable and quiet < 4 * walk.page):
+        return replace(walk, page=walk.page + 1 if within else 1, seen=seen, quiet=quiet)
     again = {asset_id: date for asset_id, date in seen.items() if date <= bound}
-    return Walk(walk.part, bound, seen=again)
-
-
-class Immich(Session):
-    """A session with Immich's REST interface at one address."""
-
-    def __init__(self, url: str, headers: Iterable[Header] = ()) -> None:
-        super().__init__(headers)
-        self.url = url
-
-    def call(self, key: str, method: str, path: str, **options: Any) -> Reply:
-        """Send one request with a user's key; without one for "", where none is needed."""
-        headers = {"x-api-key": key or None} | options.pop("headers", {})
-        own: dict[str, Any] = {"timeout": IMMICH_TIMEOUT, "headers": headers}
-        return http(self, method, self.url + path, blame=immich_error, **own | options)
+    return Walk(walk.part, bound, seen=again) if more else None
 
 
 class ApiLibrary(Library):
     """Immich's REST API, 1.132 to 3.3, which tells of uploads only to keys that may do everything.
 
-    Every photo is read and written with the key of its owner, and JSON is read
-    leniently: an odd field never costs more than that field.
+    Each photo is read and written with its owner's key. An odd field in JSON costs only itself.
     """
 
     must_confirm, most_workers = True, sys.maxsize
 
-    def __init__(self, immich: Immich, server: Server) -> None:
-        self._immich = immich
-        self._server = server
-        self._accounts = server.accounts
-        users = range(len(server.accounts))
-        self._parts = [(number, v) for number in users for v in ("timeline", "archive")]
+    def __init__(self, config: Config, server: Server) -> None:
+        self._config, self._server, self._accounts = config, server, server.accounts
+        self._session = Session(config.immich_header)
+        users = server.accounts.values()
+        self._parts = [(account, v) for account in users for v in ("timeline", "archive")]
+
+    def read_version(self) -> Reply:
+        """GET /server/version, which needs no key and answers in maintenance too."""
+        try:
+            reply = self._send("", "GET", "/server/version", CHECK_TIMEOUT)
+            told = reply.json()
+            version = [dig(told, part) for part in ("major", "minor", "patch")]
+            if not all(isinstance(number, int) for number in version):
+                raise Retryable("not_json")
+        except Retryable as error:
+            if error.key not in ("not_json", "immich_maintenance"):
+                raise
+            url, status = public(self._config.immich_api_url), error.fields.get("status", 200)
+            raise Unexpected("immich_wrong", url=url, status=status) from error
+        self._server.version = tuple(version)
+        return reply
+
+    def keeps_notes(self) -> bool:
+        """Whether this release has metadata of photos that keys may write."""
+        return self._server.version >= (2, 5, 0)
+
+    def permissions(self, key: str) -> list[Any]:
+        """What a key may do, by GET /api-keys/me; releases before it say only that it is valid."""
+        if self._server.version < (1, 139, 0):
+            self._send(key, "POST", "/auth/validateToken", CHECK_TIMEOUT).json()
+            return ["all"]
+        return dig_list(self._send(key, "GET", "/api-keys/me", CHECK_TIMEOUT).json(), "permissions")
+
+    def user_of(self, key: str, needed: Sequence[str]) -> str:
+        """The id of a key's user, "" if it may not ask; Fatal for a key that cannot work."""
+        allowed = self.permissions(key)
+        if missing := [p for p in needed if p not in allowed and "all" not in allowed]:
+            raise Fatal("immich_permission_missing", permission=", ".join(missing))
+        try:
+            return text_at(self._send(key, "GET", "/users/me", CHECK_TIMEOUT).json(), "id")
+        except Fatal as error:
+            if error.key != "immich_permission_missing":
+                raise
+            return ""
+
+    def _send(
+        self, key: str, method: str, path: str, timeout: float = IMMICH_TIMEOUT, **options: Any
+    ) -> Reply:
+        """Send one request with a user's key, or with none for ""."""
+        own: dict[str, Any] = {"timeout": timeout, "headers": {"x-api-key": key or None}}
+        url = self._config.immich_api_url + path
+        reply = http(self._session, method, url, blame=immich_error, **own | options)
+        if "text/html" in reply.headers.get("Content-Type", ""):  # what a proxy shows to people
+            raise Retryable("not_json", url=reply.url)
+        return reply
+
+    def _call(
+        self, account: Account, method: str, path: str, *, raw: bool = False, **options: Any
+    ) -> Any:
+        """The JSON that a request is answered with, or its bytes; Skip once the key is refused."""
+        try:
+            if not account.refused:
+                with blame(functools.partial(self.permissions, account.key)):
+                    reply = self._send(account.key, method, path, **options)
+                    return reply.body if raw else reply.json()
+        except Fatal as error:
+            if error.key not in ("immich_key_refused", "immich_permission_missing"):
+                raise
+            first, account.refused = not account.refused, error
+            if all(other.refused for other in self._accounts.values()):
+                raise
+            if first:
+                log.error("%s", t("key_refused", number=account.number + 1, why=error))
+        raise Skip("key_refused", number=account.number + 1, why=account.refused)
+
+    def _ask(self, photo: Photo, method: str, path: str = "", **options: Any) -> Any:
+        """A request about one photo, with the key of its owner."""
+        account = self._accounts[photo.source]
+        return self._call(account, method, f"/assets/{photo.id}{path}", **options)
 
     def clock(self) -> datetime:
         """The Date header of GET /server/version; a proxy may have taken it away."""
-        key = next(account.key for account in self._accounts if not account.refused)
-        with blame(functools.partial(granted, self._immich, key, self._server.version)):
-            reply, self._server.version = immich_version(self._immich)  # it may be another by now
+        key = next(account.key for account in self._accounts.values() if not account.refused)
+        with blame(functools.partial(self.permissions, key)):
+            reply = self.read_version()
         with suppress(ValueError):
             return parsedate_to_datetime(reply.headers.get("Date", "")).astimezone(UTC)
         return datetime.now(UTC)
 
-    def _keeps_notes(self) -> bool:
-        """Whether this release has metadata of photos that keys may write."""
-        return self._server.version >= (2, 5, 0)
-
     def page(self, cursor: Walk | None, since: datetime | None = None) -> Page:
-        if not cursor:
-            for number, account in enumerate(self._accounts):
-                account.groups = self._groups(number)
+        for account in () if cursor else self._accounts.values():
+            with suppress(Skip):  # with its key
+                account.groups = self._groups(account)
         return self._page(cursor or Walk(), {"createdAfter": iso(since)} if since else {})
 
-    def _page(self, walk: Walk, bounds: dict[str, str]) -> Page:
-        """POST /search/metadata, in the flat shape that all releases understand."""
-        number, visibility = self._parts[walk.part]
-        query = {"size": PAGE, "page": walk.page, "order": "desc", "withExif": True} | bounds
-        query |= {"withPeople": True} if "people" in self._server.context else {}
-        if walk.before:
-            query["takenBefore"] = iso(walk.before)
-        body = query | self._filter(visibility)
-        told: dict[str, Any] = {}
-        with suppress(Skip):  # with its key: on to the next one
-            told = self._call(number, "POST", "/search/metadata", assets_found, json=body)
-        note, source = UNREAD if self._keeps_notes() else None, str(number)
-        items = [i for i in dig_list(told, "items") if isinstance(dig(i, "id"), str)]
+    def _page(self, walk: Walk, query: dict[str, Any]) -> Page:
+        """The photos of one step, and the next step."""
+        account, visibility = self._parts[walk.part]
+        query = query | self._filter(visibility)
+        query |= {"page": walk.page, "order": "desc", "withExif": True}
+        query |= {"withPeople": True} if "people" in self._config.context else {}
+        query |= {"takenBefore": iso(walk.before)} if walk.before else {}
+        items, more = self._search(account, query)
         listed: dict[str, datetime] = {}
         date = walk.before or FAR_FUTURE
         for item in items:
             listed[item["id"]] = date = moment(item.get("fileCreatedAt")) or date
         # made while the next page is fetched, but where whose they are is asked
-        made = list if self._accounts[number].user_id is None else iter
-        fresh = ((i, self._photo(i, source, note)) for i in items if i["id"] not in walk.seen)
-        photos = made(photo for item, photo in fresh if photo and self._owns(number, item))
-        more, stable = dig(told, "nextPage") is not None, self._server.version >= (3, 1, 0)
-        step = onward(walk, listed, more, stable)
+        made = iter if account.user_id else list
+        note = UNREAD if self.keeps_notes() else None
+        fresh = ((i, self._photo(i, account, note)) for i in items if i["id"] not in walk.seen)
+        photos = made(photo for item, photo in fresh if photo and self._owns(account, item))
+        step = onward(walk, listed, more, stable=self._server.version >= (3, 1, 0))
         if step is None and walk.part + 1 < len(self._parts):
             step = Walk(walk.part + 1)
         return photos, step
 
-    def _photo(self, item: Mapping[str, Any], source: str, note: Note | None) -> Photo | None:
-        """A photo in an answer, with the facts that are known by it."""
-        photo, context = photo_listed(item, source, note), self._server.context
-        if not photo or not context:
-            return photo
-        account = self._accounts[int(source)]
-        if account.groups is None:
-            account.groups = self._groups(int(source))
-        told = account.groups.get(photo.id, ())
-        groups = {name: [one for kind, one in told if kind == name] for name in self._server.groups}
-        return replace(photo, told={**item, **groups})
-
-    def _groups(self, number: int) -> Groups:
-        """By photo, its albums and tags: one search for each of them, of all that a user has."""
-        groups: dict[str, list[tuple[str, Any]]] = defaultdict(list)
-        for kind, query, told in self._all_groups(number):
-            with suppress(Skip):  # deleted meanwhile
-                for photo_id in self._members(number, query):
-                    groups[photo_id].append((kind, told))
-        return groups
-
-    def _all_groups(self, number: int) -> Iterator[tuple[str, dict[str, list[str]], Any]]:
-        """GET /albums and GET /tags: the kind, how to search for members, and what a photo has."""
-        ask = functools.partial(self._call, number, "GET", read=Reply.json)
-        albums: dict[str, str] = {}
-        if "albums" in self._server.groups:
-            both = self._server.version >= (3, 0, 0)
-            for path in ("/albums",) if both else ("/albums", "/albums?shared=true"):
-                albums |= {str(dig(a, "id")): dig(a, "albumName") for a in dig_list(ask(path=path))}
-        yield from (("albums", {"albumIds": [key]}, name) for key, name in albums.items())
-        if "tags" in self._server.groups:
-            for tag in dig_list(ask(path="/tags")):
-                yield "tags", {"tagIds": [str(dig(tag, "id"))]}, tag
-
-    def _members(self, number: int, query: dict[str, Any]) -> Iterator[str]:
-        """POST /search/metadata: the ids of photos, and of some that are others'."""
-        all_at_once = self._server.version >= (3, 0, 0)  # which lists archived photos, too
-        parts = [{}] if all_at_once else [self._filter(v) for v in ("timeline", "archive")]
-        for part in parts:
-            page: Any = 1
-            while page:
-                body = part | query | {"size": PAGE, "page": int(page)}
-                told = self._call(number, "POST", "/search/metadata", assets_found, json=body)
-                yield from (str(dig(item, "id")) for item in dig_list(told, "items"))
-                page = dig(told, "nextPage")
+    def _search(self, account: Account, query: dict[str, Any]) -> tuple[list[Any], bool]:
+        """POST /search/metadata, in the flat shape of all releases: one page; if there is more."""
+        body = query | {"size": PAGE}
+        try:
+            found = dig(self._call(account, "POST", "/search/metadata", json=body), "assets")
+        except Skip:  # with the key, or the album was deleted meanwhile
+            return [], False
+        if not isinstance(found, dict):
+            raise Retryable("not_json", url=public(self._config.immich_api_url))
+        items = [item for item in dig_list(found, "items") if isinstance(dig(item, "id"), str)]
+        return items, dig(found, "nextPage") is not None
 
     def _filter(self, visibility: str) -> dict[str, Any]:
         """Always an explicit visibility: what goes without saying differs by release."""
@@ -2667,109 +2672,92 @@ class ApiLibrary(Library):
             return {"type": "IMAGE", "visibility": visibility}
         return {"type": "IMAGE", "isArchived": visibility == "archive", "isVisible": True}
 
-    def _owns(self, number: int, item: dict[str, Any]) -> bool:
+    def _photo(self, item: Any, account: Account, note: Note | None = None) -> Photo | None:
+        """A photo in an answer; None for what the search let through besides."""
+        hidden = item.get("type") != "IMAGE" or item.get("visibility") in ("hidden", "locked")
+        if hidden or True in (item.get("isTrashed"), item.get("isOffline")):
+            return None
+        if account.groups is None:
+            account.groups = self._groups(account)
+        groups = {kind: photos.get(item["id"], []) for kind, photos in account.groups.items()}
+        description = dig(item, "exifInfo", "description")
+        return Photo(
+            id=item["id"],
+            name=str(item.get("originalFileName") or item["id"]),
+            description=description if isinstance(description, str) else "",
+            source=str(account.number),
+            ready=bool(item.get("thumbhash")),  # null until the preview is made
+            note=note,
+            library=str(item.get("libraryId") or ""),
+            told={**item, **groups} if self._config.context else {},
+        )
+
+    def _owns(self, account: Account, item: dict[str, Any]) -> bool:
         """Whether the key's user owns a photo: searches list those of partners too.
 
-        A key without user.read does not know its user; then one photo of each owner
-        tells, since only its owner may update it. The update is empty.
+        A key without user.read does not know its user. Then an empty update of one photo of
+        each owner tells, as only its owner may update it.
         """
         owner: Any = item.get("ownerId")
-        account = self._accounts[number]
-        if account.user_id is None and owner not in account.strangers:
+        if not account.user_id and owner not in account.strangers:
             path = f"/assets/{item['id']}"
-            ask = functools.partial(self._call, number, path=path, read=Reply.json)
             try:
-                ask("PUT", json={})
-                if owner in [other.user_id for other in self._accounts]:
+                self._call(account, "PUT", path, json={})
+                if owner in [other.user_id for other in self._accounts.values()]:
                     account.strangers.add(owner)  # another key of the same user
                 else:
                     account.user_id = owner
             except Skip:
                 with suppress(Skip):
-                    ask("GET")  # it is there still, so it is somebody else's
+                    self._call(account, "GET", path)  # it is there still: it is somebody else's
                     account.strangers.add(owner)
         return bool(owner) and owner == account.user_id
+
+    def _groups(self, account: Account) -> dict[str, dict[str, list[Any]]]:
+        """Albums and tags by photo: one search for each of them, of all that a user has."""
+        groups: dict[str, dict[str, list[Any]]] = {}
+        for kind in self._server.groups:
+            photos = groups[kind] = defaultdict[str, list[Any]](list)
+            paths = [f"/{kind}"]
+            if kind == "albums" and self._server.version < (3, 0, 0):
+                paths.append("/albums?shared=true")
+            listed = [one for path in paths for one in dig_list(self._call(account, "GET", path))]
+            for group_id, group in {str(dig(one, "id")): one for one in listed}.items():
+                told = dig(group, "albumName") if kind == "albums" else group
+                for photo_id in self._members(account, {GROUPS[kind][1]: [group_id]}):
+                    photos[photo_id].append(told)
+        return groups
+
+    def _members(self, account: Account, query: dict[str, Any]) -> Iterator[str]:
+        """The ids of the photos in a group, and of some that are others'."""
+        all_at_once = self._server.version >= (3, 0, 0)  # which lists archived photos, too
+        for part in [{}] if all_at_once else [self._filter(v) for v in ("timeline", "archive")]:
+            page, more = 1, True
+            while more:
+                items, more = self._search(account, part | query | {"page": page})
+                yield from (item["id"] for item in items)
+                page += 1
 
     def total(self) -> int:
         """POST /search/statistics, which needs asset.statistics."""
         # not by _call: a key without this right is as good as any for the work
-        ask = functools.partial(self._immich.call, method="POST", path="/search/statistics")
-        parts = [(self._accounts[number].key, self._filter(v)) for number, v in self._parts]
-        totals = [dig(ask(key, json=body).json(), "total") for key, body in parts]
-        return sum(total for total in totals if isinstance(total, int))
+        ask = functools.partial(self._send, method="POST", path="/search/statistics")
+        answers = [ask(account.key, json=self._filter(v)).json() for account, v in self._parts]
+        return int(sum(number_at(answer, "total") for answer in answers))
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
         """What was updated since then, as a photo is when its preview is made."""
-        bounds = {"createdAfter": iso(started - UPLOAD_TIME)} if started else {}
+        query = {"updatedAfter": iso(since)}
+        query |= {"createdAfter": iso(started - UPLOAD_TIME)} if started else {}
         updated: list[Photo] = []
         walk: Walk | None = Walk()
         while walk:
-            photos, walk = self._page(walk, {"updatedAfter": iso(since)} | bounds)
+            photos, walk = self._page(walk, query)
             updated += (photo for photo in photos if photo.ready)
         return updated
 
-    def claim(self, photo: Photo) -> Photo:
-        """GET /assets/{id}/metadata/{key}; nothing arbitrates between instances but `--shard`."""
-        path, told = f"/assets/{photo.id}/metadata/{KEY}", None
-        with suppress(Missing):
-            if self._keeps_notes():
-                told = self._call(int(photo.source), "GET", path, Reply.json)
-        return replace(photo, note=note_in(dig(told, "value")))
-
-    def look(self, photo: Photo) -> Photo:
-        item = self._read(photo)
-        found = self._photo(item, photo.source, None)
-        if not found or not self._owns(int(photo.source), item):
-            raise Skip("photo_excluded")
-        return self.claim(found)
-
-    def with_facts(self, photo: Photo) -> Photo:
-        """GET /assets/{id} for tags, GET /assets/{id}/ocr for what is written on it."""
-        server, told = self._server, dict[str, Any]()
-        if "tags" in server.context and "tags" not in server.groups:
-            told["tags"] = self._read(photo).get("tags")
-        if "text" in server.context and server.version >= (2, 2, 0):
-            path = f"/assets/{photo.id}/ocr"
-            told["ocr"] = self._call(int(photo.source), "GET", path, Reply.json)
-        return replace(photo, told={**photo.told, **told})
-
-    def preview(self, photo: Photo) -> bytes | None:
-        """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
-        ask = functools.partial(self._call, int(photo.source), limit=PREVIEW_LIMIT)
-        data = None
-        with suppress(Missing):
-            for size in dict.fromkeys((self._server.size, "preview")):  # an original may be a GIF
-                query = {"size": size, "edited": "true"}
-                data = ask("GET", f"/assets/{photo.id}/thumbnail", no_web_page, params=query)
-                if picture_type(data)[0]:
-                    break
-        return data
-
-    def write(self, photo: Photo, text: str, note: Note | None) -> bool:
-        """GET and PUT /assets/{id}: there is no write on condition, so read just before.
-
-        The GET also tells whether a write that timed out was done after all: a second PUT
-        close to the first could be lost. The note goes first, so that a text of ours never
-        stands without one, wherever the process is killed.
-        """
-        current = self._read(photo)
-        stored = dig(current, "exifInfo", "description") or ""
-        if dig(current, "isTrashed") is True:
-            raise Skip("photo_gone")
-        if stored not in (text, photo.description):
-            return False
-        body = json.dumps({"description": text}).encode()
-        if len(body) > BODY_LIMIT:
-            raise Permanent("description_too_long")
-        if note:
-            self.remember([(photo, note)])
-        if stored != text:
-            path = f"/assets/{photo.id}"
-            self._call(int(photo.source), "PUT", path, Reply.json, data=body, headers=JSON_BODY)
-        return True
-
     def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
-        """POST /search/metadata for many that were updated, GET /assets/{id} for each other."""
+        """A search for many that were updated, GET /assets/{id} for each other."""
         stored: dict[str, str] = {}
         if len(photos) > len(self._parts):  # else these are fewer requests
             since = self.clock() - timedelta(seconds=age + 2)  # the clock has whole seconds
@@ -2780,195 +2768,143 @@ class ApiLibrary(Library):
                     stored[photo.id] = dig(self._read(photo), "exifInfo", "description") or ""
         return stored
 
+    def _read(self, photo: Photo) -> dict[str, Any]:
+        """GET /assets/{id}; Retryable if something else answers."""
+        told = self._ask(photo, "GET")
+        if dig(told, "id") != photo.id:
+            raise Retryable("not_json", url=public(self._config.immich_api_url))
+        return dict(told)
+
+    def claim(self, photo: Photo) -> Photo:
+        """GET /assets/{id}/metadata/{key}; nothing arbitrates between instances but `--shard`."""
+        told = None
+        with suppress(Missing):
+            if self.keeps_notes():
+                told = self._ask(photo, "GET", f"/metadata/{KEY}")
+        return replace(photo, note=note_in(dig(told, "value")))
+
+    def look(self, photo: Photo) -> Photo:
+        item, account = self._read(photo), self._accounts[photo.source]
+        found = self._photo(item, account)
+        if not found or not self._owns(account, item):
+            raise Skip("photo_excluded")
+        return self.claim(found)
+
+    def with_facts(self, photo: Photo) -> Photo:
+        """GET /assets/{id} for tags, GET /assets/{id}/ocr for what is written on it."""
+        context, told = self._config.context, dict[str, Any]()
+        if "tags" in context and "tags" not in self._server.groups:
+            told["tags"] = self._read(photo).get("tags")
+        if "text" in context and self._server.version >= (2, 2, 0):
+            told["ocr"] = self._ask(photo, "GET", "/ocr")
+        return replace(photo, told={**photo.told, **told})
+
+    def preview(self, photo: Photo) -> bytes | None:
+        """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
+        ask = functools.partial(self._ask, photo, "GET", "/thumbnail", limit=PREVIEW_LIMIT)
+        data: bytes | None = None
+        with suppress(Missing):
+            for size in dict.fromkeys((self._config.thumbnail_size, "preview")):  # it may be a GIF
+                data = ask(raw=True, params={"size": size, "edited": "true"})
+                if picture_type(data)[0]:
+                    break
+        return data
+
+    def write(self, photo: Photo, text: str, note: Note | None) -> bool:
+        """GET and PUT /assets/{id}: there is no write on condition, so read just before.
+
+        The GET also tells whether a write that timed out was done: a second PUT close to the
+        first could be lost. The note goes first: no text of ours ever stands without one.
+        """
+        current, new = self._read(photo), {"description": text}
+        stored = dig(current, "exifInfo", "description") or ""
+        if dig(current, "isTrashed") is True:
+            raise Skip("photo_gone")
+        if stored not in (text, photo.description):
+            return False
+        if len(json.dumps(new)) > BODY_LIMIT:
+            raise Permanent("description_too_long")
+        if note:
+            self.remember([(photo, note)])
+        if stored != text:
+            self._ask(photo, "PUT", json=new)
+        return True
+
     def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
         """PUT or DELETE /assets/{id}/metadata for each; one that is refused costs nothing else."""
-        for photo, note in notes if self._keeps_notes() else ():
-            ask = functools.partial(self._call, int(photo.source))
-            path = f"/assets/{photo.id}/metadata"
+        for photo, note in notes if self.keeps_notes() else ():
             with suppress(Permanent, Skip, Missing):
                 if note:
                     item = {"key": KEY, "value": note.value(datetime.now(UTC))}
-                    ask("PUT", path, Reply.json, json={"items": [item]})
+                    self._ask(photo, "PUT", "/metadata", json={"items": [item]})
                 else:
-                    ask("DELETE", f"{path}/{KEY}", no_web_page)
-
-    def _read(self, photo: Photo) -> dict[str, Any]:
-        """GET /assets/{id}; Retryable if something else answers."""
-        told = self._call(int(photo.source), "GET", f"/assets/{photo.id}", Reply.json)
-        if dig(told, "id") != photo.id:
-            raise Retryable("not_json", url=public(self._immich.url))
-        return dict(told)
-
-    def _call(
-        self, number: int, method: str, path: str, read: Callable[[Reply], T], **options: Any
-    ) -> T:
-        """A request by one of the keys, and its answer read; Skip once the key is refused."""
-        account = self._accounts[number]
-        check = functools.partial(granted, self._immich, account.key, self._server.version)
-        try:
-            if not account.refused:
-                with blame(check):
-                    return read(self._immich.call(account.key, method, path, **options))
-        except Fatal as error:
-            if error.key not in ("immich_key_refused", "immich_permission_missing"):
-                raise
-            first, account.refused = not account.refused, error
-            if all(other.refused for other in self._accounts):
-                raise
-            if first:
-                log.error("%s", t("key_refused", number=account.number, why=error))
-        raise Skip("key_refused", number=account.number, why=account.refused)
+                    self._ask(photo, "DELETE", f"/metadata/{KEY}", raw=True)
 
     def close(self) -> None:
-        self._immich.close()
+        self._session.close()
 
 
-def assets_found(reply: Reply) -> dict[str, Any]:
-    """The photos in the answer of POST /search/metadata; Retryable if it is another's answer."""
-    found = dig(reply.json(), "assets")
-    if not isinstance(found, dict):
-        raise Retryable("not_json", url=reply.url)
-    return found
-
-
-def no_web_page(reply: Reply) -> bytes:
-    """The body of an answer; Retryable for a page that a proxy shows to people."""
-    if "text/html" in reply.headers.get("Content-Type", ""):
-        raise Retryable("not_json", url=reply.url)
-    return reply.body
-
-
-def photo_listed(item: Mapping[str, Any], source: str, note: Note | None) -> Photo | None:
-    """A photo as POST /search/metadata lists it; None for what the search let through besides."""
-    hidden = item.get("type") != "IMAGE" or item.get("visibility") in ("hidden", "locked")
-    if hidden or True in (item.get("isTrashed"), item.get("isOffline")):
-        return None
-    description = dig(item, "exifInfo", "description")
-    return Photo(
-        id=item["id"],
-        name=str(item.get("originalFileName") or item["id"]),
-        description=description if isinstance(description, str) else "",
-        source=source,
-        ready=bool(item.get("thumbhash")),  # null until the preview is made
-        note=note,
-        library=str(item.get("libraryId") or ""),
-    )
-
-
-def open_api(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
+def open_api(config: Config) -> Opened:
     """Check Immich's address and each key; one that is refused is left out."""
-    url = config.immich_api_url
     renews = config.policy is Policy.OUTDATED
     groups = [n for n in config.context if n == "albums" or (n == "tags" and renews)]
-    needed = (*NEEDED_PERMISSIONS, *(GROUP_PERMISSIONS[name] for name in groups))
+    server = Server(groups=groups)
+    needed = (*NEEDED_PERMISSIONS, *(GROUPS[name][0] for name in groups))
     accounts: dict[str, Account] = {}  # by user, as two keys may be of one
-    refused: list[Fatal] = []
-    with closing(Immich(url, config.immich_header)) as immich:
-        _, version = immich_version(immich)
-        for number, key in enumerate(config.immich_api_keys, 1):
+    with closing(ApiLibrary(config, server)) as library:
+        library.read_version()
+        for number, key in enumerate(config.immich_api_keys):
+            account = Account(key, number)
             try:
-                user_id = user_of(immich, key, version, needed)
-                accounts.setdefault(user_id or key, Account(key, number, user_id))
+                account.user_id = library.user_of(key, needed)
             except Unexpected:  # says nothing of the key
                 raise
             except Fatal as error:
-                refused.append(Fatal("key_refused", number=number, why=error))
-    if not accounts:
-        raise refused[0]
-    for trouble in refused:
-        log.error("%s", trouble)
-    if config.policy is Policy.OUTDATED and version < (2, 5, 0):
+                account.refused = error
+            accounts.setdefault(account.user_id or key, account)
+    users = accounts.values()
+    server.accounts = {str(one.number): one for one in users if not one.refused}
+    for account in users:
+        if account.refused:
+            trouble = Fatal("key_refused", number=account.number + 1, why=account.refused)
+            if not server.accounts:
+                raise trouble
+            log.error("%s", trouble)
+    if renews and server.version < (2, 5, 0):
         raise Fatal("notes_needed")
-    if "albums" in groups and version < (1, 135, 0):
+    if "albums" in groups and server.version < (1, 135, 0):
         groups.remove("albums")
         log.warning("%s", t("no_albums"))
-    size, context = config.thumbnail_size, config.context
-    server = Server(version, list(accounts.values()), size, context, groups)
-    return (
-        lambda: ApiLibrary(Immich(url, config.immich_header), server),
-        lambda: not refused and not any(account.refused for account in server.accounts),
-    )
-
-
-def immich_version(immich: Immich) -> tuple[Reply, Version]:
-    """GET /server/version, which needs no key and answers in maintenance too."""
-    try:
-        reply = immich.call("", "GET", "/server/version", timeout=CHECK_TIMEOUT)
-        told = reply.json()
-        major, minor, patch = (int(dig(told, part)) for part in ("major", "minor", "patch"))
-    except (Retryable, TypeError, ValueError) as error:
-        if getattr(error, "key", "not_json") not in ("not_json", "immich_maintenance"):
-            raise
-        status = getattr(error, "fields", {}).get("status", 200)
-        raise Unexpected("immich_wrong", url=public(immich.url), status=status) from error
-    return reply, (major, minor, patch)
-
-
-def granted(immich: Immich, key: str, version: Version) -> list[Any]:
-    """What a key may do, by GET /api-keys/me; releases before it say only that it is valid."""
-    if version < (1, 139, 0):
-        immich.call(key, "POST", "/auth/validateToken", timeout=CHECK_TIMEOUT).json()
-        return ["all"]
-    told = immich.call(key, "GET", "/api-keys/me", timeout=CHECK_TIMEOUT).json()
-    return dig_list(told, "permissions")
-
-
-def user_of(immich: Immich, key: str, version: Version, needed: Sequence[str]) -> str | None:
-    """The id of a key's user, None if it may not ask; Fatal for a key that cannot work."""
-    allowed = granted(immich, key, version)
-    missing = [p for p in needed if p not in allowed and "all" not in allowed]
-    if missing:
-        raise Fatal("immich_permission_missing", permission=", ".join(missing))
-    try:
-        user_id = dig(immich.call(key, "GET", "/users/me", timeout=CHECK_TIMEOUT).json(), "id")
-    except Fatal as error:
-        if error.key != "immich_permission_missing":
-            raise
-        return None
-    return user_id if isinstance(user_id, str) else None
+    return lambda: ApiLibrary(config, server), lambda: not any(one.refused for one in users)
 
 
 def statements(tables: Tables, config: Config) -> dict[str, Any]:
     """The SQL of immich.sql by name, for these tables; Unexpected if they are not Immich's."""
-    ignored = config.ignore_descriptions
-    given = {
-        "tables": tables,
-        "described": config.policy is not Policy.NONE,
-        "ignored": expression(ignored) if ignored else "",
-        "context": config.context,
-    }
+    described, context = config.policy is not Policy.NONE, config.context
+    ignored = expression(config.ignore_descriptions) if config.ignore_descriptions else ""
+    given = {"tables": tables, "described": described, "ignored": ignored, "context": context}
     named: dict[str, Any] = vars(template(data_file("immich.sql")).make_module(given))
     if not tables.keys() >= {*named["needed"]}:
         raise Unexpected("no_immich_tables")
     return named
 
 
-# The tables and columns there are, by which all other SQL is chosen.
-TABLES = """SELECT c.relname, array_agg(a.attname::text)
-    FROM pg_catalog.pg_class c
-    JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-    WHERE pg_table_is_visible(c.oid) AND c.relkind IN ('r', 'p')
-    GROUP BY c.relname"""
 BEFORE_ALL_IDS = "00000000-0000-0000-0000-000000000000"
 REOPEN_AFTER = 3600.0  # seconds; Immich may have been upgraded, which changes its tables
-CONNECTION = {  # unless the setting says otherwise; a lost connection is noticed in a minute
-    "application_name": "immich-analyze",
-    "connect_timeout": "10",
-    "keepalives_idle": "30",
-    "keepalives_interval": "10",
-    "keepalives_count": "3",
-    "tcp_user_timeout": "60000",  # ms
-}
+# Unless the setting says otherwise; a lost connection is noticed in a minute.
+CONNECTION = (
+    "application_name=immich-analyze connect_timeout=10 tcp_user_timeout=60000"
+    " keepalives_idle=30 keepalives_interval=10 keepalives_count=3"
+)
 
 
 class Database:
     """One connection, opened when it is first needed, again after it was lost, and each hour."""
 
-    chosen: Mapping[str, Any]  # for the tables as they were when the connection was made
+    chosen: Mapping[str, Any]  # statements for the tables that the connection found
 
-    def __init__(self, url: str, choose: Callable[[Tables], Mapping[str, Any]]) -> None:
-        self._url = url
-        self._choose = choose  # makes the statements for the tables that a connection finds
+    def __init__(self, config: Config) -> None:
+        self._config = config
         self._connection: psycopg2.extensions.connection | None = None
         self._opened = 0.0
 
@@ -2990,14 +2926,15 @@ class Database:
         if old and not old.closed and now < self._opened + REOPEN_AFTER:
             return old
         self.close()
-        own = psycopg2.extensions.parse_dsn(self._url)
-        new: psycopg2.extensions.connection = psycopg2.connect(**(CONNECTION | own))
+        url = postgres_url(self._config.postgres_url)
+        usual, own = map(psycopg2.extensions.parse_dsn, (CONNECTION, url))
+        new: psycopg2.extensions.connection = psycopg2.connect(**(usual | own))
         new.autocommit = True
         new.set_client_encoding("UTF8")
         with new.cursor() as cursor:
-            cursor.execute("SET lock_timeout = '10s'; SET statement_timeout = '5min'")
-            cursor.execute(TABLES)
-            self.chosen = self._choose({name: set(columns) for name, columns in cursor})
+            cursor.execute(data_file("connection.sql"))
+            tables = {name: set(columns) for name, columns in cursor}
+        self.chosen = statements(tables, self._config)
         self._connection, self._opened = new, now
         return new
 
@@ -3011,45 +2948,68 @@ class Database:
 class DbLibrary(Library):
     """Immich's own tables, 1.132 to 3.3, on PostgreSQL 14 and newer.
 
-    Only one description is changed at a time, only while it is as listed, and with its note.
+    A description is changed only together with its note, and only while it is as listed.
     """
 
     must_confirm = False
 
-    def __init__(
-        self,
-        database: Database,
-        root: Path,
-        thumbs: str,
-        most_workers: int,
-        context: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, config: Config, most_workers: int = 1) -> None:
+        self.database = Database(config)
+        self._root = config.thumbs_root or config.immich_root
+        self._thumbs = "" if config.thumbs_root else "thumbs"
         self.most_workers = most_workers
-        self._database, self._context = database, context
-        self._root, self._thumbs = root, thumbs
-        self._check = functools.partial(check_database, database, root, thumbs)
 
     def _rows(self, name: str, note: Note | None = None, **values: object) -> list[tuple[Any, ...]]:
         stored = psycopg2.extras.Json(note.value(datetime.now(UTC))) if note else None
-        with blame(self._check):
-            return self._database.rows(name, note=stored, **values)
+        with blame(self.check):
+            return self.database.rows(name, note=stored, **values)
+
+    def check(self) -> None:
+        """Unexpected if it takes no writes, or the folder does not hold some of its previews."""
+        [(read_only, samples)] = self.database.rows("check")
+        if read_only == "on":
+            self.close()  # others may be
+            raise Unexpected("database_read_only")
+        for path in samples:
+            with suppress(Missing, Permanent):
+                self._file(path)
+                return
+        root, thumbs = self._root, self._root / self._thumbs
+        first = thumbs / "".join(samples[:1]).rpartition("thumbs/")[2]
+        try:
+            read_file(first)
+        except (Missing, Permanent) as error:
+            if isinstance(error.__cause__, PermissionError):  # nobody knows whether it is there
+                raise
+        if not os.path.isdir(thumbs):
+            raise Unexpected("root_wrong" if self._thumbs else "thumbs_wrong", root=root)
+        if samples:
+            raise Unexpected("root_empty", root=root, path=first)
+
+    def _file(self, path: str) -> bytes:
+        return read_file(inside(self._root, path, self._thumbs))
 
     def clock(self) -> datetime:
         now: datetime = self._rows("clock")[0][0]
         return now
 
-    def _listed(self, name: str, **bounds: Any) -> list[tuple[Any, ...]]:
+    def _listed(self, name: str, **bounds: Any) -> Page:
         """A page; if a row of it cannot be decoded, with bare ids: that photo will fail alone."""
         try:
-            return self._rows(name, limit=PAGE, **bounds)
+            rows = self._rows(name, limit=PAGE, **bounds)
         except Permanent:
-            return self._rows(f"bare_{name}", limit=PAGE, **bounds)
+            rows = self._rows(f"bare_{name}", limit=PAGE, **bounds)
+        mark = rows[-1][-1] if len(rows) == PAGE else None
+        return [self._photo(row) for row in rows], mark
+
+    def _photo(self, row: Sequence[Any]) -> Photo:
+        """A photo as the statements list it."""
+        asset_id, name, description, path, note, library, told = row[:7]
+        return Photo(str(asset_id), name, description, path, True, note_in(note), library, told)
 
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
         """One page by id: only photos with work to do, each with its preview's path."""
-        rows = self._listed("listing", since=since, after=cursor or BEFORE_ALL_IDS)
-        photos = [row_listed(row) for row in rows]
-        return photos, photos[-1].id if len(photos) == PAGE else None
+        return self._listed("listing", since=since, after=cursor or BEFORE_ALL_IDS)
 
     def total(self) -> int:
         return int(self._rows("count")[0][0])
@@ -3058,11 +3018,10 @@ class DbLibrary(Library):
         """The feed of preview rows by `asset_file."updateId"`: only photos with work to do."""
         uploaded = started and started - SWEEP_SPAN  # as previews made anew are in the feed
         photos: list[Photo] = []
-        after = BEFORE_ALL_IDS
-        while after:
-            rows = self._listed("news", since=since, uploaded=uploaded, after=after)
-            photos += map(row_listed, rows)
-            after = rows[-1][-1] if len(rows) == PAGE else ""
+        mark: str | None = BEFORE_ALL_IDS
+        while mark:
+            page, mark = self._listed("news", since=since, uploaded=uploaded, after=mark)
+            photos += page
         return photos
 
     def watch(self, event: Callable[[], None], cooldown: float) -> PreviewWatch:
@@ -3083,34 +3042,24 @@ class DbLibrary(Library):
         try:
             self._rows("release", id=photo.id)
         except AnalyzeError:
-            self._database.close()
+            self.database.close()
 
     def look(self, photo: Photo) -> Photo:
         rows = self._rows("look", id=photo.id)
         if not rows or not rows[0][-2]:
             raise Skip("photo_excluded")
-        return replace(row_listed(rows[0]), ready=rows[0][-1])
-
-    def with_facts(self, photo: Photo) -> Photo:
-        if "text" not in self._context:
-            return photo
-        rows = [{"text": text} for (text,) in self._rows("written_on", id=photo.id)]
-        return replace(photo, told={**photo.told, "ocr": rows})
+        return replace(self._photo(rows[0]), ready=rows[0][-1])
 
     def preview(self, photo: Photo) -> bytes | None:
-        """Read the file that `asset_file.path` names, or names by now.
-
-        Unavailable if the folder has none of the previews: the disk or share is away.
-        """
-        try:
-            return read_file(inside(self._root, photo.source, self._thumbs))
-        except (Missing, Permanent):
-            with blame(self._check):
-                self._check()
+        """The file at `asset_file.path`; Unavailable if all are missing, as when a disk is away."""
+        with suppress(Missing, Permanent):
+            return self._file(photo.source)
+        with blame(self.check):
+            self.check()
         # it may lie elsewhere by now, or the disk may just have come back
         path = self.look(photo).source or photo.source
         with suppress(Missing):
-            return read_file(inside(self._root, path, self._thumbs))
+            return self._file(path)
         return None
 
     def write(self, photo: Photo, text: str, note: Note | None) -> bool:
@@ -3129,19 +3078,10 @@ class DbLibrary(Library):
                 self._rows("remember", id=photo.id, note=note)
 
     def close(self) -> None:
-        self._database.close()
+        self.database.close()
 
 
-def row_listed(row: Sequence[Any]) -> Photo:
-    """A photo as the statements list it."""
-    asset_id, name, description, path, note, library, told = row[:7]
-    kept, told = note_in(note), told or {}
-    return Photo(str(asset_id), name, description, path or "", True, kept, library or "", told)
-
-
-PREVIEW_NAME = re.compile(
-    r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})[-_]preview(?:_edited)?\.(?:jpeg|jpg|webp)"
-)
+PREVIEW_NAME = re.compile(r"([0-9a-f]{8}(-[0-9a-f]{4,12}){4})[-_]preview(_edited)?\.(jpe?g|webp)")
 RENEW_AFTER = 3600.0  # seconds between two beginnings of the watch, as each is hard work
 WRITTEN = [fs.FileCreatedEvent, fs.FileModifiedEvent, fs.FileClosedEvent, fs.FileMovedEvent]
 
@@ -3149,8 +3089,7 @@ WRITTEN = [fs.FileCreatedEvent, fs.FileModifiedEvent, fs.FileClosedEvent, fs.Fil
 class PreviewWatch(fs.FileSystemEventHandler):
     """Tells by inotify of previews that are written, each once in `cooldown` seconds.
 
-    It only makes things prompt: what it misses, the database has. So trouble with it is
-    one line, and no error.
+    What it misses, the database has, only later. So trouble with it is one line, and no error.
     """
 
     def __init__(self, folder: Path, event: Callable[[], None], cooldown: float) -> None:
@@ -3177,8 +3116,7 @@ class PreviewWatch(fs.FileSystemEventHandler):
             observer.schedule(self, str(self._folder), recursive=True, event_filter=WRITTEN)
             observer.start()
             # folders that go beyond the limit are left out in silence, but then one more does too
-            nothing, parent = fs.FileSystemEventHandler(), str(self._folder.parent)
-            observer.unschedule(observer.schedule(nothing, parent, event_filter=[]))
+            observer.unschedule(observer.schedule(self, str(self._folder.parent), event_filter=[]))
         except OSError as error:
             if error.errno == errno.ENOSPC or not (observer and observer.is_alive()):
                 keys = {errno.ENOSPC: "watch_limit", errno.EMFILE: "watch_instances"}
@@ -3214,13 +3152,8 @@ class PreviewWatch(fs.FileSystemEventHandler):
 
 
 def inside(root: Path, path: str, thumbs: str = "thumbs") -> Path:
-    """Where a preview lies on this machine.
-
-    Immich's paths begin with the folder as its container sees it (/data, /usr/src/app/
-    upload, or none), but all previews lie under `thumbs/`. Permanent for one outside,
-    Missing for one that leads nowhere.
-    """
-    _, found, rest = path.rpartition("thumbs/")
+    """Where a preview lies here: Permanent for one outside, Missing for one that leads nowhere."""
+    _, found, rest = path.rpartition("thumbs/")  # before it is what only Immich's container has
     try:
         real = (root / thumbs / rest).resolve()
     except (OSError, RuntimeError) as error:  # links that lead in a circle
@@ -3243,15 +3176,14 @@ def read_file(path: Path) -> bytes:
         raise kind("unreadable_file", file=path, why=error.strerror) from error
 
 
-def open_database(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
+def open_database(config: Config) -> Opened:
     """Check the connection, tables, rights and the folder of the previews."""
-    url, choose = postgres_url(config.postgres_url), functools.partial(statements, config=config)
-    place = config.thumbs_root or config.immich_root, "" if config.thumbs_root else "thumbs"
-    with closing(Database(url, choose)) as database, closing(Database(url, choose)) as other:
+    with closing(DbLibrary(config)) as library, closing(Database(config)) as other:
+        database = library.database
         spare, chosen = database.rows("spare")[0][0], database.chosen
         if missing := database.rows("grants", undo=config.undo):
             raise Fatal("grants_missing", grants="; ".join(grant for (grant,) in missing))
-        check_database(database, *place)
+        library.check()
         lock = os.urandom(8).hex()
         with suppress(Unavailable):  # if no other connection can be had, it takes no lock
             taken = [each.rows("claim", id=lock) for each in (database, other) * 10]
@@ -3266,29 +3198,7 @@ def open_database(config: Config) -> tuple[Callable[[], Library], Callable[[], b
     most = max(1, spare * 3 // 4 - 1)  # a quarter for others, two for the stream
     if most < 2 * config.max_concurrent:
         log.warning("%s", t("few_connections", free=spare + 1, number=most))
-    return lambda: DbLibrary(Database(url, choose), *place, most, config.context), lambda: True
-
-
-def check_database(database: Database, root: Path, thumbs: str) -> None:
-    """Unexpected if it takes no writes, or the folder does not hold some of its previews."""
-    if database.rows("read_only") != [("off",)]:
-        database.close()  # others may be
-        raise Unexpected("database_read_only")
-    samples = [path for (path,) in database.rows("samples")]
-    for path in samples:
-        with suppress(Missing, Permanent):
-            read_file(inside(root, path, thumbs))
-            return
-    first = root / thumbs / "".join(samples[:1]).rpartition("thumbs/")[2]
-    try:
-        read_file(first)
-    except (Missing, Permanent) as error:
-        if isinstance(error.__cause__, PermissionError):  # nobody knows whether it is there
-            raise
-    if not os.path.isdir(root / thumbs):
-        raise Unexpected("root_wrong" if thumbs else "thumbs_wrong", root=root)
-    if samples:
-        raise Unexpected("root_empty", root=root, path=first)
+    return lambda: DbLibrary(config, most), lambda: True
 
 
 def say_repeated(texts: Mapping[str, int], config: Config) -> None:
@@ -3300,7 +3210,7 @@ def say_repeated(texts: Mapping[str, int], config: Config) -> None:
         log.info("%s", t("same_description", texts=", ".join(shown[:3])))
 
 
-def open_library(config: Config) -> tuple[Callable[[], Library], Callable[[], bool]]:
+def open_library(config: Config) -> Opened:
     """What makes a library for each worker, once it was checked, and tells if all was reached."""
     opener = open_api if config.access is Access.API else open_database
     try:

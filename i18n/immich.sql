@@ -99,7 +99,15 @@ JOIN {{ tag }} t ON t.id = i."tag{{ s }}Id" AND t."userId" = a."ownerId"
 WHERE i."asset{{ s }}Id" = a.id
 {% endmacro %}
 
-{% macro facts() %}
+-- What Immich read on a photo (2.2 on), from top to bottom, but for what was cut off.
+{% macro text() %}
+SELECT jsonb_agg(jsonb_build_object('text', o.text) ORDER BY o.y1, o.x1)
+FROM asset_ocr o
+WHERE o."assetId" = a.id {% if 'isVisible' in tables['asset_ocr'] %} AND o."isVisible" {% endif %}
+{% endmacro %}
+
+-- All facts, or those that listings have: what is written on photos is long.
+{% macro facts(all) %}
 {% if context %}
 jsonb_build_object(
     'originalFileName', a."originalFileName",
@@ -113,16 +121,18 @@ jsonb_build_object(
     {% if 'people' in context %}, 'people', ({{ people() }}) {% endif %}
     {% if 'albums' in context %}, 'albums', ({{ albums() }}) {% endif %}
     {% if 'tags' in context %}, 'tags', ({{ tags() }}) {% endif %}
+    {% if all and 'asset_ocr' in facts_from %}, 'ocr', ({{ text() }}) {% endif %}
 )
 {% else %}
-NULL
+'{}'::jsonb
 {% endif %}
 {% endmacro %}
 
 -- What the tool knows of a photo.
-{% macro columns() %}
-a.id, a."originalFileName", coalesce(e.description, ''), f.path,
-{% if notes %} m.value {% else %} NULL {% endif %}, a."libraryId"::text, {{ facts() }}
+{% macro columns(all=false) %}
+a.id, a."originalFileName", coalesce(e.description, ''), coalesce(f.path, ''),
+{% if notes %} m.value {% else %} NULL {% endif %},
+coalesce(a."libraryId"::text, ''), {{ facts(all) }}
 {% endmacro %}
 
 -- A photo that people find in their library.
@@ -197,7 +207,7 @@ LIMIT %(limit)s
 
 -- The same pages without texts, one of which PostgreSQL cannot decode.
 {% macro bare(page) %}
-SELECT id, id::text, '', '', NULL, NULL, NULL, mark FROM ({{ page }}) photos
+SELECT id, id::text, '', '', NULL, '', '{}'::jsonb, mark FROM ({{ page }}) photos
 {% endmacro %}
 {% set bare_listing = bare(listing) %}
 {% set bare_news = bare(news) %}
@@ -208,26 +218,9 @@ SELECT count(*) {{ source() }} WHERE {{ wanted() }}
 
 -- id → the columns of a photo, whether it is live, and whether it is ready.
 {% set look %}
-SELECT {{ columns() }}, {{ live() }}, {{ ready() }}
+SELECT {{ columns(all=true) }}, {{ live() }}, {{ ready() }}
 {{ source() }}
 WHERE a.id = %(id)s::uuid
-{% endset %}
-
--- id → what Immich read on a photo (2.2 on), from top to bottom, but for what was cut off.
-{% set ocr = tables.get('asset_ocr', ()) %}
-{% set written_on %}
-{% if ocr %}
-SELECT text FROM asset_ocr
-WHERE "assetId" = %(id)s::uuid {% if 'isVisible' in ocr %} AND "isVisible" {% endif %}
-ORDER BY y1, x1
-{% else %}
-SELECT WHERE false
-{% endif %}
-{% endset %}
-
--- The paths of some previews, to see that the folder is theirs.
-{% set samples %}
-SELECT path FROM {{ file }} WHERE type = 'preview' LIMIT 50
 {% endset %}
 
 -- many → descriptions that are left alone although more photos than that have them, which are not
@@ -316,8 +309,10 @@ SELECT pg_advisory_unlock(1229802817, hashtext(%(id)s))
 SELECT clock_timestamp()
 {% endset %}
 
-{% set read_only %}
-SHOW transaction_read_only
+-- Whether it takes no writes, and the paths of some previews, to see that the folder is theirs.
+{% set check %}
+SELECT current_setting('transaction_read_only'),
+    ARRAY(SELECT path FROM {{ file }} WHERE type = 'preview' LIMIT 50)
 {% endset %}
 
 -- How many connections could be had besides this one.

@@ -437,6 +437,19 @@ def test_a_key_that_is_refused_is_left_out_with_one_line(fake, settings, caplog,
     assert bad not in str(raised.value).split()
 
 
+def test_a_key_that_is_refused_later_costs_the_others_nothing(fake, config):
+    """Not even where the albums of each user are asked for first."""
+    keys = {name: FakeKey(name, (*KNOWING, "album.read")) for name in ("alice", "bob")}
+    server = fake(keys=keys)
+    mine, _ = server.add(), server.add(owner="bob")
+    given = ["--immich-api-url", server.url, "--immich-api-keys", "bob,alice"]
+    new_library, complete = ia.open_library(config(*given, "--context", "albums"))
+    del server.keys["bob"]
+    with closing(new_library()) as library:
+        assert ids(listing(library)) == [mine.id]
+    assert complete() is False
+
+
 @pytest.mark.parametrize("version", ["1.144.1", "2.7.5", "3.3.5"])
 @pytest.mark.parametrize("lacking", MINIMAL)
 def test_the_permission_that_is_missing_is_named(fake, settings, version, lacking):
@@ -908,5 +921,5 @@ def test_no_key_shows_in_errors_log_or_repr(fake, settings, opened, caplog):
     with pytest.raises(ia.Fatal) as raised:
         ia.open_library(settings(server, "bad-secret", "wrong-secret"))
     told = [*caplog.messages, str(raised.value), repr(raised.value), repr(settings(server))]
-    told += [repr(account) for account in library._accounts]
+    told += [repr(account) for account in library._accounts.values()]
     assert "secret" not in json.dumps(told)

@@ -123,7 +123,7 @@ def without_privileges():
 
 def on_its_connection(tool, statement):
     """What this gives where the tool runs its own statements."""
-    with tool._database._connection.cursor() as cursor:
+    with tool.database._connection.cursor() as cursor:
         cursor.execute(statement)
         return cursor.fetchall() if cursor.description else []
 
