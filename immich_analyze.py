@@ -373,11 +373,6 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (part.strip(" \t\r\"'") for part in re.split("[,\n]", text))))
 
 
-def web_addresses(text: str) -> tuple[str, ...]:
-    """Converter for a list of addresses, one at least."""
-    return tuple(map(web_address, words(text) or ("",)))
-
-
 def facts(text: str) -> tuple[str, ...]:
     """Converter for a list of facts; `all` stands for all but the coordinates."""
     known = {name: (name,) for name in FACTS} | {"all": tuple(n for n in FACTS if n != "gps")}
@@ -474,7 +469,9 @@ class Config:
     interface: str = option(
         "NAME", one_of(INTERFACES, openai="llamacpp"), default="ollama", heading="model"
     )
-    hosts: tuple[str, ...] = option("URLS", web_addresses, shown=False, action="extend")
+    hosts: tuple[str, ...] = option(  # one at least
+        "URLS", lambda text: [*map(web_address, words(text) or [""])], shown=False, action="extend"
+    )
     model_name: str = option("NAME", default="qwen3-vl:4b-thinking-q4_K_M")
     api_key: str = secret("KEY")
     host_header: tuple[Header, ...] = secret("HEADER", headers, action="extend")
@@ -878,6 +875,8 @@ USUAL_PIXELS, USUAL_SIDE = 50_000_000, 4096  # above the first, pictures are shr
 MOST_PIXELS = 270_000_000  # a gigabyte in memory
 JPEG_SIDE = 65_500  # the longest that JPEG can have
 OLDEST = 120  # years
+PLACE = ("city", "state", "country")
+NAMES = ("people", "place", "albums", "tags")  # our text is outdated once these are others
 GAP = "\n\n"  # between a person's text, or a prompt, and what is added
 
 
@@ -1020,29 +1019,19 @@ def age_at(born: object, taken: datetime | None) -> int | None:
     return None
 
 
-def people_in(told: object) -> Iterator[str]:
-    """Named people, left to right where their faces are told, else by name."""
-    people = [one for one in dig_list(told, "people") if dig(one, "isHidden") is not True]
-    named = [(text_at(one, "name"), one) for one in people if text_at(one, "name")]
-
-    def from_left(person: tuple[str, object]) -> tuple[float, str]:
-        faces = dig_list(person[1], "faces")
-        left = [number_at(f, "boundingBoxX1") / (number_at(f, "imageWidth") or 1) for f in faces]
-        return min(left, default=math.inf), person[0]
-
-    for name, person in sorted(named, key=from_left):
-        age = age_at(dig(person, "birthDate"), taken_at(told))
-        yield name if age is None else f"{name} (aged {age})"
-
-
-def place_in(told: object) -> list[str]:
-    """City, state and country."""
-    return [text_at(told, "exifInfo", part) for part in ("city", "state", "country")]
-
-
-def albums_in(told: object) -> list[str]:
-    """The names of the albums that the photo's owner has or shares."""
-    return [one_line(name) for name in dig_list(told, "albums")]
+def people_in(told: object) -> list[str]:
+    """People with a name and their age, left to right where Immich tells, else by name."""
+    found = []
+    for person in dig_list(told, "people"):
+        name, faces = text_at(person, "name"), dig_list(person, "faces")
+        if name and dig(person, "isHidden") is not True:
+            left = (
+                number_at(f, "boundingBoxX1") / (number_at(f, "imageWidth") or 1) for f in faces
+            )
+            age = age_at(dig(person, "birthDate"), taken_at(told))
+            found.append((min(left, default=math.inf), name, age))
+    found.sort(key=lambda person: person[:2])
+    return [name if age is None else f"{name} (aged {age})" for _, name, age in found]
 
 
 def tags_in(told: object) -> list[str]:
@@ -1052,18 +1041,20 @@ def tags_in(told: object) -> list[str]:
     return [path.rpartition("/")[2] for path in deepest]
 
 
-# Facts that are names; our text is outdated once they are others.
-NAMES = {"people": people_in, "place": place_in, "albums": albums_in, "tags": tags_in}
-
-
-def names(photo: Photo, fact: str) -> list[str]:
-    """The names that are known of a photo, each once."""
-    return list(dict.fromkeys(filter(None, NAMES[fact](photo.told))))
+def names(told: object, fact: str) -> list[str]:
+    """The people, parts of the place, albums or tags that are known of a photo, each once."""
+    ways: dict[str, Callable[[], Iterable[str]]] = {
+        "people": lambda: people_in(told),
+        "place": lambda: [text_at(told, "exifInfo", part) for part in PLACE],
+        "albums": lambda: map(one_line, dig_list(told, "albums")),
+        "tags": lambda: tags_in(told),
+    }
+    return list(dict.fromkeys(filter(None, ways[fact]())))
 
 
 def names_id(photo: Photo, config: Config) -> str:
     """What notes call the names that are asked for; "" where none are."""
-    asked = {fact: sorted(names(photo, fact)) for fact in NAMES if fact in config.context}
+    asked = {fact: sorted(names(photo.told, fact)) for fact in NAMES if fact in config.context}
     return text_id(json.dumps(asked)) if asked else ""
 
 
@@ -1086,18 +1077,11 @@ def question(photo: Photo, config: Config) -> str:
     prompt, given = config.prompt, {"language": config.description_language}
     if not (config.context or config.description_language or re.search(TAG, prompt)):
         return prompt
-    words = marked(data_file("question.jinja")).make_module(
-        {
-            "told": photo.told,
-            "text_at": text_at,
-            "number_at": number_at,
-            "list_at": dig_list,
-            "names": functools.partial(names, photo),
-            "taken": taken_at(photo.told),
-            "file_name": file_name(photo.told),
-            "persons_text": persons_text(photo, config),
-        }
-    )
+    told = photo.told
+    ways = {"text_at": text_at, "number_at": number_at, "list_at": dig_list, "names": names}
+    found = {"taken": taken_at(told), "file_name": file_name(told)}
+    found["persons_text"] = persons_text(photo, config)
+    words = marked(data_file("question.jinja")).make_module({"told": told} | ways | found)
     # in one line, whatever people wrote
     facts = {n: one_line(getattr(words, n)() if n in config.context else "") for n in FACTS}
     shown = {*re.findall(r"\w+", "".join(re.findall(SHOWN, prompt)))} & {*PLACEHOLDERS}

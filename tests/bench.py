@@ -403,7 +403,7 @@ def postgres_server(
             library.add_many(photos - first, description=text, files=False)
             library.run("ANALYZE")
             tables = dict(library.run(ia.data_file("connection.sql")))
-            sql = ia.statements({t: set(c) for t, c in tables.items()}, ia.Policy.NONE)
+            sql = ia.statements({t: set(c) for t, c in tables.items()}, ia.parse([], {}))
 
             def reset() -> None:
                 if not described:
