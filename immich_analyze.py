@@ -50,7 +50,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
@@ -99,19 +99,12 @@ def data_file(name: str) -> str:
 @functools.cache
 def template(text: str) -> Any:
     """A text of Jinja, ready to be filled in, which sees nothing but what it is given."""
-    return templates().from_string(text)
-
-
-@functools.cache
-def templates() -> Any:
-    """Where templates are made; a name that is given no value is an error."""
     from jinja2 import StrictUndefined, sandbox  # here, as each start would wait for it
 
-    made = sandbox.ImmutableSandboxedEnvironment(
-        keep_trailing_newline=True, undefined=StrictUndefined
-    )
+    kind = sandbox.ImmutableSandboxedEnvironment
+    made = kind(keep_trailing_newline=True, undefined=StrictUndefined)
     made.globals.clear()  # with `range`, loops in loops would never end
-    return made
+    return made.from_string(text)
 
 
 @functools.cache
@@ -142,12 +135,10 @@ def t(key: str, **fields: object) -> str:
 class AnalyzeError(Exception):
     """Anything that went wrong, as a message key with its fields."""
 
-    def __init__(
-        self, key: str, *, pause: float | None = None, words: str = "", **fields: Any
-    ) -> None:
+    def __init__(self, key: str, *, pause: float = 0, words: str = "", **fields: Any) -> None:
         super().__init__(key)
         self.key = key
-        self.pause = pause  # seconds for which the server asks to be left alone
+        self.pause = pause  # seconds for which the server asks to be left alone, 0 for none
         self.words = words  # all that the server said
         self.fields = fields
 
@@ -265,26 +256,22 @@ HEADER = r"(?!content-length|transfer-enc)([\w!#-'*+.^`|~-]+)[ \t]*:[ \t]*([!-~]
 NOT_UTF8 = "[\ud800-\udfff]"  # how Python reads other bytes
 
 
-def number(least: float, *, whole: bool = False, above: bool = False, zero: float = 0) -> Convert:
+def number(
+    least: float, *, most: int = 0, whole: bool = False, above: bool = False, zero: float = 0
+) -> Convert:
     """Converter for a finite number from `least` on (or strictly above it), `zero` for 0."""
     key = "not_a_whole_number" if whole else "not_above" if above else "not_a_number"
 
     def convert(text: str) -> float:
         with suppress(ValueError, OverflowError):
             value = int(text) if whole else float(text)
-            if math.isfinite(value) and (value > least if above else value >= least):
+            high_enough = value > least if above else value >= least
+            if high_enough and value <= (most or sys.float_info.max):
                 return value if whole else min(value or zero, threading.TIMEOUT_MAX)
-        raise argparse.ArgumentTypeError(t(key, value=text, least=f"{least:g}"))
+        problem = t("not_a_port", value=text) if most else t(key, value=text, least=f"{least:g}")
+        raise argparse.ArgumentTypeError(problem)
 
     return convert
-
-
-def port(text: str) -> int:
-    """Converter for a TCP port, 0 for none."""
-    value = int(number(0, whole=True)(text))
-    if value > 65535:
-        raise argparse.ArgumentTypeError(t("not_a_port", value=text))
-    return value
 
 
 def share(text: str) -> tuple[int, int]:
@@ -450,7 +437,6 @@ class Config:
     enrich_prompt: bool = switch()  # then they are ENRICHED at least
     description_language: str = option("LANGUAGE", language_name, default="")
     show_prompt: str = option("ID", default="", env="")  # of a photo, or a link to it
-
     access: Access = option(
         "ACCESS", one_of(Access), flags=("--data-access-mode", "-d"), heading="library"
     )
@@ -465,7 +451,6 @@ class Config:
     wait_for_immich: bool = switch(default=True)
     wait_timeout: float = option("S", number(0), default=120)
     wait_retry_interval: float = option("S", number(0, zero=SHORTEST_PAUSE), default=5)
-
     interface: str = option(
         "NAME", one_of(INTERFACES, openai="llamacpp"), default="ollama", heading="model"
     )
@@ -486,15 +471,14 @@ class Config:
     max_retries: int = option("N", number(0, whole=True), default=0)
     retry_delay_seconds: float = option("S", number(0), default=5)
     unavailable_duration: float = option("S", number(0, zero=SHORTEST_PAUSE), default=60)
-
     file_write_timeout: float = option("S", number(0), default=30, heading="files")
     file_check_interval: float = option("MS", number(0, zero=1000 * SHORTEST_PAUSE), default=500)
     event_cooldown: float = option("S", number(0), default=2)
-
-    health_port: int = option("PORT", port, default=0, heading="health")
+    health_port: int = option(
+        "PORT", number(0, most=65535, whole=True), default=0, heading="health"
+    )
     health_host: str = option("HOST", default="127.0.0.1")
     healthcheck: bool = switch(action="store_true", env="")
-
     lang: str = option("LANG", heading="output")
     log_level: int | None = option("LEVEL", one_of(LOG_LEVELS))  # None = by where the output goes
     final_output: bool = switch(default=True)
@@ -756,7 +740,7 @@ def placeholders(text: str) -> set[str]:
 
     usual = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
     try:
-        tree = templates().parse(text)
+        tree = template(text).environment.parse(text)
         names = meta.find_undeclared_variables(tree)
         for node in tree.find_all(nodes.Name):
             if node.name in names.difference(PLACEHOLDERS):
@@ -807,30 +791,30 @@ class Note:
 
     def value(self, at: datetime) -> dict[str, Any]:
         """As it is stored, in JSON."""
-        own = {"v": 1, "model": self.model, "prompt": self.prompt, "at": iso(at)}
-        failure = {"failed": self.failed, "why": self.why, "tries": self.tries}
-        own |= failure if self.failed else {}
-        own |= {"was": self.was} if self.was else {}
-        own |= {"facts": self.facts} if self.facts else {}
-        return own | ({"text": self.text} if self.text or not self.failed else {})
+        always = ("failed", "why", "tries") if self.failed else ("text",)
+        own = {
+            n: item for n, item in asdict(self).items() if item or n in ("model", "prompt", *always)
+        }
+        return {"v": 1, "at": iso(at)} | own
 
 
+FAR_FUTURE = datetime(9999, 12, 31, tzinfo=UTC)
 KEY = "immich-analyze"
 MOST_TRIES = 3
 UNREAD = Note("", "")  # stands for a note that the listing does not show
-NOTE = {"v": int, "model": str, "prompt": str, "at": str, "facts": str}  # the last may lack
-FAILURE = {"failed": str, "why": str, "tries": int}
-TEXT = {"text": str}
-NOTES = (NOTE | TEXT, NOTE | TEXT | {"was": str}, NOTE | FAILURE, NOTE | FAILURE | TEXT)
 
 
 def note_in(value: object) -> Note | None:
     """The note in stored JSON; None for none, or one that another version or a person wrote."""
     given = value if isinstance(value, dict) else {}
-    types = {"facts": str} | {name: type(item) for name, item in given.items()}
-    if types not in NOTES or given["v"] != 1:
+    types = {"v": int, "at": str} | {name: type(item) for name, item in asdict(UNREAD).items()}
+    if any(type(item) is not types.get(name) for name, item in given.items()):
         return None
-    return Note(**{name: item for name, item in given.items() if name not in ("v", "at")})
+    with suppress(TypeError):  # it lacks a model or a prompt
+        note = Note(**{name: item for name, item in given.items() if name not in ("v", "at")})
+        if given.get("v") == 1 and note.value(FAR_FUTURE).keys() == given.keys():
+            return note
+    return None
 
 
 def text_id(text: str) -> str:
@@ -912,13 +896,15 @@ def left_alone(photo: Photo, config: Config) -> str:
     """Why a photo is not to be described, as a key; "" if it is, or if its note must tell."""
     note = photo.note
     same = note and note.model == config.model_name and note.prompt == config.prompt_id
-    if note and same and gave_up(note, config):
+    gave_up = note and same and note.failed and note.tries >= MOST_TRIES
+    # what Immich did not keep through its API, the database may keep
+    other_way = note and note.failed == "not_kept" and config.access is Access.DATABASE
+    if gave_up and not (config.retry_failed or other_way):
         return "failed_before"
     if undescribed(photo, config):
         return "has_description" if config.undo else ""
     current = note and same and not note.failed and note.was != text_id(photo.description)
-    if current and note and note.facts:
-        current = note.facts == names_id(photo, config)
+    current = current and note and note.facts in ("", names_id(photo, config))
     if config.policy is Policy.MISSING_AI:
         wanted = not has_ours(photo)
     elif config.policy is Policy.OUTDATED and note is not UNREAD:
@@ -926,14 +912,6 @@ def left_alone(photo: Photo, config: Config) -> str:
     else:
         wanted = config.policy is not Policy.NONE
     return "" if wanted else "has_description"
-
-
-def gave_up(note: Note, config: Config) -> bool:
-    """Whether a photo failed too often to be tried again with the same model and prompt."""
-    # what Immich did not keep through its API, the database may keep
-    other_way = note.failed == "not_kept" and config.access is Access.DATABASE
-    often = bool(note.failed) and note.tries >= MOST_TRIES
-    return often and not config.retry_failed and not other_way
 
 
 def merge(photo: Photo, text: str, config: Config) -> str:
@@ -1025,11 +1003,9 @@ def people_in(told: object) -> list[str]:
     for person in dig_list(told, "people"):
         name, faces = text_at(person, "name"), dig_list(person, "faces")
         if name and dig(person, "isHidden") is not True:
-            left = (
-                number_at(f, "boundingBoxX1") / (number_at(f, "imageWidth") or 1) for f in faces
-            )
+            xs = [number_at(f, "boundingBoxX1") / (number_at(f, "imageWidth") or 1) for f in faces]
             age = age_at(dig(person, "birthDate"), taken_at(told))
-            found.append((min(left, default=math.inf), name, age))
+            found.append((min(xs, default=math.inf), name, age))
     found.sort(key=lambda person: person[:2])
     return [name if age is None else f"{name} (aged {age})" for _, name, age in found]
 
@@ -1065,22 +1041,16 @@ def file_name(told: object) -> str:
     return name if chosen and not known["id_name"].fullmatch(name) else ""
 
 
-def persons_text(photo: Photo, config: Config) -> str:
-    """What a person wrote of a photo: the description without ours."""
-    rest = unmerge(photo)
-    text = photo.description if rest is None else rest
-    return "" if undescribed(replace(photo, description=text), config) else text
-
-
 def question(photo: Photo, config: Config) -> str:
     """What is asked about a photo: the prompt, then what it leaves out of facts and language."""
     prompt, given = config.prompt, {"language": config.description_language}
     if not (config.context or config.description_language or re.search(TAG, prompt)):
         return prompt
-    told = photo.told
+    told, rest = photo.told, unmerge(photo)
+    typed = replace(photo, description=photo.description if rest is None else rest)
     ways = {"text_at": text_at, "number_at": number_at, "list_at": dig_list, "names": names}
     found = {"taken": taken_at(told), "file_name": file_name(told)}
-    found["persons_text"] = persons_text(photo, config)
+    found["persons_text"] = "" if undescribed(typed, config) else typed.description
     words = marked(data_file("question.jinja")).make_module({"told": told} | ways | found)
     # in one line, whatever people wrote
     facts = {n: one_line(getattr(words, n)() if n in config.context else "") for n in FACTS}
@@ -1144,9 +1114,8 @@ def plain_copy(image: Image.Image, most: int) -> Image.Image:
     image = opaque(image)
     image.thumbnail((most, most))
     width, height = (max(side, SHORTEST_SIDE) for side in image.size)
-    ground = image.resize((1, 1), Image.Resampling.BOX).resize((width, height))
-    ground.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
-    return ground
+    mean: Any = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+    return ImageOps.pad(image, (width, height), color=mean)
 
 
 def opaque(image: Image.Image) -> Image.Image:
@@ -1467,14 +1436,14 @@ def innermost(error: BaseException) -> str:
     return next((reason for reason in reasons if isinstance(reason, str)), type(error).__name__)
 
 
-def retry_after(reply: Reply) -> float | None:
-    """Seconds the server asks to be left alone, an hour at most; None if it does not say."""
+def retry_after(reply: Reply) -> float:
+    """Seconds the server asks to be left alone, an hour at most; 0 if it does not say."""
     text = reply.headers.get("Retry-After", "")
     with suppress(ValueError):
         if not text.isdecimal():
             text = str(parsedate_to_datetime(text).timestamp() - time.time())
         return min(max(float(text), 1.0), 3600.0)
-    return None
+    return 0.0
 
 
 BUSY = {408, 429, 502, 503, 504}
@@ -2471,11 +2440,10 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """Where a listing through the API stands.
+    """Where a listing through the API stands: it asks for photos not newer than `before`.
 
-    It walks by date, newest first: each step asks for photos not newer than `before`. At 50,000
-    photos this is four times as fast as page numbers, and none is lost where releases before
-    3.1.0 shuffle those of one date.
+    At 50,000 photos this is four times as fast as page numbers, and none is lost where releases
+    before 3.1.0 shuffle those of one date.
     """
 
     part: int = 0  # which key and visibility
@@ -2485,7 +2453,6 @@ class Walk:
     quiet: int = 0  # pages in a row that brought nothing new
 
 
-FAR_FUTURE = datetime(9999, 12, 31, tzinfo=UTC)
 MILLISECOND = timedelta(milliseconds=1)  # answers carry these, the database microseconds
 
 
@@ -2534,7 +2501,7 @@ class ApiLibrary(Library):
             told = reply.json()
             version = [dig(told, part) for part in ("major", "minor", "patch")]
             if not all(isinstance(number, int) for number in version):
-                raise Retryable("not_json")
+                raise Retryable("not_json", url=reply.url)
         except Retryable as error:
             if error.key not in ("not_json", "immich_maintenance"):
                 raise
@@ -3188,8 +3155,8 @@ def open_database(config: Config) -> Opened:
 def say_repeated(texts: Mapping[str, int], config: Config) -> None:
     """Say which descriptions so many photos have that cameras may have written them."""
     ignored = expression(config.ignore_descriptions)
-    many = [text for text in sorted(texts, key=texts.__getitem__)[::-1] if texts[text] > MANY]
-    shown = [f"“{text:.50}” ({texts[text]})" for text in many if not re.match(ignored, text, re.S)]
+    many = [(text, n) for text, n in Counter(texts).most_common() if n > MANY]
+    shown = [f"“{text:.50}” ({n})" for text, n in many if not re.match(ignored, text, re.S)]
     if shown and not config.undo:
         log.info("%s", t("same_description", texts=", ".join(shown[:3])))
 
@@ -4096,18 +4063,12 @@ class Status:
 
     def metrics(self) -> str:
         """What GET /metrics answers: Prometheus' text format."""
-        now, hosts = time.monotonic(), []
-        for host in self._hosts.seen():
-            name = json.dumps(public(host.url), ensure_ascii=False)  # as Prometheus escapes it
-            hosts.append((f"{{host={name}}}", host, max(0.0, host.wait(now))))
-        text = template(data_file("metrics.jinja")).render(
-            healthy=not self.trouble(),
-            reasons=sorted(self._tally.reasons.items()),
-            away=self._patience.away(),
-            left=self.left(),
-            hosts=hosts,
-        )
-        return str(text)
+        tally, hosts = self._tally, self._hosts.seen()
+        given = {"healthy": not self.trouble(), "reasons": sorted(tally.reasons.items())}
+        given |= {"away": self._patience.away(), "left": self.left(), "public": public}
+        quoted = functools.partial(json.dumps, ensure_ascii=False)  # as Prometheus escapes
+        page = template(data_file("metrics.jinja"))
+        return str(page.render(given, hosts=hosts, quoted=quoted, now=time.monotonic()))
 
 
 def condition(host: Host) -> str:
@@ -4152,17 +4113,17 @@ def serve_health(status: Status, host: str, number: int) -> None:
         threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
 
 
+def unhealthy(reply: Reply) -> AnalyzeError:
+    """The tool's own report that it is not well."""
+    return Retryable("unhealthy", why=reply.body.decode("utf-8", "replace").strip())
+
+
 def ask_health(config: Config) -> int:
     """Ask the tool that runs with these settings how it is; 0 if it is well, or has no port."""
     if not config.health_port:
         return 0
-    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where it may listen
-    host = everywhere.get(config.health_host, config.health_host)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{config.health_port}/health"
-
-    def unhealthy(reply: Reply) -> AnalyzeError:
-        return Retryable("unhealthy", why=reply.body.decode("utf-8", "replace").strip())
-
+    host = f"[{config.health_host}]" if ":" in config.health_host else config.health_host
+    url = f"http://{host}:{config.health_port}/health"  # 0.0.0.0 and :: lead to this machine
     with closing(Session()) as session:
         try:
             http(session, "GET", url, timeout=10.0, blame=unhealthy, proxies={"no_proxy": "*"})
@@ -4271,17 +4232,16 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
     return complete()
 
 
-def show_prompt(config: Config) -> None:
+def show_prompt(config: Config) -> int:
     """Print what would be asked about one photo; nobody is asked, and nothing is written."""
     ids = re.findall("[0-9a-f-]{36}", config.show_prompt.lower())
-    sources = range(max(1, len(config.immich_api_keys))) if ids else ()
     new_library, _ = open_library(config)
     with closing(new_library()) as library:
-        for source in sources:
-            with suppress(Skip, Permanent, IndexError):  # the last where two keys are of one user
+        for source in range(max(1, len(config.immich_api_keys))):
+            with suppress(Skip, Permanent, LookupError):  # the last where two keys are of one user
                 photo = library.with_facts(library.look(Photo(ids[-1], "", "", str(source))))
                 sys.stdout.write(question(photo, config) + "\n")
-                return
+                return 0
     raise Fatal("unknown_photo", photo=config.show_prompt)
 
 
@@ -4315,8 +4275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.healthcheck:
             return ask_health(config)
         if config.show_prompt:
-            show_prompt(config)
-            return 0
+            return show_prompt(config)
         if config.undo:
             tally = Tally("tally_dry_run" if config.dry_run else "tally_undo")
         signals.grace, signals.sum_up = config.grace, functools.partial(sum_up, config, tally)

@@ -29,11 +29,11 @@ def photo(number, description="", **fields):
     return ia.Photo(id=str(number), name=f"{number}.jpg", description=description, **fields)
 
 
-def away(pause=None):
+def away(pause=0):
     return ia.Unavailable("database_down", why="away", pause=pause)
 
 
-def hiccup(pause=None):
+def hiccup(pause=0):
     return ia.Retryable("not_json", url="here", pause=pause)
 
 
@@ -735,7 +735,9 @@ def test_a_note_of_what_was_not_kept_is_for_good_and_knows_what_may_be_back(old)
         tries=ia.MOST_TRIES,
     )
     assert ia.note_in(note.value(ia.datetime.now(ia.UTC))) == note
-    assert ia.gave_up(note, replace(DEFAULTS, access=ia.Access.API))
+    noted = replace(each.photo, note=note)
+    settings = replace(DEFAULTS, model_name=MODEL, policy=ia.Policy.ALL)
+    assert ia.left_alone(noted, replace(settings, access=ia.Access.API)) == "failed_before"
 
 
 @pytest.mark.parametrize("key", ["has_description", "photo_gone"])
