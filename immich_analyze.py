@@ -1075,8 +1075,8 @@ def picture_type(data: bytes) -> tuple[str | None, bool]:
     return None, len(data) >= 12
 
 
-def prepared(data: bytes, max_size: int) -> Picture:
-    """Check a preview and make it ready to be sent; Retryable while it is being written."""
+def prepared(data: bytes, max_size: int, asked: str = "") -> Picture:
+    """Check a preview and make it ready to be asked about; Retryable while it is being written."""
     # Decoding costs four times all the rest, so it is done only where the header tells that a
     # picture is too large, too narrow or transparent, to see whether one without its usual end
     # is whole, or to turn WebP into JPEG: llama.cpp and some releases of Ollama cannot read it.
@@ -1095,12 +1095,12 @@ def prepared(data: bytes, max_size: int) -> Picture:
             if mime == "image/jpeg":  # a PNG would be decoded for it
                 fits = fits and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
             if whole and fits and mime != "image/webp" and not image.has_transparency_data:
-                return Picture(mime, base64.b64encode(data), image.size)
+                return Picture(mime, base64.b64encode(data), image.size, asked)
             picture = plain_copy(image, most)
     except (OSError, ValueError, SyntaxError) as error:  # by Pillow
         raise cut from error
     picture.save(target, "JPEG", quality=90)
-    return Picture("image/jpeg", base64.b64encode(target.getvalue()), picture.size)
+    return Picture("image/jpeg", base64.b64encode(target.getvalue()), picture.size, asked)
 
 
 def plain_copy(image: Image.Image, most: int) -> Image.Image:
@@ -3652,8 +3652,8 @@ def story(photo: Photo, library: Library, ai: Ai, run: Run) -> Outcome:
         photo = run.patience(functools.partial(library.with_facts, photo))
         preview = settled(photo, library, run)
         try:
-            picture = prepared(preview, run.config.max_image_size)
-            picture = replace(picture, question=question(photo, run.config))
+            asked = question(photo, run.config)
+            picture = prepared(preview, run.config.max_image_size, asked)
             text = ai.describe(picture, functools.partial(run.checks.check_library, photo))
             store(photo, text, library, run)
         except Permanent as error:
