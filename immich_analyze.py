@@ -1591,8 +1591,9 @@ def first(data: object, names: Iterable[str], kind: type = object) -> Any:
 def text_of(found: object) -> str:
     """A text, or those of the parts that it comes in."""
     if isinstance(found, list):
-        return "".join(part for one in found if isinstance(part := dig(one, "text"), str))
-    return found if isinstance(found, str) else ""
+        return "".join(map(text_of, found))
+    text = dig(found, "text") if isinstance(found, dict) else found
+    return text if isinstance(text, str) else ""
 
 
 @dataclass(frozen=True, slots=True)

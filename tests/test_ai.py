@@ -581,6 +581,7 @@ PRETTY = json.dumps(openai("A cat."), indent=2)
         ("llamacpp", json.dumps(openai("A cat."))),
         ("llamacpp", json.dumps(openai("A cat.", None))),
         ("llamacpp", json.dumps(openai(PARTS))),
+        ("llamacpp", json.dumps(openai(["A ", "cat."]))),
         ("llamacpp", json.dumps([openai("A cat.")])),
         ("llamacpp", PRETTY),
         ("llamacpp", PRETTY.replace("\n", "\r\n")),
