@@ -490,6 +490,21 @@ def test_a_service_makes_a_text_anew_within_a_day(
     assert "Zoë" in questions(ollama)[servers.picture()]
 
 
+def test_photos_of_one_date_stay_in_their_album(
+    hours: Hours, ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ia, "PAGE", 5)
+    with api("2.7.5") as server:  # which shuffles them from page to page
+        for number in range(12):
+            picture = servers.own_picture(number)
+            ApiWorld(server).add(picture=picture, taken=TAKEN_ON, albums=["Scans"])
+        for _ in range(2):
+            with hours.batch(ApiWorld(server), ollama, *RENEWED):
+                pass
+    assert len(ollama.find(*CHATS)) == 12
+    assert all("Scans" in question for question in questions(ollama).values())
+
+
 def test_what_shapes_a_question_outdates_texts_once(
     hours: Hours, two_users: World, ollama: FakeOllama
 ) -> None:
