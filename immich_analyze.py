@@ -2743,7 +2743,7 @@ class ApiLibrary(Library):
     def with_facts(self, photo: Photo) -> Photo:
         """GET /assets/{id} for tags, GET /assets/{id}/ocr for what is written on it."""
         context, told = self._config.context, dict[str, Any]()
-        if "tags" in context and "tags" not in self._server.groups:
+        if "tags" in context and not photo.told.get("tags"):  # new photos were in no search yet
             told["tags"] = self._read(photo).get("tags")
         if "text" in context and self._server.version >= (2, 2, 0):
             told["ocr"] = self._ask(photo, "GET", "/ocr")

@@ -490,6 +490,18 @@ def test_a_service_makes_a_text_anew_within_a_day(
     assert "Zoë" in questions(ollama)[servers.picture()]
 
 
+def test_a_service_knows_the_tags_of_a_photo_that_arrives(
+    hours: Hours, two_users: World, ollama: FakeOllama
+) -> None:
+    two_users.add(picture=servers.own_picture(0), owner="alice", tags=["Old"])
+    with hours.service(two_users, ollama, *RENEWED, "--api-poll-interval", "1800") as run:
+        run.until(60)
+        two_users.add(picture=servers.own_picture(1), owner="alice", tags=["New", "Old"])
+        run.until(25 * 3600)
+    assert len(ollama.find(*CHATS)) == 2  # and not once more because of its tags
+    assert told(questions(ollama)[servers.own_picture(1)])["Tags"] == "New, Old"
+
+
 def test_photos_of_one_date_stay_in_their_album(
     hours: Hours, ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
