@@ -976,7 +976,7 @@ def text_at(data: object, *path: str | int) -> str:
 def number_at(data: object, *path: str | int) -> float:
     """The number at a path into JSON; 0 where there is none."""
     value = dig(data, *path)
-    return value if isinstance(value, int | float) and math.isfinite(value) else 0.0
+    return value if isinstance(value, int | float) and abs(value) <= sys.float_info.max else 0.0
 
 
 def taken_at(told: object) -> datetime | None:

@@ -173,9 +173,10 @@ def test_albums_are_told_once_each(known):
             ["RF 50mm", "1/250 s", "f/2.8", "ISO 100"],
         ),
         ({"exposureTime": "0.5", "focalLength": 50}, ["0.5 s", "50 mm"]),
+        ({"exposureTime": "1.3", "iso": 3_280_000}, ["1.3 s", "ISO 3280000"]),
         ({"exposureTime": "0", "fNumber": 0, "iso": None, "focalLength": "50"}, []),
         ({"exposureTime": "0/1"}, []),
-        ({"exposureTime": "inf", "fNumber": float("inf")}, []),
+        ({"exposureTime": "inf", "fNumber": float("inf"), "iso": 10**400}, []),
         (None, []),
     ],
 )
