@@ -233,7 +233,8 @@ ENRICHED = ("people", "place", "date", "tags", "camera", "file")
 FACTS = (*ENRICHED, "gps", "albums", "text", "description")
 PLACEHOLDERS = (*FACTS, "context", "language")
 TAG = "{[{%#]"  # how a placeholder, a statement or a comment of a template begins
-SHOWN = r"(?s){{.*?}}|{%-?\s*(?:for|set)\b.*?%}"  # what puts something into the text
+# What puts something into the text, as its group; comments and what is raw do not.
+SHOWN = r"(?s){#.*?#}|{%[-+]?\s*raw\b.*?\bendraw\b|({{.*?}}|{%[-+]?\s*(?:for|set|with)\b.*?%})"
 INTERFACES = ("ollama", "llamacpp", "openrouter")
 USUAL_HOSTS = {"openrouter": "https://openrouter.ai/api"}  # else on this machine
 SIZES = ("preview", "thumbnail", "fullsize")  # of a picture, as Immich calls them
