@@ -379,7 +379,7 @@ def languages() -> dict[str, list[str]]:
 def language_name(text: str) -> str:
     """Converter for a language: its name in English, or the text as it is for an unknown one."""
     name = unicode_text(text).strip()
-    return languages().get(name.lower(), [name])[0]
+    return languages().get(name.lower().replace("_", "-"), [name])[0]
 
 
 def file_text(file: str) -> str:

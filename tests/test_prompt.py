@@ -161,11 +161,27 @@ def test_what_shapes_the_answer_makes_another_prompt(config):
 
 
 @pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("GERMAN", "German"),
+        ("de-DE", "German"),
+        ("pt_BR", "Brazilian Portuguese"),
+        ("zh-Hant", "Traditional Chinese"),
+        (" ", ""),
+        ("Plattdüütsch", "Plattdüütsch"),
+    ],
+)
+def test_a_language_may_be_named_by_its_code(config, said, name):
+    assert config("--description-language", said).description_language == name
+
+
+@pytest.mark.parametrize(
     ("language", "answer", "taken"),
     [
         ("German", GERMAN, True),
         ("German", CHINESE, False),
         ("German", RUSSIAN, False),
+        ("Brazilian Portuguese", RUSSIAN, False),
         ("German", f"{GERMAN} auf das Schild „{RUSSIAN}, {RUSSIAN}“.", True),
         ("Serbian", GERMAN, True),
         ("Serbian", RUSSIAN, True),
