@@ -1061,7 +1061,7 @@ def question(photo: Photo, config: Config) -> str:
         prompt = tidy(marked(prompt).render(facts | given))
     request = "" if "language" in shown else tidy(words.request(config.description_language))
     rest = GAP.join(filter(None, ["" if shown - {"language"} else given["context"], request]))
-    return prompt.rstrip("\n") + GAP + rest if rest else prompt
+    return prompt.rstrip("\n") + GAP + rest if rest else prompt or PROMPT
 
 
 def picture_type(data: bytes) -> tuple[str | None, bool]:

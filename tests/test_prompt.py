@@ -67,6 +67,7 @@ def test_nothing_is_left_where_nothing_is_known(asked):
     assert "Date: Sunday, 14 July 2019, afternoon\n" in told
     assert "People" not in told
     assert told.count("\n\n") == 1
+    assert asked("--prompt", "{{ context }}", "--context", "people", told={}) == ia.PROMPT
 
 
 @pytest.mark.parametrize(
