@@ -217,7 +217,7 @@ class Policy(StrEnum):
 
     NONE = "none"  # those without one
     MISSING_AI = "missing-ai"  # and those without ours, which is added to a person's
-    OUTDATED = "outdated"  # those without one, and ours by another model or prompt
+    OUTDATED = "outdated"  # those without one, and ours by another model, prompt or facts
     ALL = "all"
 
 

@@ -393,7 +393,7 @@ def two_users(request: Any, photos: Any, postgres: sandbox.Postgres) -> Iterator
     if request.param == "database":
         yield SqlWorld(photos(), postgres)
         return
-    with api("3.1.0", partners=True) as server:
+    with api("3.3.5", partners=True) as server:  # where one person has several names
         yield ApiWorld(server)
     server.check()
 
@@ -531,8 +531,7 @@ def test_people_place_and_date_cost_no_request(
 ) -> None:
     world, numbers = ApiWorld(immich), []
     for options in ([], ["--context", "people,place,date,camera,file,gps"]):
-        for asset in immich.add_many(5):
-            assert asset.id
+        immich.add_many(5, people=[Person("Zoë")])
         before = len(immich.exchanges)
         with hours.batch(world, ollama, *options):
             pass
@@ -540,22 +539,39 @@ def test_people_place_and_date_cost_no_request(
     assert numbers[0] == numbers[1]
 
 
+def test_whether_facts_changed_costs_one_request_a_photo(
+    hours: Hours, immich: FakeImmich, ollama: FakeOllama
+) -> None:
+    immich.add_many(5, people=[Person("Zoë")])
+    argv = ["-O", "outdated", "--context", "people,place,date"]
+    with hours.batch(ApiWorld(immich), ollama, *argv):
+        pass
+    immich.exchanges.clear()
+    with hours.batch(ApiWorld(immich), ollama, *argv):
+        pass
+    assert immich.count("GET", f"/metadata/{ia.KEY}") == immich.count("GET", "/api/assets/") == 5
+
+
 def test_albums_cost_one_search_each_and_text_and_tags_one_request_a_photo(
     hours: Hours, ollama: FakeOllama
 ) -> None:
-    with api("3.1.0") as server:
-        world = ApiWorld(server)
-        for number in range(4):
-            albums = ["Summer", "Winter"][: number % 2 + 1]
-            world.add(picture=servers.own_picture(number), albums=albums, ocr=["HARBOUR"])
-        with hours.batch(world, ollama, "--context", "albums,text"):
-            pass
-        searches = server.find("POST", "/api/search/metadata")
-        assert sum("albumIds" in search.json for search in searches) == 2
-        assert len(server.find("GET", "/api/albums")) == 1
-        assert len(server.find("GET", "/ocr")) == 4
-        assert server.find("GET", "/api/tags") == []
-    server.check()
+    numbers = []
+    for options in ([], ["--context", "albums,text,tags"]):
+        with api("3.1.0") as server:
+            world = ApiWorld(server)
+            for number in range(4):
+                albums = ["Summer", "Winter"][: number % 2 + 1]
+                world.add(picture=servers.own_picture(number), albums=albums, ocr=["HARBOUR"])
+            with hours.batch(world, ollama, *options):
+                pass
+            numbers.append(len(server.exchanges))
+        server.check()
+    searches = server.find("POST", "/api/search/metadata")
+    assert sum("albumIds" in search.json for search in searches) == 2
+    assert len(server.find("GET", "/api/albums")) == 1
+    assert len(server.find("GET", "/ocr")) == 4
+    assert server.find("GET", "/api/tags") == []
+    assert numbers[1] - numbers[0] == 2 + 1 + 4 + 4  # the last for tags
 
 
 @pytest.mark.parametrize(
