@@ -2649,6 +2649,8 @@ class ApiLibrary(Library):
         each owner tells, as only its owner may update it.
         """
         owner: Any = item.get("ownerId")
+        if self._config.show_prompt and not account.user_id:
+            return True  # as nothing is written then
         if not account.user_id and owner not in account.strangers:
             path = f"/assets/{item['id']}"
             try:
