@@ -29,7 +29,8 @@ def known(config: Any) -> Any:
 
     def tell(fact: str, **told: Any) -> str:
         photo = ia.Photo("id", "photo.jpg", "", "", told={"localDateTime": TAKEN} | told)
-        return ia.question(photo, config("--prompt", f"{{{{ {fact} }}}}"))
+        asked = ia.question(photo, config("--prompt", f"Known: {{{{ {fact} }}}}"))
+        return asked.removeprefix("Known: ")
 
     return tell
 
