@@ -2,8 +2,8 @@
 --
 -- This is a Jinja template. A `macro` is a piece that several statements share. Further down, each
 -- `set` is a statement that the tool runs by name; the comment above it says parameters → rows.
--- Parameters are written as psycopg2 expects, %(id)s; any other % is doubled. These comments are not
--- sent to the server, as only the contents of macros and statements are.
+-- Parameters are written as psycopg2 expects, %(id)s; any other % is doubled. These comments are
+-- not sent to the server, as only the contents of macros and statements are.
 --
 -- The template is given `tables`, each with its columns; `described`, whether photos that have a
 -- description are wanted, too; `ignored`, a regular expression for descriptions that count as none,
