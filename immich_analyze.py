@@ -1364,7 +1364,7 @@ def http(
     watch: Callable[[bytes], None] | None = None,
     **options: Any,
 ) -> Reply:
-    """Send one request and read the response; for a status other than 2xx, raise by `blame`."""
+    """Send one request and read the response; `blame` makes the error for a status from 400 on."""
     # `watch` gets the body of a successful response piece by piece; if it raises, the connection is
     # closed, so that the server stops, too
     shown, body = shown_with_proxy(session, url), bytearray()
@@ -1402,7 +1402,7 @@ def shown_with_proxy(session: requests.Session, url: str) -> str:
 
 
 def redirected(url: str, shown: str, location: str) -> AnalyzeError:
-    """The error for a redirect. A server that moved keeps the path; a login has another one."""
+    """The error for a redirect. A server that moved keeps the path; a login page has its own."""
     target = public(location)
     moved = urlsplit(target).path.endswith(urlsplit(url).path)
     login = not moved and re.search(r"//[^/?]*(/?\?|/.)", location)
@@ -1523,7 +1523,7 @@ def database_error(error: psycopg2.Error) -> AnalyzeError:
     words, code = re.sub(r'"[^"]*"', "", why), error.pgcode or ""  # names may contain any word
     at_fault = isinstance(error, psycopg2.ProgrammingError) or patterns()["refused"].search(words)
     match error:
-        case psycopg2.errors.LockNotAvailable() | psycopg2.errors.QueryCanceled():  # one row's
+        case psycopg2.errors.LockNotAvailable() | psycopg2.errors.QueryCanceled():  # of one row
             return Retryable("database_refused", why=why)
         case _ if not code and at_fault:
             return Fatal("database_refused", why=why)
@@ -2917,10 +2917,10 @@ class DbLibrary(Library):
             return self.database.rows(name, note=stored, **values)
 
     def check(self) -> None:
-        """Unexpected if the database is read-only, or none of some previews is in the folder."""
+        """Unexpected if the database is read-only, or none of a few previews is in the folder."""
         [(read_only, samples)] = self.database.rows("check")
         if read_only == "on":
-            self.close()  # another one may take writes
+            self.close()  # another connection may take writes
             raise Unexpected("database_read_only")
         for path in samples:
             with suppress(Missing, Permanent):
@@ -2955,7 +2955,7 @@ class DbLibrary(Library):
         return [self._photo(row) for row in rows], mark
 
     def _photo(self, row: Sequence[Any]) -> Photo:
-        """The photo in a row of a statement."""
+        """The photo in a row that a statement returned."""
         asset_id, name, description, path, note, library, told = row[:7]
         return Photo(str(asset_id), name, description, path, True, note_in(note), library, told)
 
@@ -3003,7 +3003,7 @@ class DbLibrary(Library):
         return replace(self._photo(rows[0]), ready=rows[0][-1])
 
     def preview(self, photo: Photo) -> bytes | None:
-        """The file at `asset_file.path`; Unavailable if all are missing, as without the disk."""
+        """The file at `asset_file.path`; Unavailable if all are missing, as on an absent disk."""
         with suppress(Missing, Permanent):
             return self._file(photo.source)
         with blame(self.check):
@@ -3299,7 +3299,7 @@ class Tally:
             self.moved = time.monotonic()
 
     def add_failure(self, photo: Photo, note: Note) -> None:
-        """Queue a failure, to be noted once a described photo shows that not all of them fail."""
+        """Queue a failure, to be noted once a described photo shows that others succeed."""
         with self._lock:
             self._failures.append((photo, note))
 
@@ -3761,7 +3761,7 @@ def attempt(call: Callable[[], T]) -> tuple[T | Outcome, Exception | None]:
 
 
 def conclude(photo: Photo, outcome: Outcome, error: Exception | None, run: Run) -> None:
-    """Count a photo's outcome; if that may change, it is taken again, but counted once a day."""
+    """Count a photo's outcome; if that may change, it is retried, but counted once a day."""
     reason = error.key if isinstance(error, AnalyzeError) else "bug" if error else ""
     failed = outcome is Outcome.FAILED
     run.taken.leave(photo)
@@ -3937,7 +3937,7 @@ class Lines(logging.Handler):
         text = self.format(record)  # with the traceback, which keeps its lines
         for secret in filter(None, self.secrets):
             text = text.replace(secret, "…")
-        with suppress(OSError):  # nobody reads the log any more; the work goes on
+        with suppress(OSError):  # if nobody reads the log any more, the work goes on
             tqdm.write(text, file=sys.stderr)
 
 
@@ -3987,7 +3987,7 @@ def show_progress(tally: Tally, over: threading.Event) -> None:
     """Draw the progress bar every second until the end; skipped photos are no progress."""
     form = {"unit": t("photos"), "bar_format": ENDLESS, "dynamic_ncols": True, "leave": False}
     last = False
-    with suppress(OSError), tqdm(**form) as bar:  # nobody reads it any more
+    with suppress(OSError), tqdm(**form) as bar:  # if nobody reads it any more
         # return to the start of the line at once, so that an echoed ^C is drawn over
         bar.sp = lambda line: bar.fp.write(f"\r{line.ljust(bar.ncols or 79)}\r")
         while not last:
