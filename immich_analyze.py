@@ -233,7 +233,8 @@ ENRICHED = ("people", "place", "date", "tags", "camera", "file")
 FACTS = (*ENRICHED, "gps", "albums", "text", "description")
 PLACEHOLDERS = (*FACTS, "context", "language")
 TAG = "{[{%#]"  # how a placeholder, a statement or a comment of a template begins
-SHOWN = r"(?s){{.*?}}|{%-?\s*(?:for|set)\b.*?%}"  # what puts something into the text
+# What puts something into the text, as its group; comments and what is raw do not.
+SHOWN = r"(?s){#.*?#}|{%[-+]?\s*raw\b.*?\bendraw\b|({{.*?}}|{%[-+]?\s*(?:for|set|with)\b.*?%})"
 INTERFACES = ("ollama", "llamacpp", "openrouter")
 USUAL_HOSTS = {"openrouter": "https://openrouter.ai/api"}  # else on this machine
 SIZES = ("preview", "thumbnail", "fullsize")  # of a picture, as Immich calls them
@@ -378,7 +379,7 @@ def languages() -> dict[str, list[str]]:
 def language_name(text: str) -> str:
     """Converter for a language: its name in English, or the text as it is for an unknown one."""
     name = unicode_text(text).strip()
-    return languages().get(name.lower(), [name])[0]
+    return languages().get(name.lower().replace("_", "-"), [name])[0]
 
 
 def file_text(file: str) -> str:
@@ -976,7 +977,7 @@ def text_at(data: object, *path: str | int) -> str:
 def number_at(data: object, *path: str | int) -> float:
     """The number at a path into JSON; 0 where there is none."""
     value = dig(data, *path)
-    return value if isinstance(value, int | float) and math.isfinite(value) else 0.0
+    return value if isinstance(value, int | float) and abs(value) <= sys.float_info.max else 0.0
 
 
 def taken_at(told: object) -> datetime | None:
@@ -1060,7 +1061,7 @@ def question(photo: Photo, config: Config) -> str:
         prompt = tidy(marked(prompt).render(facts | given))
     request = "" if "language" in shown else tidy(words.request(config.description_language))
     rest = GAP.join(filter(None, ["" if shown - {"language"} else given["context"], request]))
-    return prompt.rstrip("\n") + GAP + rest if rest else prompt
+    return prompt.rstrip("\n") + GAP + rest if rest else prompt or PROMPT
 
 
 def picture_type(data: bytes) -> tuple[str | None, bool]:
@@ -2587,36 +2588,36 @@ class ApiLibrary(Library):
     def _page(self, walk: Walk, query: dict[str, Any]) -> Page:
         """One page of photos, and the next cursor."""
         account, visibility = self._parts[walk.part]
-        query = query | self._filter(visibility)
-        query |= {"page": walk.page, "order": "desc", "withExif": True}
+        query = query | self._filter(visibility) | {"withExif": True}
         query |= {"withPeople": True} if "people" in self._config.context else {}
-        query |= {"takenBefore": iso(walk.before)} if walk.before else {}
-        items, more = self._search(account, query)
-        listed: dict[str, datetime] = {}
-        date = walk.before or FAR_FUTURE
-        for item in items:
-            listed[item["id"]] = date = moment(item.get("fileCreatedAt")) or date
+        items, step = self._step(account, walk, query)
         # built lazily, while the next page is fetched, unless it takes requests to find the owner
         made = iter if account.user_id else list
         note = UNREAD if self.keeps_notes() else None
-        fresh = ((i, self._photo(i, account, note)) for i in items if i["id"] not in walk.seen)
-        photos = made(photo for item, photo in fresh if photo and self._owns(account, item))
-        step = onward(walk, listed, more, stable=self._server.version >= (3, 1, 0))
+        found = ((item, self._photo(item, account, note)) for item in items)
+        photos = made(photo for item, photo in found if photo and self._owns(account, item))
         if step is None and walk.part + 1 < len(self._parts):
             step = Walk(walk.part + 1)
         return photos, step
 
-    def _search(self, account: Account, query: dict[str, Any]) -> tuple[list[Any], bool]:
-        """POST /search/metadata, in the flat form of all releases: a page; whether more follow."""
-        body = query | {"size": PAGE}
+    def _step(self, account: Account, walk: Walk, query: Any) -> tuple[list[Any], Walk | None]:
+        """POST /search/metadata, in the flat form of all releases: new items; next cursor."""
+        body = query | {"size": PAGE, "page": walk.page, "order": "desc"}
+        body |= {"takenBefore": iso(walk.before)} if walk.before else {}
         try:
             found = dig(self._call(account, "POST", "/search/metadata", json=body), "assets")
         except Skip:  # the key was refused, or the album was deleted meanwhile
-            return [], False
+            return [], None
         if not isinstance(found, dict):
             raise Retryable("not_json", url=public(self._config.immich_api_url))
         items = [item for item in dig_list(found, "items") if isinstance(dig(item, "id"), str)]
-        return items, dig(found, "nextPage") is not None
+        listed: dict[str, datetime] = {}
+        date = walk.before or FAR_FUTURE
+        for item in items:
+            listed[item["id"]] = date = moment(item.get("fileCreatedAt")) or date
+        more, stable = dig(found, "nextPage") is not None, self._server.version >= (3, 1, 0)
+        fresh = [item for item in items if item["id"] not in walk.seen]
+        return fresh, onward(walk, listed, more, stable)
 
     def _filter(self, visibility: str) -> dict[str, Any]:
         """The filter for one visibility, always explicit, as the default differs by release."""
@@ -2684,11 +2685,10 @@ class ApiLibrary(Library):
         """The ids of the photos in a group, including some of other users."""
         all_at_once = self._server.version >= (3, 0, 0)  # its search returns archived photos, too
         for part in [{}] if all_at_once else [self._filter(v) for v in ("timeline", "archive")]:
-            page, more = 1, True
-            while more:
-                items, more = self._search(account, part | query | {"page": page})
+            walk: Walk | None = Walk()
+            while walk:
+                items, walk = self._step(account, walk, part | query)
                 yield from (item["id"] for item in items)
-                page += 1
 
     def total(self) -> int:
         """POST /search/statistics, which needs asset.statistics."""
@@ -2745,7 +2745,7 @@ class ApiLibrary(Library):
     def with_facts(self, photo: Photo) -> Photo:
         """GET /assets/{id} for tags, GET /assets/{id}/ocr for the text in the picture."""
         context, told = self._config.context, dict[str, Any]()
-        if "tags" in context and "tags" not in self._server.groups:
+        if "tags" in context and not photo.told.get("tags"):  # no search had new photos yet
             told["tags"] = self._read(photo).get("tags")
         if "text" in context and self._server.version >= (2, 2, 0):
             told["ocr"] = self._ask(photo, "GET", "/ocr")

@@ -173,9 +173,10 @@ def test_albums_are_told_once_each(known):
             ["RF 50mm", "1/250 s", "f/2.8", "ISO 100"],
         ),
         ({"exposureTime": "0.5", "focalLength": 50}, ["0.5 s", "50 mm"]),
+        ({"exposureTime": "1.3", "iso": 3_280_000}, ["1.3 s", "ISO 3280000"]),
         ({"exposureTime": "0", "fNumber": 0, "iso": None, "focalLength": "50"}, []),
         ({"exposureTime": "0/1"}, []),
-        ({"exposureTime": "inf", "fNumber": float("inf")}, []),
+        ({"exposureTime": "inf", "fNumber": float("inf"), "iso": 10**400}, []),
         (None, []),
     ],
 )
@@ -488,6 +489,33 @@ def test_a_service_makes_a_text_anew_within_a_day(
         run.until(25 * 3600)
     assert len(ollama.find(*CHATS)) == 2
     assert "Zoë" in questions(ollama)[servers.picture()]
+
+
+def test_a_service_knows_the_tags_of_a_photo_that_arrives(
+    hours: Hours, two_users: World, ollama: FakeOllama
+) -> None:
+    two_users.add(picture=servers.own_picture(0), owner="alice", tags=["Old"])
+    with hours.service(two_users, ollama, *RENEWED, "--api-poll-interval", "1800") as run:
+        run.until(60)
+        two_users.add(picture=servers.own_picture(1), owner="alice", tags=["New", "Old"])
+        run.until(25 * 3600)
+    assert len(ollama.find(*CHATS)) == 2  # and not once more because of its tags
+    assert told(questions(ollama)[servers.own_picture(1)])["Tags"] == "New, Old"
+
+
+def test_photos_of_one_date_stay_in_their_album(
+    hours: Hours, ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ia, "PAGE", 5)
+    with api("2.7.5") as server:  # which shuffles them from page to page
+        for number in range(12):
+            picture = servers.own_picture(number)
+            ApiWorld(server).add(picture=picture, taken=TAKEN_ON, albums=["Scans"])
+        for _ in range(2):
+            with hours.batch(ApiWorld(server), ollama, *RENEWED):
+                pass
+    assert len(ollama.find(*CHATS)) == 12
+    assert all("Scans" in question for question in questions(ollama).values())
 
 
 def test_what_shapes_a_question_outdates_texts_once(

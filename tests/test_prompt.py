@@ -67,6 +67,7 @@ def test_nothing_is_left_where_nothing_is_known(asked):
     assert "Date: Sunday, 14 July 2019, afternoon\n" in told
     assert "People" not in told
     assert told.count("\n\n") == 1
+    assert asked("--prompt", "{{ context }}", "--context", "people", told={}) == ia.PROMPT
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,8 @@ def test_nothing_is_left_where_nothing_is_known(asked):
         ("{{ people }}\nB{% if place %}!{% endif %}", f"{TOLD}\nB!", "B"),
         ("{% for one in people.split(', ') %}<{{ one }}>{% endfor %}", "<Anna {{ 7 * 7 }}>"
          "<Ben (aged 7)>", "<>"),
+        ("{% with who = people %}See {{ who }}.{% endwith %}", f"See {TOLD}.", "See ."),
+        ("{%+ set who = people %}See {{ who }}.", f"See {TOLD}.", "See ."),
         ("Use {{ language }}.", "Use Serbian.", "Use Serbian."),
     ],
 )  # fmt: skip
@@ -93,8 +96,19 @@ def test_a_template_may_say_where_the_rest_stands(asked):
     assert told.startswith("Warnemünde, Germany.\n\nThis is known of the photo:\nPeople")
     assert told.endswith("\n\nB.\n")
     assert [told.count(text) for text in (TOLD, "Warnemünde")] == [1, 1]
-    told = asked("--prompt", "{% if people %}Name them.{% endif %}")  # which says none of it
-    assert told.startswith("Name them.\n\nThis is known")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "begins"),
+    [
+        ("{% if people %}Name them.{% endif %}", "Name them."),
+        ("{# not {{ place }} #}Look.", "Look."),
+        ("Say {% raw %}{{ place }}{% endraw %}.", "Say {{ place }}."),
+    ],
+)
+def test_what_a_template_does_not_say_itself_follows_it(asked, prompt, begins):
+    told = asked("--prompt", prompt, "--context", "people")
+    assert told.startswith(f"{begins}\n\nThis is known")
     assert told.count(TOLD) == 1
 
 
@@ -148,11 +162,27 @@ def test_what_shapes_the_answer_makes_another_prompt(config):
 
 
 @pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("GERMAN", "German"),
+        ("de-DE", "German"),
+        ("pt_BR", "Brazilian Portuguese"),
+        ("zh-Hant", "Traditional Chinese"),
+        (" ", ""),
+        ("Plattdüütsch", "Plattdüütsch"),
+    ],
+)
+def test_a_language_may_be_named_by_its_code(config, said, name):
+    assert config("--description-language", said).description_language == name
+
+
+@pytest.mark.parametrize(
     ("language", "answer", "taken"),
     [
         ("German", GERMAN, True),
         ("German", CHINESE, False),
         ("German", RUSSIAN, False),
+        ("Brazilian Portuguese", RUSSIAN, False),
         ("German", f"{GERMAN} auf das Schild „{RUSSIAN}, {RUSSIAN}“.", True),
         ("Serbian", GERMAN, True),
         ("Serbian", RUSSIAN, True),
