@@ -50,7 +50,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
@@ -217,7 +217,7 @@ class Policy(StrEnum):
 
     NONE = "none"  # those without one
     MISSING_AI = "missing-ai"  # and those without ours, which is added to a person's
-    OUTDATED = "outdated"  # those without one, and ours by another model or prompt
+    OUTDATED = "outdated"  # those without one, and ours by another model, prompt or facts
     ALL = "all"
 
 
@@ -793,9 +793,8 @@ class Note:
     def value(self, at: datetime) -> dict[str, Any]:
         """As it is stored, in JSON."""
         always = ("failed", "why", "tries") if self.failed else ("text",)
-        own = {
-            n: item for n, item in asdict(self).items() if item or n in ("model", "prompt", *always)
-        }
+        kept = {n: getattr(self, n) for n in self.__slots__}
+        own = {n: item for n, item in kept.items() if item or n in ("model", "prompt", *always)}
         return {"v": 1, "at": iso(at)} | own
 
 
@@ -808,10 +807,10 @@ UNREAD = Note("", "")  # stands for a note that the listing does not show
 def note_in(value: object) -> Note | None:
     """The note in stored JSON; None for none, or one that another version or a person wrote."""
     given = value if isinstance(value, dict) else {}
-    types = {"v": int, "at": str} | {name: type(item) for name, item in asdict(UNREAD).items()}
-    if any(type(item) is not types.get(name) for name, item in given.items()):
+    numbers = ("v", "tries")
+    if any(type(item) is not (int if name in numbers else str) for name, item in given.items()):
         return None
-    with suppress(TypeError):  # it lacks a model or a prompt
+    with suppress(TypeError):  # it lacks a model or a prompt, or has more
         note = Note(**{name: item for name, item in given.items() if name not in ("v", "at")})
         if given.get("v") == 1 and note.value(FAR_FUTURE).keys() == given.keys():
             return note
@@ -1000,12 +999,12 @@ def age_at(born: object, taken: datetime | None) -> int | None:
 
 def people_in(told: object) -> list[str]:
     """People with a name and their age, left to right where Immich tells, else by name."""
-    found = []
+    found, taken = [], taken_at(told)
     for person in dig_list(told, "people"):
         name, faces = text_at(person, "name"), dig_list(person, "faces")
         if name and dig(person, "isHidden") is not True:
             xs = [number_at(f, "boundingBoxX1") / (number_at(f, "imageWidth") or 1) for f in faces]
-            age = age_at(dig(person, "birthDate"), taken_at(told))
+            age = age_at(dig(person, "birthDate"), taken)
             found.append((min(xs, default=math.inf), name, age))
     found.sort(key=lambda person: person[:2])
     return [name if age is None else f"{name} (aged {age})" for _, name, age in found]
@@ -2652,6 +2651,8 @@ class ApiLibrary(Library):
         per owner tells, as only the owner may update a photo.
         """
         owner: Any = item.get("ownerId")
+        if self._config.show_prompt and not account.user_id:
+            return True  # as nothing is written then
         if not account.user_id and owner not in account.strangers:
             path = f"/assets/{item['id']}"
             try:

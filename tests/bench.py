@@ -1,6 +1,6 @@
 """Measure the tool beside bare clients; nothing here passes or fails.
 
-    python tests/bench.py [start|memory|listing|photo|arrival|burst|stop|growth|
+    python tests/bench.py [start|memory|listing|facts|photo|arrival|burst|stop|growth|
                            saturation|unequal|death|poison|outage|instances|all]
 
 Each figure is the median of five runs of a whole process (of one, for memory), and stands beside
@@ -40,7 +40,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 RUNS = 5
-HUGE, LARGE, SMALL = 1_000_000, 100_000, 1_000  # described photos
+HUGE, LARGE, MEDIUM, SMALL = 1_000_000, 100_000, 10_000, 1_000  # described photos
+RENEWED = ["-O", "outdated", "--context", "people,place,date"]  # once a fact is another
 PHOTOS = 300  # to be described
 ARRIVALS = 40  # that are timed
 POLL = 10.0  # seconds between two looks, by default
@@ -50,6 +51,7 @@ PLACES, PAUSE = 4, 0.25  # of a model host, and the seconds that each takes for 
 FLEET_PHOTOS = 640  # ten seconds for four such hosts
 TIMEOUT = 2.0  # of the tool, where a host hangs
 OUTAGE = 20.0  # seconds
+TAKEN = "2019-07-14T15:30:00"  # by the clock of the place, where what is known is told
 POISON = 99_999_999  # the number of a picture on which every host fails
 TESTS = Path(__file__).resolve().parent
 TOOL = TESTS.parent / "immich_analyze.py"
@@ -91,6 +93,36 @@ while after:
     cursor.execute(sys.argv[2], values)
     rows = cursor.fetchall()
     after = rows[-1][0] if len(rows) == 1000 else None
+"""
+
+BARE_API_NOTES = """
+import concurrent.futures, datetime, requests, sys, threading
+immich, key, note = sys.argv[1:4]
+own = threading.local()
+
+def call(method, path, body=None):
+    if not hasattr(own, "session"):
+        own.session = requests.Session()
+        own.session.headers["x-api-key"] = key
+    return own.session.request(method, immich + "/api" + path, json=body).json()
+
+def read(photo):
+    return call("GET", f"/assets/{photo['id']}/metadata/{note}")["value"]
+
+with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    for visibility in ("timeline", "archive"):
+        body = {"size": 1000, "page": 1, "order": "desc", "type": "IMAGE", "visibility": visibility}
+        body |= {"withExif": True, "withPeople": True}
+        more = True
+        while more:
+            told = call("POST", "/search/metadata", body)["assets"]
+            more = told["nextPage"]
+            if more:
+                last = datetime.datetime.fromisoformat(told["items"][-1]["fileCreatedAt"])
+                last += datetime.timedelta(milliseconds=1)
+                before = last.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+                body["takenBefore"] = before
+            list(pool.map(read, told["items"]))
 """
 
 BARE_API_PHOTOS = """
@@ -366,27 +398,61 @@ def quick_immich() -> Any:
     return QuickImmich()
 
 
+@functools.cache
+def known() -> dict[str, Any]:
+    """Who is on each photo, and where it was taken."""
+    from facts import Person
+
+    people = [Person("Zoë", "1980-02-29", x=100), Person("Anna", x=500), Person("", x=700)]
+    return {"people": people, "place": ("Warnemünde", "Mecklenburg-Vorpommern", "Germany")}
+
+
+def noted(text: str, *options: str) -> dict[str, Any]:
+    """The note of a text that the tool wrote with these options."""
+    import facts
+
+    import immich_analyze as ia
+
+    config = ia.parse(options, {})
+    people = [{"name": each.name, "birthDate": each.birth} for each in known()["people"]]
+    told = {"people": people, "exifInfo": facts.exif(known()["place"]), "localDateTime": TAKEN}
+    names = ia.names_id(ia.Photo("", "", text, "", told=told), config)
+    note = ia.Note(config.model_name, config.prompt_id, text=ia.text_id(text), facts=names)
+    return note.value(datetime.now(UTC))
+
+
 @contextmanager
 def immich_server(
-    photos: int, described: bool
+    photos: int, described: bool, *options: str
 ) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
+    """With options, things are known of the photos, and runs with these described them."""
+    import facts
+
+    import immich_analyze as ia
+
     with quick_immich() as immich:
         text = "A photo of a lake between two mountains." if described else ""
-        picture = preview()
-        immich.add_many(photos, description=text, preview=picture)
+        picture, more = preview(), dict[str, Any]()
+        if options:
+            more |= {"people": known()["people"], "extra": facts.exif(known()["place"])}
+            more |= {"local": facts.times(TAKEN)["local"]}
+            more |= {"notes": {ia.KEY: noted(text, *options)}}
+        immich.add_many(photos, description=text, preview=picture, **more)
 
         def reset() -> None:
             immich.exchanges.clear()
             for asset in () if described else immich.assets.values():
                 asset.description = ""
 
-        yield {"url": immich.url, "key": immich.key, "preview": len(picture)}, reset
+        told = {"url": immich.url, "key": immich.key, "preview": len(picture)}
+        yield told | {"note_key": ia.KEY}, reset
 
 
 @contextmanager
 def postgres_server(
-    photos: int, described: bool
+    photos: int, described: bool, *options: str
 ) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
+    """With options, things are known of the photos, and runs with these described them."""
     import sandbox
 
     import immich_analyze as ia
@@ -399,11 +465,14 @@ def postgres_server(
             first = 10 if described else photos
             if described:  # the checks of what is right would take as long as the rest
                 library.run("SET session_replication_role = replica")
-            library.add_many(first, description=text, preview_bytes=preview())
-            library.add_many(photos - first, description=text, files=False)
+            more = {"taken": TAKEN, "place": known()["place"]} if options else {}
+            ids = library.add_many(first, description=text, preview_bytes=preview(), **more)
+            library.add_many(photos - first, description=text, files=False, **more)
+            if options:
+                show_all(library, ids[0], json.dumps(noted(text, *options)))
             library.run("ANALYZE")
             tables = dict(library.run(ia.data_file("connection.sql")))
-            sql = ia.statements({t: set(c) for t, c in tables.items()}, ia.parse([], {}))
+            sql = ia.statements({t: set(c) for t, c in tables.items()}, ia.parse(options, {}))
 
             def reset() -> None:
                 if not described:
@@ -412,6 +481,23 @@ def postgres_server(
             note = json.dumps(ia.Note("m", "p", text=ia.text_id(text)).value(datetime.now(UTC)))
             told = {"uri": uri, "root": folder, "listing": sql["listing"], "write": sql["write"]}
             yield told | {"key": ia.KEY, "note": note}, reset
+
+
+def show_all(library: Any, id: str, note: str) -> None:
+    """Have the same people on all photos, and the same note with them."""
+    import immich_analyze as ia
+
+    for person in known()["people"]:
+        library.add_person(id, person)
+    columns = '"personGroupId", "imageWidth", "imageHeight", "boundingBoxX1", "boundingBoxX2",'
+    columns += ' "boundingBoxY1", "boundingBoxY2"'
+    library.run(
+        f'INSERT INTO {{face}} ("assetId", {columns}) SELECT a.id, {columns}'
+        ' FROM {asset} a JOIN {face} f ON f."assetId" = %s AND a.id <> f."assetId"',
+        id,
+    )
+    insert = 'INSERT INTO asset_metadata ("assetId", key, value) SELECT id, %s, %s::jsonb'
+    library.run(f"{insert} FROM {{asset}}", ia.KEY, note)
 
 
 SERVERS = {
@@ -594,6 +680,41 @@ def listing() -> None:
         what = f"database: restart on {LARGE:,} described photos"
         row(what, seconds(whole.wall), seconds(client.wall), "bare client, the same SQL")
         row(what + ", CPU", seconds(whole.cpu), seconds(client.cpu), "bare client")
+
+
+def facts() -> None:
+    """The same where each text is ours, and is compared with what is known of its photo."""
+    with (
+        Server("model") as model,
+        Server("immich", SMALL, True, *RENEWED) as small,
+        Server("immich", MEDIUM, True, *RENEWED) as immich,
+    ):
+        whole, client, few = measured(
+            tool(*api(immich), "--hosts", model.url, *RENEWED),
+            bare(BARE_API_NOTES, immich.url, immich.key, immich.note_key),
+            tool(*api(small), "--hosts", model.url, *RENEWED),
+            before=immich.reset,
+        )
+        tell_facts("API", MEDIUM, whole, client, few, "the same requests")
+    with (
+        Server("model") as model,
+        Server("postgres", SMALL, True, *RENEWED) as small,
+        Server("postgres", LARGE, True, *RENEWED) as postgres,
+    ):
+        whole, client, few = measured(
+            tool(*database(postgres), "--hosts", model.url, *RENEWED),
+            bare(BARE_SQL_LISTING, postgres.uri, postgres.listing, postgres.key),
+            tool(*database(small), "--hosts", model.url, *RENEWED),
+        )
+        tell_facts("database", LARGE, whole, client, few, "the same SQL")
+
+
+def tell_facts(mode: str, photos: int, whole: Cost, client: Cost, few: Cost, how: str) -> None:
+    what = f"{mode}: facts of {photos:,} photos compared"
+    note = f"{how}: {whole.wall / client.wall:.2f} times, promised: 1.3"
+    row(what, seconds(whole.wall), seconds(client.wall), note)
+    row(what + ", CPU", seconds(whole.cpu), seconds(client.cpu), "bare client")
+    row(what + ", memory", megabytes(whole.memory), megabytes(few.memory), f"with {SMALL:,}")
 
 
 def photo() -> None:
@@ -1126,6 +1247,7 @@ GROUPS = {
     "start": start,
     "memory": memory,
     "listing": listing,
+    "facts": facts,
     "photo": photo,
     "arrival": arrival,
     "burst": burst,

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 import servers
-from worlds import CHATS, asking
+from worlds import CHATS, ApiWorld, asking
 
 import immich_analyze as ia
 
@@ -253,3 +253,15 @@ def test_the_question_is_shown_and_nothing_is_asked_or_written(library, ollama, 
     assert ollama.find(*CHATS) == []
     assert library.state() == before
     assert library.writes() == []
+
+
+@pytest.mark.slow
+def test_a_question_is_shown_by_a_key_with_the_least_rights_without_an_update(ollama, command):
+    keys = {"key": servers.FakeKey("alice", ia.NEEDED_PERMISSIONS)}
+    with servers.FakeImmich("3.1.0", keys) as server:
+        world = ApiWorld(server)
+        id = world.add(picture=servers.own_picture(0))
+        done = command(*world.argv, *asking(ollama), "--prompt", "Look.", "--show-prompt", id)
+        assert (done.returncode, done.stdout) == (0, "Look.\n")
+        assert server.count("PUT|POST|DELETE", "") == 0
+    server.check()
