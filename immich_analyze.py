@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Give every photo of an Immich library a description.
+"""Describe every photo in an Immich library.
 
-A vision model on the user's own machine looks at the preview that Immich made,
-and what it says is written back, so that search finds the photo by what is on it:
+A vision model on the user's own machine looks at the preview that Immich made.
+Its description is written back to Immich, so that search finds the photo by what it shows:
 
     arrivals, listings ──► preview ──► model host ──► description ──► Immich
-       └─ one stream, pulled by identical workers; each takes a photo through
-          its whole story alone, with connections of its own
+       └─ one stream feeds identical workers; each takes its photo from
+          start to finish on its own, over its own connections
 
-What still lacks a description is the work list; there is no state besides Immich. `stream`
-says which photo is next, and alone knows the modes; `story` decides what happens to it.
-Stopping means that the stream ends. The sections below follow the way of a photo, and each
-uses only the ones above it.
+The photos that lack a description are the work list; all state is in Immich. `stream` chooses
+the next photo, and only it knows the modes; `story` decides what happens to the photo. To stop
+the tool is to end the stream. The sections below follow a photo on its way, and each of them
+uses only those above it.
 
 Exit codes: 0 all well, nothing to do, or a service that was asked to stop · 1 some
 photos failed · 2 the settings or the environment are wrong and nothing will work ·
@@ -83,13 +83,13 @@ log = logging.getLogger("immich_analyze")
 # ------------------------------------------------------------------------------
 
 LANGUAGES = ("en", "ru")
-DATA_FOLDERS = ("i18n", "immich_analyze_i18n")  # in a checkout, once installed
+DATA_FOLDERS = ("i18n", "immich_analyze_i18n")  # in a checkout; once installed
 _language = "en"
 
 
 @functools.cache
 def data_file(name: str) -> str:
-    """The text of a file that lies in the folder beside this one, be it in a zip archive."""
+    """Read a data file from the folder beside this module, which may be in a zip archive."""
     home = Path(__file__).parent
     root = home if home.is_dir() else zipfile.Path(home)
     files = (root / folder / name for folder in DATA_FOLDERS)
@@ -98,23 +98,23 @@ def data_file(name: str) -> str:
 
 @functools.cache
 def template(text: str) -> Any:
-    """A text of Jinja, ready to be filled in, which sees nothing but what it is given."""
-    from jinja2 import StrictUndefined, sandbox  # here, as each start would wait for it
+    """Compile a Jinja template that sees only the values it is given."""
+    from jinja2 import StrictUndefined, sandbox  # here, as it would slow down every start
 
     kind = sandbox.ImmutableSandboxedEnvironment
     made = kind(keep_trailing_newline=True, undefined=StrictUndefined)
-    made.globals.clear()  # with `range`, loops in loops would never end
+    made.globals.clear()  # with `range`, nested loops could run for ever
     return made.from_string(text)
 
 
 @functools.cache
 def catalogue(language: str) -> dict[str, str]:
-    """Texts by key."""
+    """The texts of a language, by key."""
     return dict(json.loads(data_file(f"{language}.json")))
 
 
 def use_language(code: str) -> None:
-    """Choose the language of all texts, if it can be written; called by main before any thread."""
+    """Set the language of all texts if stdout can encode it; main does this before any thread."""
     global _language
     with suppress(UnicodeEncodeError):
         catalogue(code).get("photos", "").encode(sys.stdout.encoding or "utf-8")
@@ -122,64 +122,64 @@ def use_language(code: str) -> None:
 
 
 def t(key: str, **fields: object) -> str:
-    """Text for people, in their language; English where a text is missing."""
+    """A text for people in their language, or in English if that language lacks it."""
     text = catalogue(_language).get(key) or catalogue("en")[key]
     return text.format(**fields)
 
 
 # ------------------------------------------------------------------------------
-# 2 Errors: who is to blame decides what happens next. They carry keys, not text.
+# 2 Errors: the class says who is to blame, and so what happens next. They carry keys, not text.
 # ------------------------------------------------------------------------------
 
 
 class AnalyzeError(Exception):
-    """Anything that went wrong, as a message key with its fields."""
+    """Anything that went wrong, as a message key and its fields."""
 
     def __init__(self, key: str, *, pause: float = 0, words: str = "", **fields: Any) -> None:
         super().__init__(key)
         self.key = key
-        self.pause = pause  # seconds for which the server asks to be left alone, 0 for none
-        self.words = words  # all that the server said
+        self.pause = pause  # seconds that the server asks us to wait; 0 if it does not ask
+        self.words = words  # the server's whole reply
         self.fields = fields
 
     def __str__(self) -> str:
         return t(self.key, **self.fields)
 
     def as_kind(self, kind: type[AnalyzeError]) -> AnalyzeError:
-        """The same trouble, as somebody else's fault."""
+        """The same error as another class, which puts the blame elsewhere."""
         return kind(self.key, pause=self.pause, words=self.words, **self.fields)
 
 
 class Retryable(AnalyzeError):
-    """This call failed; another try may work."""
+    """This call failed; a retry may succeed."""
 
 
 class Unavailable(Retryable):
-    """Whoever should have answered is away or overloaded: no photo is to blame."""
+    """The other side is down or overloaded; no photo is to blame."""
 
 
 class Permanent(AnalyzeError):
-    """This photo will never work; the others may."""
+    """This photo will fail every time; others may succeed."""
 
 
 class Missing(AnalyzeError):
-    """Immich says that it has no such preview or note."""
+    """Immich has no such preview or note."""
 
 
 class Skip(AnalyzeError):
-    """The photo is left alone: it has a description, or was deleted, locked or taken meanwhile."""
+    """Leave the photo alone: it has a description, or was meanwhile deleted, locked or claimed."""
 
 
 class Fatal(AnalyzeError):
-    """Nothing will work until a person acts: at this host, with this key, or at all."""
+    """A person must act before this host, this key or the whole run can work."""
 
 
 class Unexpected(Fatal):
-    """Nothing this server says when it is well: final at the start, and waited for later on."""
+    """An answer that a healthy server never gives: fatal at the start, waited out later on."""
 
 
 class Stopped(AnalyzeError):
-    """Asked to stop while waiting."""
+    """The tool was asked to stop while it waited."""
 
 
 # ------------------------------------------------------------------------------
@@ -1275,20 +1275,20 @@ def description_in(answer: object, language: str = "") -> str:
 
 
 # ------------------------------------------------------------------------------
-# 5 Wire: alone meets exceptions of requests and psycopg2, and says who is to blame. Tries once.
+# 5 Wire: only it handles exceptions of requests and psycopg2. It says who is to blame; no retries.
 # ------------------------------------------------------------------------------
 
 CONNECT_TIMEOUT = 10.0
 LONGEST_TIMEOUT = 2e6  # sockets count milliseconds in 31 bits
-# A name for this machine, which no proxy knows.
+# Names of this machine, to which no request goes through a proxy.
 LOOPBACK = r"(.*\.|ip6-)?localhost(\.localdomain)?\.?|(::ffff:)?127\.[\d.]+|0\.0\.0\.0|::1?"
-JSON_BODY = {"Content-Type": "application/json"}  # where the JSON is made by us
-REPLY_LIMIT = 64 * 2**20  # bytes; a page of 1,000 photos has about 1.3 MB
+JSON_BODY = {"Content-Type": "application/json"}  # for JSON that we encode ourselves
+REPLY_LIMIT = 64 * 2**20  # bytes; a page of 1,000 photos is about 1.3 MB
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An HTTP answer with its body read."""
+    """An HTTP response whose body has been read."""
 
     url: str  # without user, password and query
     status: int
@@ -1296,20 +1296,20 @@ class Reply:
     body: bytes
 
     def json(self) -> Any:
-        """The body's JSON; Retryable for anything else, such as a proxy's page."""
+        """The body parsed as JSON; Retryable if it is anything else, such as a proxy's page."""
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError) as error:
             raise Retryable("not_json", url=self.url) from error
 
     def complaint(self) -> str:
-        """What the server says is wrong: one line, "" if it says nothing to people."""
+        """The server's error message on one line; "" if there is none that people can read."""
         text = words_in(self.body[:4000].decode("utf-8", "replace").strip())
         return "" if text.startswith("<") else " ".join(text.split())[:300]
 
 
 def words_in(said: object) -> str:
-    """The words in JSON that says what is wrong; Ollama nests it in a string."""
+    """The error message in a JSON value; Ollama nests more JSON in a string."""
     if isinstance(said, str):
         with suppress(ValueError, RecursionError):
             inner = json.loads(said)
@@ -1318,27 +1318,27 @@ def words_in(said: object) -> str:
     if isinstance(said, list):
         return "; ".join(words_in(one) or str(one) for one in said)
     if isinstance(said, dict):
-        places = ("message", "error", "detail", "errors")  # `error` may be just the status
+        places = ("message", "error", "detail", "errors")  # `error` may be only the status
         return next(filter(None, (words_in(said.get(place)) for place in places)), "")
     return str(said or "")
 
 
 class Session(requests.Session):
-    """A session for one worker; it keeps no cookies, as a stale one outranks an API key."""
+    """One worker's session. It keeps no cookies, as a stale one would override the API key."""
 
     def __init__(self, headers: Iterable[Header] = ()) -> None:
         super().__init__()
-        self.trust_env = False  # .netrc would outrank a key, and looking for it takes long
+        self.trust_env = False  # .netrc would override a key, and looking it up is slow
         self._settings: dict[str, Any] = {}
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         self.headers["User-Agent"] = f"immich-analyze/{__version__}"
         self.headers.update(headers)
         if "Authorization" in self.headers:
-            self.auth = lambda request: request  # else the address would outrank it
+            self.auth = lambda request: request  # else a user name in the URL would override it
 
     def merge_environment_settings(self, url: Any, *given: Any) -> Any:
-        """The proxy and certificates that the environment names, looked up once a server."""
-        # requests searches all variables, which takes longer than the rest of a request
+        """The proxy and certificates that the environment names, looked up once per server."""
+        # requests would search all variables each time, which takes longer than all the rest
         server = "/".join(str(url).split("/", 3)[:3])
         if server not in self._settings:
             self._settings[server] = requests.Session().merge_environment_settings(url, *given)
@@ -1347,8 +1347,8 @@ class Session(requests.Session):
         return dict(self._settings[server])
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """Nowhere but where Immich has the full size of a picture."""
-        # after any other, a POST would arrive as a GET, and the key at another server
+        """Follow only Immich's own redirects to a full-size picture."""
+        # any other could turn a POST into a GET, or send the key to another server
         target = resp.headers.get("Location", "")
         return target if re.match(r"(original|thumbnail)\?", target) else None
 
@@ -1364,14 +1364,14 @@ def http(
     watch: Callable[[bytes], None] | None = None,
     **options: Any,
 ) -> Reply:
-    """Send one request and read the answer; a status other than 2xx is raised, by `blame`."""
-    # `watch` gets the body of any other answer piece by piece; what it raises ends the request,
-    # also for the server
+    """Send one request and read the response; `blame` makes the error for a status from 400 on."""
+    # `watch` gets the body of a successful response piece by piece; if it raises, the connection is
+    # closed, so that the server stops, too
     shown, body = shown_with_proxy(session, url), bytearray()
     limits = (min(timeout, CONNECT_TIMEOUT), min(timeout, LONGEST_TIMEOUT))
     try:
         with session.request(method, url, timeout=limits, stream=True, **options) as response:
-            # of a body without chunks, a piece comes only once it has its size
+            # without chunked encoding, a piece is only delivered once it is full
             for piece in response.iter_content(2**10 if watch else 2**20):
                 body += piece
                 if len(body) > limit:
@@ -1379,9 +1379,9 @@ def http(
                 if watch and response.ok:
                     watch(piece)
             reply = Reply(shown, response.status_code, response.headers, bytes(body))
-    except requests.exceptions.InvalidHeader as error:  # in a broken answer
+    except requests.exceptions.InvalidHeader as error:  # in a broken response
         raise Retryable("connection_cut", url=shown) from error
-    except ValueError as error:  # an address that neither requests nor urllib3 can read
+    except ValueError as error:  # a URL that requests or urllib3 cannot parse
         raise Fatal("not_an_address", value=shown) from error
     except OSError as error:  # everything else that requests raises
         raise connection_error(error, shown, timeout, silent=bool(watch) and not body) from error
@@ -1393,7 +1393,7 @@ def http(
 
 
 def shown_with_proxy(session: requests.Session, url: str) -> str:
-    """A URL as it may be shown, and the proxy that it is asked through."""
+    """The URL without secrets, and the proxy that requests to it go through."""
     with suppress(ValueError):
         proxies = session.merge_environment_settings(url, {}, True, None, None)["proxies"]
         if proxy := requests.utils.select_proxy(url, proxies):
@@ -1402,7 +1402,7 @@ def shown_with_proxy(session: requests.Session, url: str) -> str:
 
 
 def redirected(url: str, shown: str, location: str) -> AnalyzeError:
-    """What moved to another host keeps its path; to a page behind one leads a login."""
+    """The error for a redirect. A server that moved keeps the path; a login page has its own."""
     target = public(location)
     moved = urlsplit(target).path.endswith(urlsplit(url).path)
     login = not moved and re.search(r"//[^/?]*(/?\?|/.)", location)
@@ -1410,34 +1410,34 @@ def redirected(url: str, shown: str, location: str) -> AnalyzeError:
 
 
 def connection_error(error: OSError, shown: str, timeout: float, *, silent: bool) -> AnalyzeError:
-    """Unavailable if no connection was made; a cut one, Retryable, may be the picture's doing."""
+    """Unavailable if no connection was made; Retryable if it was cut, maybe due to the picture."""
     if not isinstance(error, requests.exceptions.RequestException):
         return Fatal("tls_failed", url=shown, why=error)  # REQUESTS_CA_BUNDLE names no file
     if isinstance(error, requests.exceptions.SSLError):
-        kind = Unavailable if "EOF" in str(error) else Unexpected  # hung up on, or no such thing
+        kind = Unavailable if "EOF" in str(error) else Unexpected  # EOF: the server hung up
         return kind("tls_failed", url=shown, why=innermost(error))
     cause = error.args[0] if error.args else None
     if isinstance(error, requests.exceptions.ConnectTimeout) or hasattr(cause, "reason"):
         return Unavailable("unreachable", url=shown, why=innermost(error))
     if isinstance(error, requests.exceptions.ReadTimeout) or "timed out" in str(error):
-        silent |= isinstance(error, requests.exceptions.ReadTimeout)  # headers are no answer yet
+        silent |= isinstance(error, requests.exceptions.ReadTimeout)  # headers alone are no answer
         key = "timed_out" if silent else "timed_out_reading"
         return Retryable(key, url=shown, seconds=f"{timeout:g}")
     return Retryable("connection_cut", url=shown)
 
 
 def innermost(error: BaseException) -> str:
-    """The reason at the bottom of a chain of exceptions, in the system's words."""
+    """The root cause of a chain of exceptions, in the system's words."""
     seen = [error]
     while (inner := seen[-1].__cause__ or seen[-1].__context__) and inner not in seen:
         seen.append(inner)
     reasons = [getattr(e, "verify_message", getattr(e, "strerror", None)) for e in reversed(seen)]
-    reasons += [str(e) for e in seen if type(e) is OSError]  # of a proxy that makes no tunnel
+    reasons += [str(e) for e in seen if type(e) is OSError]  # from a proxy that refuses the tunnel
     return next((reason for reason in reasons if isinstance(reason, str)), type(error).__name__)
 
 
 def retry_after(reply: Reply) -> float:
-    """Seconds the server asks to be left alone, an hour at most; 0 if it does not say."""
+    """Seconds that the server asks us to wait, at most an hour; 0 if it does not ask."""
     text = reply.headers.get("Retry-After", "")
     with suppress(ValueError):
         if not text.isdecimal():
@@ -1450,7 +1450,7 @@ BUSY = {408, 429, 502, 503, 504}
 
 
 def model_host_error(reply: Reply) -> AnalyzeError:
-    """What a model host's status says, or its words where an answer of status 200 is an error."""
+    """The error for a model host's status, or for an error message in a response of status 200."""
     status, why, words = reply.status, reply.complaint(), reply.body.decode("utf-8", "replace")
     known = patterns()
     hints = {413: "hint_too_large", 504: "hint_too_slow"}
@@ -1477,7 +1477,7 @@ def model_host_error(reply: Reply) -> AnalyzeError:
 
 
 def immich_error(reply: Reply) -> AnalyzeError:
-    """Who is to blame for a status of Immich; what it never says is a proxy's."""
+    """The error for a status from Immich; one that Immich never sends comes from a proxy."""
     url, why = reply.url, reply.complaint()
     match reply.status:
         case 400 | 401 if why.startswith("Not found or no ") or "Elevated permission" in why:
@@ -1490,11 +1490,11 @@ def immich_error(reply: Reply) -> AnalyzeError:
             return Missing("preview_missing")
         case 400 if why.startswith("Metadata with key "):
             return Missing("note_missing")
-        case 404 if why.startswith("Cannot "):  # which it says to everything
+        case 404 if why.startswith("Cannot "):  # it says so to every request
             return Unavailable("immich_maintenance", url=url, status=404)
         case status if status in BUSY:
             return Unavailable("immich_failed", pause=retry_after(reply), url=url, status=status)
-        case status if status >= 500:  # its database, a proxy, one photo
+        case status if status >= 500:  # due to its database, a proxy or one photo
             return Retryable("immich_failed", url=url, status=status)
         case status if status in (401, 403, 404, 405, 407):
             return Unexpected("immich_wrong", url=url, status=status)
@@ -1502,13 +1502,13 @@ def immich_error(reply: Reply) -> AnalyzeError:
             return Permanent("immich_refused", status=status, why=why)
 
 
-# SQLSTATE classes that also a restore goes through: nothing of that name, no right, on standby.
+# SQLSTATE classes that a restore causes, too: no such name, no right, on standby.
 UNEXPECTED = ("0A", "25", "28", "3D", "42")
 
 
 @contextmanager
 def sql() -> Iterator[None]:
-    """Turn what psycopg2 raises into our errors."""
+    """Turn psycopg2's exceptions into our errors."""
     try:
         yield
     except psycopg2.Error as error:
@@ -1518,12 +1518,12 @@ def sql() -> Iterator[None]:
 
 
 def database_error(error: psycopg2.Error) -> AnalyzeError:
-    """Who is to blame for an error of PostgreSQL or its driver."""
+    """The error for an exception from PostgreSQL or its driver; its class says who is to blame."""
     why = re.sub(r"\s*Is the server running[^?]*\?", "", " ".join(str(error).split()))
-    words, code = re.sub(r'"[^"]*"', "", why), error.pgcode or ""  # names may hold any word
+    words, code = re.sub(r'"[^"]*"', "", why), error.pgcode or ""  # names may contain any word
     at_fault = isinstance(error, psycopg2.ProgrammingError) or patterns()["refused"].search(words)
     match error:
-        case psycopg2.errors.LockNotAvailable() | psycopg2.errors.QueryCanceled():  # one row's
+        case psycopg2.errors.LockNotAvailable() | psycopg2.errors.QueryCanceled():  # of one row
             return Retryable("database_refused", why=why)
         case _ if not code and at_fault:
             return Fatal("database_refused", why=why)
@@ -1531,16 +1531,16 @@ def database_error(error: psycopg2.Error) -> AnalyzeError:
             return Unexpected("database_refused", why=why)
         case _ if not code or isinstance(error, psycopg2.OperationalError):  # no code: a crash
             return Unavailable("database_down", why=why)
-        case psycopg2.DataError():  # 22021: SQL_ASCII holds any bytes
+        case psycopg2.DataError():  # 22021: SQL_ASCII stores any bytes
             return Permanent("row_not_utf8" if code == "22021" else "database_refused", why=why)
-        case _:  # a trigger that objects, a page that cannot be read
+        case _:  # a trigger that objects, an unreadable page
             return Retryable("database_refused", why=why)
 
 
 def postgres_url(url: str) -> str:
-    """A connection string, checked here, as libpq's complaints could quote the password."""
+    """Check a connection string here, as an error message of libpq could quote the password."""
     try:
-        if url.startswith("socket:"):  # which Immich takes, and no-verify
+        if url.startswith("socket:"):  # Immich accepts these, and no-verify
             address = urlsplit(url)
             query = re.sub("(^|&)db=", r"\1dbname=", address.query)
             url = f"postgresql://{address.netloc}/?host={address.path}&{query}".rstrip("&")
@@ -1550,7 +1550,7 @@ def postgres_url(url: str) -> str:
     except (psycopg2.ProgrammingError, ValueError) as error:  # ValueError: not UTF-8
         named = re.search(r'invalid (?:connection|URI query) \w+:? "([a-z_]+)"', str(error), re.I)
         unknown = named[1] if named and "@" not in url.rpartition(named[1])[2] else ""
-        shown = t("unknown_keyword", keyword=unknown) if unknown else ""  # no part of a password
+        shown = t("unknown_keyword", keyword=unknown) if unknown else ""  # never part of a password
         raise Fatal("bad_postgres_url", unknown=shown) from error
     ports = str(parts.get("port", "")).replace(",", "")
     if "@" in parts.get("host", "") + parts.get("dbname", "") or not (ports or "1").isdecimal():
@@ -2315,92 +2315,92 @@ class Ai:
 
 
 # ------------------------------------------------------------------------------
-# 7 Library: where photos come from and descriptions go. Two of a kind, with one
-#   protocol; each worker has its own. Knows nothing of the AI.
+# 7 Library: where photos come from and descriptions go. Two implementations of one
+#   protocol; each worker has its own instance. Knows nothing of the AI.
 # ------------------------------------------------------------------------------
 
-PAGE = 1000  # photos a listing asks for at once; the most that Immich gives
-IMMICH_TIMEOUT = 60.0  # with Redis hung, Immich answers a write late but has done it
-UPLOAD_TIME = timedelta(minutes=1)  # how late a photo may show in a listing after its date
+PAGE = 1000  # photos on one page of a listing; Immich's maximum
+IMMICH_TIMEOUT = 60.0  # if Redis hangs, Immich stores a write but answers late
+UPLOAD_TIME = timedelta(minutes=1)  # how long after its date a photo may appear in a listing
 PREVIEW_LIMIT = 64 * 2**20  # bytes
-BODY_LIMIT = 10 * 2**20  # bytes that Immich takes of a request
-SWEEP_SPAN = timedelta(days=2)  # how late a preview may come after the upload
-MANY = 20  # photos that may have the same description by chance
+BODY_LIMIT = 10 * 2**20  # bytes; Immich's limit for a request
+SWEEP_SPAN = timedelta(days=2)  # how long after the upload a preview may appear
+MANY = 20  # photos that may share a description by chance
 NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")
 
-Tables = Mapping[str, set[str]]  # with their columns
-Cursor = Any  # where a listing stands; only the library that made it looks inside
-Page = tuple[Iterable[Photo], Cursor | None]  # and where it goes on; None at its end
-Opened = tuple[Callable[[], "Library"], Callable[[], bool]]  # makes one; whether all is reached
+Tables = Mapping[str, set[str]]  # each with its columns
+Cursor = Any  # a position in a listing; opaque to all but the library that made it
+Page = tuple[Iterable[Photo], Cursor | None]  # and the next cursor; None at the end
+Opened = tuple[Callable[[], "Library"], Callable[[], bool]]  # factory; whether it reaches all
 
 
 class Library(Protocol):
-    """What the pipeline asks of a library; every method raises only our errors.
+    """What the pipeline needs from a library. All methods raise only our own errors.
 
-    Unavailable means that nothing works, Retryable and Permanent that this call failed.
+    Unavailable means that the library is down, Retryable and Permanent that this call failed.
     """
 
-    must_confirm: bool  # whether a text may be lost after it was written
-    most_workers: int  # that can have a library at the same time
+    must_confirm: bool  # whether a text can be lost after it was written
+    most_workers: int  # that can each have a library at the same time
 
     def clock(self) -> datetime:
-        """The time by the server's clock; ours may be wrong, or jump."""
+        """The time by the server's clock, as ours may be wrong or jump."""
 
     def page(self, cursor: Cursor | None, since: datetime | None = None) -> Page:
-        """The next photos of a listing, with `since` of those uploaded from then on.
+        """The next page of a listing; with `since`, only photos uploaded from then on.
 
-        No videos, and nothing that is hidden, locked, trashed or offline.
+        It leaves out videos and all that is hidden, locked, trashed or offline.
         """
 
     def total(self) -> int:
-        """About how many photos the whole listing brings; an extra that not every key may ask."""
+        """Roughly how many photos the whole listing has; optional, as not every key may ask."""
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
-        """Photos whose preview was made since then; with `started`, none uploaded long before."""
+        """Photos with a preview made after `since`; with `started`, none uploaded long before."""
 
     def watch(self, event: Callable[[], None], cooldown: float) -> PreviewWatch | None:
-        """Calls `event` when a preview is written, if it can tell."""
+        """Call `event` when a preview is written, if this library can notice that."""
         return None
 
     def claim(self, photo: Photo) -> Photo:
-        """The photo with its note, kept from other instances; Skip if one of them has it."""
+        """Claim the photo and read its note; Skip if another instance has claimed it."""
 
     def release(self, photo: Photo) -> None:
-        """Leave a claimed photo to others, if claims keep it from them; raises nothing."""
+        """Release a claimed photo, if this library makes claims; never raises."""
         return
 
     def look(self, photo: Photo) -> Photo:
         """The photo as it is now, with its note; Skip if it is not to be described."""
 
     def with_facts(self, photo: Photo) -> Photo:
-        """The photo with all that was asked for, which a listing may not tell."""
+        """The photo with all the facts asked for, some of which a listing may lack."""
         return photo
 
     def preview(self, photo: Photo) -> bytes | None:
-        """The preview's file as it is; None if there is none."""
+        """The content of the preview's file; None if there is no preview."""
 
     def write(self, photo: Photo, text: str, note: Note | None) -> bool:
-        """Store a description in place of the one that the photo had, with its note.
+        """Replace the description that the photo had, and store its note.
 
-        False, and nothing written, if there is another one by now; a text that is there
-        already counts as written.
+        False, with nothing written, if the description has changed meanwhile; if it already is
+        `text`, that counts as written.
         """
 
     def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
-        """By id, descriptions written in the last `age` seconds; photos that are gone have none."""
+        """Descriptions written in the last `age` seconds, by id; photos that are gone have none."""
         return {}
 
     def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
-        """Store the notes, or take them away, where this Immich keeps notes."""
+        """Store or delete the notes, if this Immich keeps notes."""
 
     def close(self) -> None:
-        """Close the connections; twice is fine."""
+        """Close the connections; may be called twice."""
 
 
 @contextmanager
 def blame(check: Callable[[], object]) -> Iterator[None]:
-    """Tell a library that is away from one that fails on this call: then `check` works."""
-    # a status does not tell: with its database away, Immich says the same 500 as about one photo
+    """Turn an error into Unavailable if `check` fails, too: then the whole library is down."""
+    # a status cannot tell: Immich answers 500 both for a broken photo and without its database
     try:
         yield
     except Unavailable:
@@ -2414,51 +2414,51 @@ def blame(check: Callable[[], object]) -> Iterator[None]:
         raise error.as_kind(kind) from error
 
 
-# What photos are in, by the path that lists it: the permission, and the field of a search for it.
+# Groups of photos by the path that lists them: the permission needed, and the field to search by.
 GROUPS = {"albums": ("album.read", "albumIds"), "tags": ("tag.read", "tagIds")}
 
 
 @dataclass(slots=True)
 class Account:
-    """One user's API key. What is learned of the user only the listing changes, one at a time."""
+    """One user's API key. Only listings, one at a time, change what is known of the user."""
 
     key: str = field(repr=False)
-    number: int  # of the key among those given, from 0
-    user_id: str = ""  # until it is known, as some keys may not ask for it
-    strangers: set[str] = field(default_factory=set)  # partners, who share their photos
+    number: int  # of the key among those in the settings, from 0
+    user_id: str = ""  # "" until it is known; some keys may not ask for it
+    strangers: set[str] = field(default_factory=set)  # ids of partners who share their photos
     groups: Mapping[str, Mapping[str, Sequence[Any]]] | None = None  # by kind and photo, once read
-    refused: Fatal | None = None  # why the key is not used any more
+    refused: Fatal | None = None  # why the key is no longer used
 
 
 @dataclass(slots=True)
 class Server:
-    """What is known of one Immich, shared by all who talk to it."""
+    """What is known of one Immich server, shared by all threads that talk to it."""
 
-    version: tuple[int, ...] = (0, 0, 0)  # which may grow: each look at the clock tells
+    version: tuple[int, ...] = (0, 0, 0)  # may rise: each call of `clock` updates it
     accounts: Mapping[str, Account] = field(default_factory=dict)  # by Photo.source
-    groups: Sequence[str] = ()  # those of GROUPS that a listing reads as a whole
+    groups: Sequence[str] = ()  # those of GROUPS that a listing reads in full
 
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """Where a listing through the API stands: it asks for photos not newer than `before`.
+    """A listing's cursor in the API, which asks for photos taken no later than `before`.
 
-    At 50,000 photos this is four times as fast as page numbers, and none is lost where releases
-    before 3.1.0 shuffle those of one date.
+    At 50,000 photos this is four times as fast as page numbers, and none is lost although
+    releases before 3.1.0 return photos of one date in no fixed order.
     """
 
-    part: int = 0  # which key and visibility
-    before: datetime | None = None  # when taken
-    page: int = 1  # more only while a whole page lies within one millisecond
-    seen: Mapping[str, datetime] = field(default_factory=dict)  # what can be listed again
-    quiet: int = 0  # pages in a row that brought nothing new
+    part: int = 0  # index of the key and visibility
+    before: datetime | None = None  # the latest date taken
+    page: int = 1  # above 1 only while a whole page lies within one millisecond
+    seen: Mapping[str, datetime] = field(default_factory=dict)  # photos that may come again
+    quiet: int = 0  # consecutive pages without a new photo
 
 
-MILLISECOND = timedelta(milliseconds=1)  # answers carry these, the database microseconds
+MILLISECOND = timedelta(milliseconds=1)  # responses have these, the database microseconds
 
 
 def moment(text: object) -> datetime | None:
-    """A date of Immich's; None for one that Python's calendar does not have."""
+    """A date from Immich; None for one that Python cannot represent."""
     try:
         return min(datetime.fromisoformat(str(text)).astimezone(UTC), FAR_FUTURE)
     except (ValueError, OverflowError):
@@ -2466,10 +2466,10 @@ def moment(text: object) -> datetime | None:
 
 
 def onward(walk: Walk, listed: Mapping[str, datetime], more: bool, stable: bool) -> Walk | None:
-    """The step after one that listed these photos; None at the end of the part.
+    """The cursor after a page with these photos; None at the end of the part.
 
-    Where the order of photos of one date is not `stable`, pages within one millisecond are
-    asked for again until they bring nothing new.
+    If the order of photos of one date is not `stable`, pages within one millisecond are
+    requested again until they bring nothing new.
     """
     quiet = 0 if listed.keys() - walk.seen.keys() else walk.quiet + 1
     seen = {**walk.seen, **listed}
@@ -2482,9 +2482,9 @@ def onward(walk: Walk, listed: Mapping[str, datetime], more: bool, stable: bool)
 
 
 class ApiLibrary(Library):
-    """Immich's REST API, 1.132 to 3.3, which tells of uploads only to keys that may do everything.
+    """Immich's REST API, 1.132 to 3.3; polled, as only unrestricted keys are told of uploads.
 
-    Each photo is read and written with its owner's key. An odd field in JSON costs only itself.
+    Each photo is read and written with its owner's key. An odd JSON field affects only itself.
     """
 
     must_confirm, most_workers = True, sys.maxsize
@@ -2496,7 +2496,7 @@ class ApiLibrary(Library):
         self._parts = [(account, v) for account in users for v in ("timeline", "archive")]
 
     def read_version(self) -> Reply:
-        """GET /server/version, which needs no key and answers in maintenance too."""
+        """GET /server/version, which needs no key and also works during maintenance."""
         try:
             reply = self._send("", "GET", "/server/version", CHECK_TIMEOUT)
             told = reply.json()
@@ -2512,18 +2512,18 @@ class ApiLibrary(Library):
         return reply
 
     def keeps_notes(self) -> bool:
-        """Whether this release has metadata of photos that keys may write."""
+        """Whether this release lets API keys write metadata of photos."""
         return self._server.version >= (2, 5, 0)
 
     def permissions(self, key: str) -> list[Any]:
-        """What a key may do, by GET /api-keys/me; releases before it say only that it is valid."""
+        """A key's permissions, by GET /api-keys/me; older releases tell only that it is valid."""
         if self._server.version < (1, 139, 0):
             self._send(key, "POST", "/auth/validateToken", CHECK_TIMEOUT).json()
             return ["all"]
         return dig_list(self._send(key, "GET", "/api-keys/me", CHECK_TIMEOUT).json(), "permissions")
 
     def user_of(self, key: str, needed: Sequence[str]) -> str:
-        """The id of a key's user, "" if it may not ask; Fatal for a key that cannot work."""
+        """The id of the key's user, or "" if the key may not ask; Fatal if the key cannot work."""
         allowed = self.permissions(key)
         if missing := [p for p in needed if p not in allowed and "all" not in allowed]:
             raise Fatal("immich_permission_missing", permission=", ".join(missing))
@@ -2537,18 +2537,18 @@ class ApiLibrary(Library):
     def _send(
         self, key: str, method: str, path: str, timeout: float = IMMICH_TIMEOUT, **options: Any
     ) -> Reply:
-        """Send one request with a user's key, or with none for ""."""
+        """Send one request with a user's key, or without a key if it is ""."""
         own: dict[str, Any] = {"timeout": timeout, "headers": {"x-api-key": key or None}}
         url = self._config.immich_api_url + path
         reply = http(self._session, method, url, blame=immich_error, **own | options)
-        if "text/html" in reply.headers.get("Content-Type", ""):  # what a proxy shows to people
+        if "text/html" in reply.headers.get("Content-Type", ""):  # a proxy's page for people
             raise Retryable("not_json", url=reply.url)
         return reply
 
     def _call(
         self, account: Account, method: str, path: str, *, raw: bool = False, **options: Any
     ) -> Any:
-        """The JSON that a request is answered with, or its bytes; Skip once the key is refused."""
+        """The response's JSON, or its bytes if `raw`; Skip once the key has been refused."""
         try:
             if not account.refused:
                 with blame(functools.partial(self.permissions, account.key)):
@@ -2565,12 +2565,12 @@ class ApiLibrary(Library):
         raise Skip("key_refused", number=account.number + 1, why=account.refused)
 
     def _ask(self, photo: Photo, method: str, path: str = "", **options: Any) -> Any:
-        """A request about one photo, with the key of its owner."""
+        """Send a request about one photo, with its owner's key."""
         account = self._accounts[photo.source]
         return self._call(account, method, f"/assets/{photo.id}{path}", **options)
 
     def clock(self) -> datetime:
-        """The Date header of GET /server/version; a proxy may have taken it away."""
+        """The Date header of GET /server/version; our own time if a proxy removed it."""
         key = next(account.key for account in self._accounts.values() if not account.refused)
         with blame(functools.partial(self.permissions, key)):
             reply = self.read_version()
@@ -2580,17 +2580,17 @@ class ApiLibrary(Library):
 
     def page(self, cursor: Walk | None, since: datetime | None = None) -> Page:
         for account in () if cursor else self._accounts.values():
-            with suppress(Skip):  # with its key
+            with suppress(Skip):  # its key was refused
                 account.groups = self._groups(account)
         return self._page(cursor or Walk(), {"createdAfter": iso(since)} if since else {})
 
     def _page(self, walk: Walk, query: dict[str, Any]) -> Page:
-        """The photos of one step, and the next step."""
+        """One page of photos, and the next cursor."""
         account, visibility = self._parts[walk.part]
         query = query | self._filter(visibility) | {"withExif": True}
         query |= {"withPeople": True} if "people" in self._config.context else {}
         items, step = self._step(account, walk, query)
-        # made while the next page is fetched, but where whose they are is asked
+        # built lazily, while the next page is fetched, unless it takes requests to find the owner
         made = iter if account.user_id else list
         note = UNREAD if self.keeps_notes() else None
         found = ((item, self._photo(item, account, note)) for item in items)
@@ -2600,12 +2600,12 @@ class ApiLibrary(Library):
         return photos, step
 
     def _step(self, account: Account, walk: Walk, query: Any) -> tuple[list[Any], Walk | None]:
-        """POST /search/metadata, in the flat shape of all releases: what is new; the next step."""
+        """POST /search/metadata, in the flat form of all releases: new items; next cursor."""
         body = query | {"size": PAGE, "page": walk.page, "order": "desc"}
         body |= {"takenBefore": iso(walk.before)} if walk.before else {}
         try:
             found = dig(self._call(account, "POST", "/search/metadata", json=body), "assets")
-        except Skip:  # with the key, or the album was deleted meanwhile
+        except Skip:  # the key was refused, or the album was deleted meanwhile
             return [], None
         if not isinstance(found, dict):
             raise Retryable("not_json", url=public(self._config.immich_api_url))
@@ -2619,13 +2619,13 @@ class ApiLibrary(Library):
         return fresh, onward(walk, listed, more, stable)
 
     def _filter(self, visibility: str) -> dict[str, Any]:
-        """Always an explicit visibility: what goes without saying differs by release."""
+        """The filter for one visibility, always explicit, as the default differs by release."""
         if self._server.version >= (1, 133, 0):
             return {"type": "IMAGE", "visibility": visibility}
         return {"type": "IMAGE", "isArchived": visibility == "archive", "isVisible": True}
 
     def _photo(self, item: Any, account: Account, note: Note | None = None) -> Photo | None:
-        """A photo in an answer; None for what the search let through besides."""
+        """The photo in an item of a response; None for one that is not to be listed."""
         hidden = item.get("type") != "IMAGE" or item.get("visibility") in ("hidden", "locked")
         if hidden or True in (item.get("isTrashed"), item.get("isOffline")):
             return None
@@ -2645,10 +2645,10 @@ class ApiLibrary(Library):
         )
 
     def _owns(self, account: Account, item: dict[str, Any]) -> bool:
-        """Whether the key's user owns a photo: searches list those of partners too.
+        """Whether the key's user owns a photo, as searches also return those of partners.
 
-        A key without user.read does not know its user. Then an empty update of one photo of
-        each owner tells, as only its owner may update it.
+        A key without user.read cannot ask who its user is. Then an empty update of one photo
+        per owner tells, as only the owner may update a photo.
         """
         owner: Any = item.get("ownerId")
         if self._config.show_prompt and not account.user_id:
@@ -2663,12 +2663,12 @@ class ApiLibrary(Library):
                     account.user_id = owner
             except Skip:
                 with suppress(Skip):
-                    self._call(account, "GET", path)  # it is there still: it is somebody else's
+                    self._call(account, "GET", path)  # it still exists, so somebody else owns it
                     account.strangers.add(owner)
         return bool(owner) and owner == account.user_id
 
     def _groups(self, account: Account) -> dict[str, dict[str, list[Any]]]:
-        """Albums and tags by photo: one search for each of them, of all that a user has."""
+        """A user's albums and tags by photo, by one search for each album and tag."""
         groups: dict[str, dict[str, list[Any]]] = {}
         for kind in self._server.groups:
             photos = groups[kind] = defaultdict[str, list[Any]](list)
@@ -2683,8 +2683,8 @@ class ApiLibrary(Library):
         return groups
 
     def _members(self, account: Account, query: dict[str, Any]) -> Iterator[str]:
-        """The ids of the photos in a group, and of some that are others'."""
-        all_at_once = self._server.version >= (3, 0, 0)  # which lists archived photos, too
+        """The ids of the photos in a group, including some of other users."""
+        all_at_once = self._server.version >= (3, 0, 0)  # its search returns archived photos, too
         for part in [{}] if all_at_once else [self._filter(v) for v in ("timeline", "archive")]:
             walk: Walk | None = Walk()
             while walk:
@@ -2693,13 +2693,13 @@ class ApiLibrary(Library):
 
     def total(self) -> int:
         """POST /search/statistics, which needs asset.statistics."""
-        # not by _call: a key without this right is as good as any for the work
+        # not by _call, which would retire a key that lacks this right but can do the work
         ask = functools.partial(self._send, method="POST", path="/search/statistics")
         answers = [ask(account.key, json=self._filter(v)).json() for account, v in self._parts]
         return int(sum(number_at(answer, "total") for answer in answers))
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
-        """What was updated since then, as a photo is when its preview is made."""
+        """Photos updated since then, as Immich updates a photo when it makes the preview."""
         query = {"updatedAfter": iso(since)}
         query |= {"createdAfter": iso(started - UPLOAD_TIME)} if started else {}
         updated: list[Photo] = []
@@ -2710,10 +2710,10 @@ class ApiLibrary(Library):
         return updated
 
     def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
-        """A search for many that were updated, GET /assets/{id} for each other."""
+        """One search for recently updated photos, then GET /assets/{id} for each of the others."""
         stored: dict[str, str] = {}
-        if len(photos) > len(self._parts):  # else these are fewer requests
-            since = self.clock() - timedelta(seconds=age + 2)  # the clock has whole seconds
+        if len(photos) > len(self._parts):  # else that would take more requests
+            since = self.clock() - timedelta(seconds=age + 2)  # the clock counts whole seconds
             stored = {photo.id: photo.description for photo in self.news(since, None)}
         for photo in photos:
             if photo.id not in stored:
@@ -2722,14 +2722,14 @@ class ApiLibrary(Library):
         return stored
 
     def _read(self, photo: Photo) -> dict[str, Any]:
-        """GET /assets/{id}; Retryable if something else answers."""
+        """GET /assets/{id}; Retryable if the response is not about this photo."""
         told = self._ask(photo, "GET")
         if dig(told, "id") != photo.id:
             raise Retryable("not_json", url=public(self._config.immich_api_url))
         return dict(told)
 
     def claim(self, photo: Photo) -> Photo:
-        """GET /assets/{id}/metadata/{key}; nothing arbitrates between instances but `--shard`."""
+        """GET /assets/{id}/metadata/{key}; only `--shard` keeps instances apart."""
         told = None
         with suppress(Missing):
             if self.keeps_notes():
@@ -2744,30 +2744,30 @@ class ApiLibrary(Library):
         return self.claim(found)
 
     def with_facts(self, photo: Photo) -> Photo:
-        """GET /assets/{id} for tags, GET /assets/{id}/ocr for what is written on it."""
+        """GET /assets/{id} for tags, GET /assets/{id}/ocr for the text in the picture."""
         context, told = self._config.context, dict[str, Any]()
-        if "tags" in context and not photo.told.get("tags"):  # new photos were in no search yet
+        if "tags" in context and not photo.told.get("tags"):  # no search had new photos yet
             told["tags"] = self._read(photo).get("tags")
         if "text" in context and self._server.version >= (2, 2, 0):
             told["ocr"] = self._ask(photo, "GET", "/ocr")
         return replace(photo, told={**photo.told, **told})
 
     def preview(self, photo: Photo) -> bytes | None:
-        """GET /assets/{id}/thumbnail; `edited` (2.5 on) is how the user cropped it."""
+        """GET /assets/{id}/thumbnail; `edited` (2.5 on) is the version that the user cropped."""
         ask = functools.partial(self._ask, photo, "GET", "/thumbnail", limit=PREVIEW_LIMIT)
         data: bytes | None = None
         with suppress(Missing):
-            for size in dict.fromkeys((self._config.thumbnail_size, "preview")):  # it may be a GIF
+            for size in dict.fromkeys((self._config.thumbnail_size, "preview")):  # may be a GIF
                 data = ask(raw=True, params={"size": size, "edited": "true"})
                 if picture_type(data)[0]:
                     break
         return data
 
     def write(self, photo: Photo, text: str, note: Note | None) -> bool:
-        """GET and PUT /assets/{id}: there is no write on condition, so read just before.
+        """GET, then PUT /assets/{id}: the API has no conditional write, so read just before it.
 
-        The GET also tells whether a write that timed out was done: a second PUT close to the
-        first could be lost. The note goes first: no text of ours ever stands without one.
+        The GET also tells whether a write that timed out succeeded: a second PUT soon after the
+        first could be lost. The note goes first, so that no text of ours ever lacks one.
         """
         current, new = self._read(photo), {"description": text}
         stored = dig(current, "exifInfo", "description") or ""
@@ -2784,7 +2784,7 @@ class ApiLibrary(Library):
         return True
 
     def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
-        """PUT or DELETE /assets/{id}/metadata for each; one that is refused costs nothing else."""
+        """PUT or DELETE /assets/{id}/metadata for each; if one is refused, the others still go."""
         for photo, note in notes if self.keeps_notes() else ():
             with suppress(Permanent, Skip, Missing):
                 if note:
@@ -2798,19 +2798,19 @@ class ApiLibrary(Library):
 
 
 def open_api(config: Config) -> Opened:
-    """Check Immich's address and each key; one that is refused is left out."""
+    """Check Immich's address and each key; keys that are refused are left out."""
     renews = config.policy is Policy.OUTDATED
     groups = [n for n in config.context if n == "albums" or (n == "tags" and renews)]
     server = Server(groups=groups)
     needed = (*NEEDED_PERMISSIONS, *(GROUPS[name][0] for name in groups))
-    accounts: dict[str, Account] = {}  # by user, as two keys may be of one
+    accounts: dict[str, Account] = {}  # by user, as two keys may belong to one
     with closing(ApiLibrary(config, server)) as library:
         library.read_version()
         for number, key in enumerate(config.immich_api_keys):
             account = Account(key, number)
             try:
                 account.user_id = library.user_of(key, needed)
-            except Unexpected:  # says nothing of the key
+            except Unexpected:  # says nothing about the key
                 raise
             except Fatal as error:
                 account.refused = error
@@ -2832,7 +2832,7 @@ def open_api(config: Config) -> Opened:
 
 
 def statements(tables: Tables, config: Config) -> dict[str, Any]:
-    """The SQL of immich.sql by name, for these tables; Unexpected if they are not Immich's."""
+    """The SQL of immich.sql, by name, for these tables; Unexpected if they are not Immich's."""
     described, context = config.policy is not Policy.NONE, config.context
     ignored = expression(config.ignore_descriptions) if config.ignore_descriptions else ""
     given = {"tables": tables, "described": described, "ignored": ignored, "context": context}
@@ -2843,8 +2843,8 @@ def statements(tables: Tables, config: Config) -> dict[str, Any]:
 
 
 BEFORE_ALL_IDS = "00000000-0000-0000-0000-000000000000"
-REOPEN_AFTER = 3600.0  # seconds; Immich may have been upgraded, which changes its tables
-# Unless the setting says otherwise; a lost connection is noticed in a minute.
+REOPEN_AFTER = 3600.0  # seconds; by then, an upgrade of Immich may have changed its tables
+# Defaults, which the setting overrides; a lost connection is noticed within a minute.
 CONNECTION = (
     "application_name=immich-analyze connect_timeout=10 tcp_user_timeout=60000"
     " keepalives_idle=30 keepalives_interval=10 keepalives_count=3"
@@ -2852,9 +2852,9 @@ CONNECTION = (
 
 
 class Database:
-    """One connection, opened when it is first needed, again after it was lost, and each hour."""
+    """One connection, opened on first use, and reopened every hour and after it was lost."""
 
-    chosen: Mapping[str, Any]  # statements for the tables that the connection found
+    chosen: Mapping[str, Any]  # statements for the tables that this connection found
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -2862,13 +2862,13 @@ class Database:
         self._opened = 0.0
 
     def rows(self, name: str, **parameters: object) -> list[tuple[Any, ...]]:
-        """Run a statement as a transaction of its own; the rows, if it gives any."""
-        kept = self._connection is not None  # since an earlier call, and maybe dead since then
+        """Run a statement in a transaction of its own; return its rows, if any."""
+        kept = self._connection is not None  # from an earlier call, so it may be dead
         try:
             with sql(), self._open().cursor() as cursor:
                 cursor.execute(self.chosen[name], parameters | {"key": KEY})
                 return cursor.fetchall() if cursor.description else [()] * cursor.rowcount
-        except (Unavailable, Unexpected) as error:  # the tables may be others by now
+        except (Unavailable, Unexpected) as error:  # the tables may have changed
             self.close()
             if not kept or isinstance(error, Unexpected):
                 raise
@@ -2892,7 +2892,7 @@ class Database:
         return new
 
     def close(self) -> None:
-        """Close the connection; twice is fine."""
+        """Close the connection; may be called twice."""
         if self._connection:
             self._connection.close()
         self._connection = None
@@ -2901,7 +2901,7 @@ class Database:
 class DbLibrary(Library):
     """Immich's own tables, 1.132 to 3.3, on PostgreSQL 14 and newer.
 
-    A description is changed only together with its note, and only while it is as listed.
+    A description is changed only together with its note, and only if it still is as listed.
     """
 
     must_confirm = False
@@ -2918,10 +2918,10 @@ class DbLibrary(Library):
             return self.database.rows(name, note=stored, **values)
 
     def check(self) -> None:
-        """Unexpected if it takes no writes, or the folder does not hold some of its previews."""
+        """Unexpected if the database is read-only, or none of a few previews is in the folder."""
         [(read_only, samples)] = self.database.rows("check")
         if read_only == "on":
-            self.close()  # others may be
+            self.close()  # another connection may take writes
             raise Unexpected("database_read_only")
         for path in samples:
             with suppress(Missing, Permanent):
@@ -2932,7 +2932,7 @@ class DbLibrary(Library):
         try:
             read_file(first)
         except (Missing, Permanent) as error:
-            if isinstance(error.__cause__, PermissionError):  # nobody knows whether it is there
+            if isinstance(error.__cause__, PermissionError):  # it may well be there
                 raise
         if not os.path.isdir(thumbs):
             raise Unexpected("root_wrong" if self._thumbs else "thumbs_wrong", root=root)
@@ -2947,7 +2947,7 @@ class DbLibrary(Library):
         return now
 
     def _listed(self, name: str, **bounds: Any) -> Page:
-        """A page; if a row of it cannot be decoded, with bare ids: that photo will fail alone."""
+        """A page; with bare ids if a row cannot be decoded, so that its photo fails alone."""
         try:
             rows = self._rows(name, limit=PAGE, **bounds)
         except Permanent:
@@ -2956,20 +2956,20 @@ class DbLibrary(Library):
         return [self._photo(row) for row in rows], mark
 
     def _photo(self, row: Sequence[Any]) -> Photo:
-        """A photo as the statements list it."""
+        """The photo in a row that a statement returned."""
         asset_id, name, description, path, note, library, told = row[:7]
         return Photo(str(asset_id), name, description, path, True, note_in(note), library, told)
 
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
-        """One page by id: only photos with work to do, each with its preview's path."""
+        """One page, ordered by id: only photos with work to do, each with its preview's path."""
         return self._listed("listing", since=since, after=cursor or BEFORE_ALL_IDS)
 
     def total(self) -> int:
         return int(self._rows("count")[0][0])
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
-        """The feed of preview rows by `asset_file."updateId"`: only photos with work to do."""
-        uploaded = started and started - SWEEP_SPAN  # as previews made anew are in the feed
+        """New preview rows, ordered by `asset_file."updateId"`: only photos with work to do."""
+        uploaded = started and started - SWEEP_SPAN  # as previews made anew appear, too
         photos: list[Photo] = []
         mark: str | None = BEFORE_ALL_IDS
         while mark:
@@ -2981,7 +2981,7 @@ class DbLibrary(Library):
         return PreviewWatch(self._root / self._thumbs, event, cooldown)
 
     def claim(self, photo: Photo) -> Photo:
-        """Take an advisory lock on this connection, with which it ends; then look."""
+        """Take an advisory lock, which ends with this connection; then look."""
         if self._rows("claim", id=photo.id) != [(True,)]:
             raise Skip("claimed_elsewhere")
         try:
@@ -2991,7 +2991,7 @@ class DbLibrary(Library):
             raise
 
     def release(self, photo: Photo) -> None:
-        """Give the lock back, if need be with the connection."""
+        """Release the lock, if need be by closing the connection."""
         try:
             self._rows("release", id=photo.id)
         except AnalyzeError:
@@ -3004,19 +3004,19 @@ class DbLibrary(Library):
         return replace(self._photo(rows[0]), ready=rows[0][-1])
 
     def preview(self, photo: Photo) -> bytes | None:
-        """The file at `asset_file.path`; Unavailable if all are missing, as when a disk is away."""
+        """The file at `asset_file.path`; Unavailable if all are missing, as on an absent disk."""
         with suppress(Missing, Permanent):
             return self._file(photo.source)
         with blame(self.check):
             self.check()
-        # it may lie elsewhere by now, or the disk may just have come back
+        # the file may have moved, or the disk may just have come back
         path = self.look(photo).source or photo.source
         with suppress(Missing):
             return self._file(path)
         return None
 
     def write(self, photo: Photo, text: str, note: Note | None) -> bool:
-        """UPDATE the row if it still holds what was listed, lock the property, keep the note."""
+        """UPDATE the row if it still has the listed text, lock the property, store the note."""
         values = {"id": photo.id, "text": text, "listed": photo.description}
         if self._rows("write" if note else "forget", note, **values):
             return True
@@ -3035,14 +3035,14 @@ class DbLibrary(Library):
 
 
 PREVIEW_NAME = re.compile(r"([0-9a-f]{8}(-[0-9a-f]{4,12}){4})[-_]preview(_edited)?\.(jpe?g|webp)")
-RENEW_AFTER = 3600.0  # seconds between two beginnings of the watch, as each is hard work
+RENEW_AFTER = 3600.0  # seconds between two starts of the watch, as each is expensive
 WRITTEN = [fs.FileCreatedEvent, fs.FileModifiedEvent, fs.FileClosedEvent, fs.FileMovedEvent]
 
 
 class PreviewWatch(fs.FileSystemEventHandler):
-    """Tells by inotify of previews that are written, each once in `cooldown` seconds.
+    """Reports by inotify when a preview is written, each at most once per `cooldown` seconds.
 
-    What it misses, the database has, only later. So trouble with it is one line, and no error.
+    What it misses is found in the database later, so a problem with it is a warning, no error.
     """
 
     def __init__(self, folder: Path, event: Callable[[], None], cooldown: float) -> None:
@@ -3050,13 +3050,13 @@ class PreviewWatch(fs.FileSystemEventHandler):
         self._folder = folder
         self._event = event
         self._cooldown = cooldown
-        self._quiet: dict[str, float] = {}  # id: until when; only the observer's thread asks
+        self._quiet: dict[str, float] = {}  # end of cooldown by id; observer's thread only
         self._missed = False
         self._observer: BaseObserver | None = None
         self._renew()
 
     def _renew(self) -> None:
-        """Begin, in a thread of its own: a large library has 65,536 folders to walk through."""
+        """Start in a thread of its own, as a large library has 65,536 folders to walk through."""
         self.close()
         self.since, self._renewed = math.inf, time.monotonic()
         threading.Thread(target=self._begin, name="watch", daemon=True).start()
@@ -3064,11 +3064,11 @@ class PreviewWatch(fs.FileSystemEventHandler):
     def _begin(self) -> None:
         observer = None
         try:
-            os.scandir(self._folder).close()  # watchdog would leave it out in silence
+            os.scandir(self._folder).close()  # watchdog would skip it silently
             self._observer = observer = Observer()
             observer.schedule(self, str(self._folder), recursive=True, event_filter=WRITTEN)
             observer.start()
-            # folders that go beyond the limit are left out in silence, but then one more does too
+            # folders beyond the limit are skipped silently, but then one more raises an error
             observer.unschedule(observer.schedule(self, str(self._folder.parent), event_filter=[]))
         except OSError as error:
             if error.errno == errno.ENOSPC or not (observer and observer.is_alive()):
@@ -3079,7 +3079,7 @@ class PreviewWatch(fs.FileSystemEventHandler):
             self.since = time.monotonic()
 
     def on_any_event(self, event: fs.FileSystemEvent) -> None:
-        """Called by the observer, in its thread."""
+        """Handle an event, in the observer's thread."""
         name = os.path.basename(os.fsdecode(event.dest_path or event.src_path))
         if not (match := PREVIEW_NAME.fullmatch(name)):
             return
@@ -3091,7 +3091,7 @@ class PreviewWatch(fs.FileSystemEventHandler):
             self._event()
 
     def missed(self) -> None:
-        """Say, once, that photos arrived without being seen; the folder may be another by now."""
+        """Warn once that photos arrived unseen; watch anew, as the folder may be a new one."""
         if not self._missed:
             self._missed = True
             log.warning("%s", t("watch_missed"))
@@ -3099,17 +3099,17 @@ class PreviewWatch(fs.FileSystemEventHandler):
             self._renew()
 
     def close(self) -> None:
-        """End the observer."""
+        """Stop the observer."""
         if self._observer:
             self._observer.stop()
 
 
 def inside(root: Path, path: str, thumbs: str = "thumbs") -> Path:
-    """Where a preview lies here: Permanent for one outside, Missing for one that leads nowhere."""
-    _, found, rest = path.rpartition("thumbs/")  # before it is what only Immich's container has
+    """A preview's path on this machine: Permanent if outside `root`, Missing if unresolvable."""
+    _, found, rest = path.rpartition("thumbs/")  # before: a path in Immich's container
     try:
         real = (root / thumbs / rest).resolve()
-    except (OSError, RuntimeError) as error:  # links that lead in a circle
+    except (OSError, RuntimeError) as error:  # links that form a loop
         raise Missing("preview_missing") from error
     if not found or not real.is_relative_to(root.resolve()):
         raise Permanent("preview_outside", path=path)
@@ -3117,9 +3117,9 @@ def inside(root: Path, path: str, thumbs: str = "thumbs") -> Path:
 
 
 def read_file(path: Path) -> bytes:
-    """A regular file's content; Missing, Permanent without rights, Retryable for a sick disk."""
+    """A regular file's content; Missing, Permanent without rights, Retryable on a disk error."""
     try:
-        if not path.is_file():  # opening a named pipe would never return
+        if not path.is_file():  # opening a named pipe would block for ever
             raise Missing("preview_missing")
         with path.open("rb") as file:
             return file.read(PREVIEW_LIMIT)
@@ -3130,7 +3130,7 @@ def read_file(path: Path) -> bytes:
 
 
 def open_database(config: Config) -> Opened:
-    """Check the connection, tables, rights and the folder of the previews."""
+    """Check the connection, the tables, the rights and the folder of previews."""
     with closing(DbLibrary(config)) as library, closing(Database(config)) as other:
         database = library.database
         spare, chosen = database.rows("spare")[0][0], database.chosen
@@ -3138,9 +3138,9 @@ def open_database(config: Config) -> Opened:
             raise Fatal("grants_missing", grants="; ".join(grant for (grant,) in missing))
         library.check()
         lock = os.urandom(8).hex()
-        with suppress(Unavailable):  # if no other connection can be had, it takes no lock
+        with suppress(Unavailable):  # without a second connection, it cannot be tested
             taken = [each.rows("claim", id=lock) for each in (database, other) * 10]
-            if taken != [[(True,)], [(False,)]] * 10:  # a busy pooler may do it right at times
+            if taken != [[(True,)], [(False,)]] * 10:  # a busy pooler may get it right by chance
                 raise Fatal("pooled_by_transaction")
         with suppress(Permanent):
             say_repeated(dict(database.rows("repeated", many=MANY)), config)
@@ -3148,14 +3148,14 @@ def open_database(config: Config) -> Opened:
         raise Fatal("notes_needed")
     if not chosen["locks"]:
         log.warning("%s", t("no_lock"))
-    most = max(1, spare * 3 // 4 - 1)  # a quarter for others, two for the stream
+    most = max(1, spare * 3 // 4 - 1)  # a quarter is for other programs, two for the stream
     if most < 2 * config.max_concurrent:
         log.warning("%s", t("few_connections", free=spare + 1, number=most))
     return lambda: DbLibrary(config, most), lambda: True
 
 
 def say_repeated(texts: Mapping[str, int], config: Config) -> None:
-    """Say which descriptions so many photos have that cameras may have written them."""
+    """Name the descriptions that so many photos share that a camera may have written them."""
     ignored = expression(config.ignore_descriptions)
     many = [(text, n) for text, n in Counter(texts).most_common() if n > MANY]
     shown = [f"“{text:.50}” ({n})" for text, n in many if not re.match(ignored, text, re.S)]
@@ -3164,7 +3164,7 @@ def say_repeated(texts: Mapping[str, int], config: Config) -> None:
 
 
 def open_library(config: Config) -> Opened:
-    """What makes a library for each worker, once it was checked, and tells if all was reached."""
+    """Check the library; return what makes one per worker, and what tells if all is reached."""
     opener = open_api if config.access is Access.API else open_database
     try:
         return opener(config)
@@ -3173,23 +3173,23 @@ def open_library(config: Config) -> Opened:
 
 
 # ------------------------------------------------------------------------------
-# 8 Pipeline: the way of a photo. Knows no HTTP, no SQL, no signals.
+# 8 Pipeline: which photo is next, and what happens to it. Knows no HTTP, no SQL, no signals.
 # ------------------------------------------------------------------------------
 
-LIBRARY_TRIES = 3  # of a call that fails by itself; a library that is away costs none
-VALUABLE_TRIES = 12  # of a write, whose text took minutes, and of a page
-LONGEST_PAUSE = 60.0  # however long the library asks to be left alone
+LIBRARY_TRIES = 3  # for a call that fails while the library is up; an outage costs none
+VALUABLE_TRIES = 12  # for a write, whose text took minutes to make, and for a page
+LONGEST_PAUSE = 60.0  # even if the library asks for a longer one
 
-OVERLAP = timedelta(minutes=1)  # a photo may show in a listing so long after its time
-PROMPT_SPAN = timedelta(seconds=5)  # how far back a look goes that an event asked for
+OVERLAP = timedelta(minutes=1)  # how long after its date a photo may appear in a listing
+PROMPT_SPAN = timedelta(seconds=5)  # how far back a look goes if an event triggered it
 PROMPT_PAUSE = 0.15  # Immich writes a preview's row 20 to 110 ms after its file
-SILENCE = 5.0  # seconds beyond the interval without an event, while photos arrive
-RETAKE_PAUSE = 5.0  # until a photo that failed may be taken again, doubling
-MOST_TEXTS = 10_000  # descriptions that are counted at a time
-PAGE_PAUSE = 60.0  # after a page that could not be had, doubling
+SILENCE = 5.0  # seconds beyond the interval in which photos may arrive without an event
+RETAKE_PAUSE = 5.0  # before a failed photo may be taken again; doubles each time
+MOST_TEXTS = 10_000  # different descriptions counted at a time
+PAGE_PAUSE = 60.0  # after a page could not be fetched; doubles each time
 SWEEP_INTERVAL = 3600.0
-WHOLE_SWEEP = 24  # every so many sweeps go over the whole library
-CHECK_PAUSE = 2.0  # seconds in which Immich loses a text that it cannot keep
+WHOLE_SWEEP = 24  # one in so many sweeps covers the whole library
+CHECK_PAUSE = 2.0  # seconds; by then Immich has lost a text that it cannot keep
 MOST_LOSSES = 3
 MAY_COME_BACK = ("photo_gone", "photo_excluded", "claimed_elsewhere")
 
@@ -3205,44 +3205,44 @@ class Outcome(StrEnum):
 
 
 class Stop(threading.Event):
-    """Set once the process is to end; whoever naps is also woken by news."""
+    """Set when the process is to end; news, too, wakes a thread that naps."""
 
     def __init__(self) -> None:
         super().__init__()
         self._news = threading.Event()
 
     def set(self) -> None:
-        """End all waiting, for good."""
+        """End all waiting for good."""
         super().set()
         self._news.set()
 
     def rouse(self) -> None:
-        """End the nap that somebody takes, or else the next one."""
+        """End the current nap or, if nobody naps, the next one."""
         self._news.set()
 
     def nap(self, seconds: float) -> None:
-        """Wait for so long, for news, or for the end."""
+        """Wait until the time is up, news comes, or the process is to end."""
         self._news.wait(seconds)
         self._news.clear()
 
 
 def id_hash(photo_id: str) -> int:
-    """Eight bytes that stand for an id."""
+    """An eight-byte hash of an id."""
     return int.from_bytes(blake2b(photo_id.encode(), digest_size=8).digest())
 
 
 class Taken:
-    """Which photos were taken in this run; one that failed can be taken again after a pause."""
+    """The photos taken in this run; one that failed can be taken again after a pause."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._in_hand: set[str] = set()  # ids
-        self._hashes = array("Q")  # of ids, in order; few bytes, as a service may run for months
-        # when it can be taken again; the pause until then; what became of it
+        self._hashes = array("Q")  # of ids, sorted; compact, as a service may run for months
+        # by id: when it can be taken again, the pause until then, and its outcome
         self._failed: dict[str, tuple[float, float, str]] = {}
 
     def take(self, photo: Photo) -> bool:
-        """Take a photo; False if somebody has or had it."""
+        """Take a photo; False if a worker has it, or had it before."""
         value = id_hash(photo.id)
         with self._lock:
             at = bisect_left(self._hashes, value)
@@ -3256,14 +3256,14 @@ class Taken:
         return True
 
     def leave(self, photo: Photo) -> None:
-        """End with a photo."""
+        """Let go of a photo that a worker is done with."""
         with self._lock:
             self._in_hand.discard(photo.id)
 
     def give_back(self, photo: Photo, outcome: Outcome, *, soon: bool) -> bool:
-        """Let whoever lists a photo take it again: after a growing pause, or the daily sweep.
+        """Let a photo be taken again: after a growing pause if `soon`, else by the daily sweep.
 
-        True for the first time with this outcome.
+        True the first time that it has this outcome.
         """
         with self._lock:
             _, last, before = self._failed.get(photo.id, (0.0, 0.0, ""))
@@ -3272,7 +3272,7 @@ class Taken:
             return before != outcome
 
     def forget(self, *, described: bool) -> None:
-        """Let what failed be taken again, as if for the first time; or all that nobody has."""
+        """Let failed photos be taken again at once; if `described`, all that no worker has."""
         with self._lock:
             self._failed = dict.fromkeys(self._failed, (0.0, 0.0, ""))
             if described:
@@ -3280,7 +3280,7 @@ class Taken:
 
 
 class Tally:
-    """What became of the photos, as all workers tell it. `form` is the key of its text."""
+    """Counts the outcomes of photos for all workers. `form` is the key of its text."""
 
     def __init__(self, form: str = "tally") -> None:
         self._lock = threading.Lock()
@@ -3288,24 +3288,24 @@ class Tally:
         self._failures: list[tuple[Photo, Note]] = []
         self.counts: Counter[Outcome] = Counter()
         self.reasons: Counter[tuple[Outcome, str]] = Counter()  # the same by message key
-        self.total: int | None = None  # photos of the backlog, where that is known
-        self.listed = 0  # of these, by now
-        self.began = self.moved = time.monotonic()  # when the stream or a photo last went on
+        self.total: int | None = None  # photos in the backlog, if known
+        self.listed = 0  # how many of these so far
+        self.began = self.moved = time.monotonic()  # when the stream or a photo last made progress
 
     def add(self, outcome: Outcome, reason: str = "", number: int = 1) -> None:
-        """Count one photo, or take it off with -1."""
+        """Count one photo, or take one off with -1."""
         with self._lock:
             self.counts[outcome] += number
             self.reasons[outcome, reason] += number
             self.moved = time.monotonic()
 
     def add_failure(self, photo: Photo, note: Note) -> None:
-        """Have a failure noted, once it is known that other photos do not fail."""
+        """Queue a failure, to be noted once a described photo shows that others succeed."""
         with self._lock:
             self._failures.append((photo, note))
 
     def proven_failures(self) -> list[tuple[Photo, Note]]:
-        """The failures to note now: none before the first photo was described."""
+        """The failures to note now: none until the first photo is described."""
         with self._lock:
             if not self.counts[Outcome.DESCRIBED]:
                 return []
@@ -3318,24 +3318,24 @@ class Tally:
 
 @dataclass
 class Patience:
-    """Calls the library again on trouble that may pass; shared by all workers.
+    """Retries calls of the library on errors that may pass; shared by all workers.
 
-    It waits for a library that is away, `longest` seconds at most, and gives up a call that
-    fails by itself after some tries. An outage is two lines, however many wait.
+    It waits out an outage of the library, for `longest` seconds at most, and gives up a call that
+    fails without an outage after some tries. An outage is two log lines, however many wait.
     """
 
     stop: threading.Event
-    pause: float  # between two calls
+    pause: float  # between two tries
     longest: float  # after which an outage is Fatal
     passing: tuple[type[AnalyzeError], ...] = (Unavailable,)  # the errors of an outage
-    why: AnalyzeError | None = None  # the trouble, while it is waited for
+    why: AnalyzeError | None = None  # the error of the current outage
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._since = math.inf  # when the first call of an outage failed
 
     def __call__(self, call: Callable[[], T], tries: int = LIBRARY_TRIES) -> T:
-        """What the call gives; Stopped when asked to stop meanwhile."""
+        """The result of the call; Stopped if asked to stop meanwhile."""
         began = None  # when this call first met the outage
         while True:
             try:
@@ -3370,7 +3370,7 @@ class Patience:
             log.info("%s", t("waiting", why=error))
 
     def _back(self, began: float | None) -> None:
-        if began is None:  # who did not wait cannot tell
+        if began is None:  # a call that never waited proves nothing
             return
         with self._lock:
             away, self._since, self.why = self.away(), math.inf, None
@@ -3378,13 +3378,13 @@ class Patience:
             log.info("%s", t("back", time=timedelta(seconds=round(away))))
 
     def away(self) -> float:
-        """For how many seconds the library has been waited for; 0 while it is there."""
+        """How long the current outage has lasted, in seconds; 0 if there is none."""
         return max(0.0, time.monotonic() - self._since)
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A description that Immich said it took."""
+    """A description that Immich said it stored."""
 
     photo: Photo  # as it was before
     added: str  # what the model said; "" where a description was taken back
@@ -3394,15 +3394,15 @@ class Written:
 
     @property
     def library(self) -> tuple[str, str]:
-        """The key and external library that it was written by and to."""
+        """The key it was written with, and the external library it was written to."""
         return self.photo.source, self.photo.library
 
 
 class Checks:
-    """What Immich took, to be read back once it could have lost it.
+    """Descriptions written through the API, to be read back once Immich could have lost them.
 
-    The first three texts of a library are read back one by one, the others together. Once
-    it lost three in a row, it gets no more.
+    The first three texts of a library are read back one by one, the others in bulk. After
+    it has lost three in a row, it gets no more.
     """
 
     def __init__(self) -> None:
@@ -3414,19 +3414,19 @@ class Checks:
         self._closed = False
 
     def add(self, written: Written) -> None:
-        """Have a description read back."""
+        """Queue a description to be read back."""
         with self._lock:
             self._written.append(written)
             self._changed.notify()
 
     def close(self) -> None:
-        """Nothing is added any more."""
+        """Say that nothing more will be added."""
         with self._lock:
             self._closed = True
             self._changed.notify()
 
     def next(self, stop: threading.Event) -> list[Written]:
-        """Wait for what is to be read back; nothing at the end, or when stopped."""
+        """Wait for the next batch to read back; empty at the end, or when stopped."""
         with self._lock:
             self._changed.wait_for(lambda: self._written or self._closed)
             alone = [w for w in self._written if self._checked[w.library] < MOST_LOSSES][:1]
@@ -3441,14 +3441,14 @@ class Checks:
             return due
 
     def count(self, written: Written, *, lost: bool) -> bool:
-        """Count whether a library kept a text; True when that was one loss too many."""
+        """Count whether a library kept a text; True if that was one loss too many."""
         with self._lock:
             self._checked[written.library] += 1
             self._losses[written.library] = self._losses[written.library] + 1 if lost else 0
             return self._losses[written.library] == MOST_LOSSES
 
     def check_library(self, photo: Photo) -> None:
-        """Skip where the photo's library keeps nothing."""
+        """Skip if the photo's library keeps no descriptions."""
         with self._lock:
             if self._losses[photo.source, photo.library] >= MOST_LOSSES:
                 raise Skip("library_loses", library=photo.library or "-")
@@ -3456,7 +3456,7 @@ class Checks:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All that the threads of a run share; each part guards itself."""
+    """All that the threads of a run share; each part is thread-safe."""
 
     config: Config
     stop: Stop
@@ -3472,7 +3472,7 @@ class Run:
 
 
 def wanted(photos: Iterable[Photo], run: Run, *, counts: bool = False) -> Iterator[Photo]:
-    """Take the listed photos that, as far as the listing tells, are for this run."""
+    """Take the listed photos that this run is to describe, as far as the listing can tell."""
     number, shards = run.config.shard
     for photo in photos:
         if zlib.crc32(photo.id.encode()) % shards != number - 1:
@@ -3488,7 +3488,7 @@ def wanted(photos: Iterable[Photo], run: Run, *, counts: bool = False) -> Iterat
 
 
 def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterator[Photo | None]:
-    """The photos of a listing that need a description; None while a page is waited for."""
+    """The photos of a listing that need a description; None while a page is being fetched."""
     with closing(run.new_library()) as library, ThreadPoolExecutor(1, "listing") as pool:
 
         def fetch(cursor: Cursor | None) -> Future[Page]:
@@ -3496,8 +3496,8 @@ def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterato
             page.add_done_callback(lambda _: run.stop.rouse())
             return page
 
-        texts: Counter[str] = Counter()  # without rare ones, where there are many
-        page: Future[Page] | None = fetch(None)  # the next, while this one is worked through
+        texts: Counter[str] = Counter()  # rare ones are dropped once there are many
+        page: Future[Page] | None = fetch(None)  # the next one, fetched while this one is in use
         while page:
             while not page.done():
                 run.stop.nap(1.0)
@@ -3514,12 +3514,12 @@ def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterato
 
 
 def fetched(library: Library, cursor: Cursor | None, since: datetime | None, run: Run) -> Page:
-    """A page; a service waits for it however long it takes, and a batch ends without it."""
+    """Fetch a page; a service waits for it as long as it takes, a batch run ends without it."""
     service, pause = run.config.mode.monitors, PAGE_PAUSE
     page = functools.partial(library.page, cursor, since)
     while True:
         try:
-            with closing(library):  # as it may be long until the next
+            with closing(library):  # the next page may be a long way off
                 return run.patience(page, 1 if service else VALUABLE_TRIES)
         except (Retryable, Permanent, Skip) as error:
             if not service:
@@ -3531,13 +3531,13 @@ def fetched(library: Library, cursor: Cursor | None, since: datetime | None, run
 
 
 class News:
-    """Looks for photos that arrived: at intervals, and soon after an event in the file system."""
+    """Looks for photos that arrived: at intervals, and soon after a file system event."""
 
     def __init__(self, library: Library, run: Run) -> None:
         self._library = library
         self._run = run
         self._mark: datetime | None = None  # of the latest look
-        self._started: datetime | None = None  # only in monitor mode, which leaves older photos
+        self._started: datetime | None = None  # only in monitor mode, which ignores older photos
         self._arrived: list[Photo] = []  # the newest is next
         self._next = 0.0  # when to look, by the monotonic clock
         self._next_prompt, self._pause = math.inf, PROMPT_PAUSE
@@ -3553,7 +3553,7 @@ class News:
         self._run.stop.rouse()
 
     def next(self) -> Photo | None:
-        """A photo that arrived."""
+        """A photo that arrived, if there is one."""
         interval, now = self._run.config.api_poll_interval, time.monotonic()
         if self._event.is_set():
             self._event.clear()
@@ -3571,7 +3571,7 @@ class News:
         return self._arrived.pop() if self._arrived else None
 
     def seconds_left(self) -> float:
-        """Until the next look or sweep."""
+        """Seconds until the next look or sweep."""
         return max(0.0, min(self._next, self._next_prompt, self._next_sweep) - time.monotonic())
 
     def _look(self, *, prompt: bool) -> bool:
@@ -3579,7 +3579,7 @@ class News:
         run = self._run
         try:
             now = run.patience(self._library.clock, 1)
-            if not self._mark:  # the backlog has what is there by now
+            if not self._mark:  # what is there already is in the backlog
                 self._mark, self._started = now, None if run.config.mode.backlog else now
                 return False
             span = PROMPT_SPAN + timedelta(seconds=self._pause) if prompt else OVERLAP
@@ -3598,7 +3598,7 @@ class News:
         return bool(fresh)
 
     def sweep(self) -> Iterator[Photo | None] | None:
-        """The listing of the uploads of two days, once an hour; of all, once a day."""
+        """Once an hour, a listing of the last two days' uploads; once a day, of all photos."""
         if time.monotonic() < self._next_sweep:
             return None
         self._next_sweep = time.monotonic() + SWEEP_INTERVAL
@@ -3606,19 +3606,19 @@ class News:
             return None
         self._sweeps += 1
         if whole := self._sweeps % WHOLE_SWEEP == 0:
-            # names may have changed since then; with other policies nothing would be done
+            # names may have changed since then; other policies do nothing about that
             self._run.taken.forget(described=self._run.config.policy is Policy.OUTDATED)
         bounds = (self._started, None if whole else self._mark - SWEEP_SPAN)
         return listing(self._run, max(filter(None, bounds), default=None), counts=False)
 
     def close(self) -> None:
-        """End the watch."""
+        """Stop the watch."""
         if self._watch:
             self._watch.close()
 
 
 def stream(run: Run, library: Library) -> Generator[Photo, None, None]:
-    """The next photo to describe: arrivals first, then the listings. Ends with them in a batch."""
+    """Photos to describe: arrivals first, then listings; a batch run ends with its listing."""
     news = News(library, run) if run.config.mode.monitors else None
     listings = [listing(run, counts=True)] if run.config.mode.backlog else []
     with closing(news) if news else nullcontext():
@@ -3634,7 +3634,7 @@ def stream(run: Run, library: Library) -> Generator[Photo, None, None]:
                 except StopIteration:
                     listings.pop()
                     continue
-                listings.insert(0, listings.pop())  # the other one, if any, has its turn
+                listings.insert(0, listings.pop())  # two listings take turns
                 if photo:
                     yield photo
             elif news:
@@ -3645,9 +3645,9 @@ def stream(run: Run, library: Library) -> Generator[Photo, None, None]:
 
 
 def story(photo: Photo, library: Library, ai: Ai, run: Run) -> Outcome:
-    """What happens to one photo, from the listing to the tally.
+    """Take one photo from the listing to its description.
 
-    Raises Skip if it is left alone, Retryable or Permanent if it failed; Stopped or Fatal if the
+    Raises Skip if it is left alone, Retryable or Permanent if it fails, and Stopped or Fatal if the
     run ends.
     """
     with claimed(photo, library, run) as photo:
@@ -3666,7 +3666,7 @@ def story(photo: Photo, library: Library, ai: Ai, run: Run) -> Outcome:
 
 @contextmanager
 def claimed(photo: Photo, library: Library, run: Run) -> Iterator[Photo]:
-    """The photo with its note, kept from other instances; Skip if it is left alone."""
+    """Claim the photo, with its note, for as long as it is needed; Skip if it is left alone."""
     photo = run.patience(lambda: library.claim(photo))
     try:
         if not photo.ready:
@@ -3680,9 +3680,9 @@ def claimed(photo: Photo, library: Library, run: Run) -> Iterator[Photo]:
 
 
 def settled(photo: Photo, library: Library, run: Run) -> bytes:
-    """A preview, read again while it is being written: until it has its end, or stays the same.
+    """The preview, read again while it is being written: until it is complete or stops changing.
 
-    Raises Retryable if neither comes in time.
+    Raises Retryable if neither happens in time.
     """
     config = run.config
     deadline = time.monotonic() + config.file_write_timeout
@@ -3699,16 +3699,16 @@ def settled(photo: Photo, library: Library, run: Run) -> bytes:
 
 
 def failure_note(photo: Photo, error: AnalyzeError, config: Config) -> Note:
-    """The note of a photo that failed in this run, and perhaps in earlier ones."""
+    """The note for a photo that failed in this run, and perhaps in earlier ones."""
     old, model, prompt = photo.note, config.model_name, config.prompt_id
     again = old and old.failed and (old.model, old.prompt) == (model, prompt)
     tries = 1 + (old.tries if old and again else 0)
-    text = old.text if old else ""  # which says whose the description is
+    text = old.text if old else ""  # it tells whose the description is
     return Note(model, prompt, text=text, failed=error.key, why=str(error), tries=tries)
 
 
 def store(photo: Photo, text: str, library: Library, run: Run) -> None:
-    """Write a description; merge it anew, or leave the photo alone, if somebody was quicker."""
+    """Write a description; if the photo's has changed, merge again or leave the photo alone."""
     config, facts = run.config, names_id(photo, run.config)
     for _ in range(LIBRARY_TRIES):
         stored = merge(photo, text, config)
@@ -3728,7 +3728,7 @@ def store(photo: Photo, text: str, library: Library, run: Run) -> None:
 def put(
     photo: Photo, added: str, stored: str, note: Note | None, library: Library, run: Run
 ) -> bool:
-    """Write, and have it read back where that is needed; False if there is another text by now."""
+    """Write, and queue for reading back if needed; False if the description has changed."""
     done = run.patience(lambda: library.write(photo, stored, note), VALUABLE_TRIES)
     if done and library.must_confirm:
         run.checks.add(Written(photo, added, stored, note, time.monotonic()))
@@ -3736,7 +3736,7 @@ def put(
 
 
 def take_back(photo: Photo, library: Library, run: Run) -> Outcome:
-    """What happens to one photo whose description is taken back, if it is ours."""
+    """Take back the description of one photo, if it is ours."""
     photo = run.patience(functools.partial(library.look, photo))
     left = unmerge(photo)
     if left is None or left_alone(photo, run.config):
@@ -3750,7 +3750,7 @@ def take_back(photo: Photo, library: Library, run: Run) -> Outcome:
 
 
 def attempt(call: Callable[[], T]) -> tuple[T | Outcome, Exception | None]:
-    """What became of a photo; one that fails does not stop the others."""
+    """The outcome of a photo, and the error, if any; one that fails does not stop the others."""
     try:
         return call(), None
     except (Stopped, Fatal):
@@ -3762,7 +3762,7 @@ def attempt(call: Callable[[], T]) -> tuple[T | Outcome, Exception | None]:
 
 
 def conclude(photo: Photo, outcome: Outcome, error: Exception | None, run: Run) -> None:
-    """Count what became of a photo; what may pass is found again, and counted once a day."""
+    """Count a photo's outcome; if that may change, it is retried, but counted once a day."""
     reason = error.key if isinstance(error, AnalyzeError) else "bug" if error else ""
     failed = outcome is Outcome.FAILED
     run.taken.leave(photo)
@@ -3777,7 +3777,7 @@ def conclude(photo: Photo, outcome: Outcome, error: Exception | None, run: Run) 
 
 
 def work(photos: Iterable[Photo], library: Library, ai: Ai, run: Run) -> None:
-    """One worker: photo after photo, each to its end."""
+    """One worker: it finishes each photo before it takes the next."""
     way = functools.partial(story, library=library, ai=ai, run=run)
     if run.config.undo:
         way = functools.partial(take_back, library=library, run=run)
@@ -3789,11 +3789,11 @@ def work(photos: Iterable[Photo], library: Library, ai: Ai, run: Run) -> None:
                 attempt(lambda: run.patience(lambda: library.remember(notes)))
 
 
-# --- What Immich took is read back ---
+# --- Reading back what was written ---
 
 
 def check_written(library: Library, run: Run) -> None:
-    """The checker: what Immich took is read back until nothing is left and nobody writes."""
+    """The checker: reads back what was written until nothing is left and no worker writes."""
     with suppress(Stopped):
         while batch := run.checks.next(run.stop):
             _, error = attempt(functools.partial(read_back, batch, library, run))
@@ -3802,7 +3802,7 @@ def check_written(library: Library, run: Run) -> None:
 
 
 def read_back(batch: Sequence[Written], library: Library, run: Run) -> None:
-    """Compare what Immich stored with what was written, and put the notes right."""
+    """Compare what Immich stored with what was written, and correct the notes."""
     age, photos = time.monotonic() - batch[0].at, [written.photo for written in batch]
     found = run.patience(lambda: library.read_back(photos, age), VALUABLE_TRIES)
     notes, losses = [], []
@@ -3827,16 +3827,16 @@ def read_back(batch: Sequence[Written], library: Library, run: Run) -> None:
 
 
 def take_off(written: Written, outcome: Outcome, error: Exception | None, run: Run) -> None:
-    """Count a photo anew that was counted when its text was written."""
+    """Correct the outcome of a photo that was counted when its text was written."""
     run.tally.add(Outcome.DESCRIBED if written.added else Outcome.UNDONE, number=-1)
     conclude(written.photo, outcome, error, run)
 
 
 def lost(written: Written, text: str | None) -> AnalyzeError | None:
-    """What became of a text that was written, by what is read back; None if it was kept.
+    """The error for a text that was not kept, judged by what is read back; None if it was kept.
 
-    Lost is what gave way to what was there before, or to nothing. Anything else is a
-    person's, who was quick.
+    The text is lost if the description is empty or the old one again. Any other description
+    is by a person who edited it meanwhile.
     """
     if text is None:
         return Skip("photo_gone")
@@ -3850,7 +3850,7 @@ def lost(written: Written, text: str | None) -> AnalyzeError | None:
 
 
 def note_after(written: Written, text: str | None, trouble: AnalyzeError | None) -> Note | None:
-    """The note that a photo is to have once it was read back."""
+    """The note that a photo is to have once it has been read back."""
     note = written.note
     if note and isinstance(trouble, Permanent):
         old = written.photo.note.text if written.photo.note else ""  # which may be back
@@ -3865,7 +3865,7 @@ def note_after(written: Written, text: str | None, trouble: AnalyzeError | None)
 def run_all(
     workers: Sequence[Callable[[], None]], checkers: Sequence[Callable[[], None]], run: Run
 ) -> None:
-    """Run all threads until the stream ends; the first error of one ends it for all."""
+    """Run all threads until the stream ends; an error in one of them ends them all."""
 
     def ended(job: Future[None]) -> None:
         if job.exception():
@@ -3887,16 +3887,16 @@ def run_all(
 
 
 class Signals:
-    """The first SIGINT or SIGTERM ends the stream; the second, or `grace`, the process.
+    """The first SIGINT or SIGTERM ends the stream; the second, or the end of `grace`, the process.
 
-    A thread waits for them, as a signal handler that sets an Event can deadlock. It has to be
-    the first, as the others inherit which signals are blocked.
+    A thread waits for them, as a signal handler that sets an Event can deadlock. It must be the
+    first thread, so that the others inherit the blocked signals.
     """
 
     def __init__(self, stop: threading.Event) -> None:
         self.number = 0  # of the signal that came
         self.grace = 30.0
-        self.sum_up: Callable[[int], object] = int  # what is said before `grace` ends it
+        self.sum_up: Callable[[int], object] = int  # reports before `grace` ends the process
         self._stop = stop
         self._wanted = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, self._wanted)
@@ -3912,21 +3912,21 @@ class Signals:
         self._quit(signal.sigwait(self._wanted))
 
     def _quit(self, number: int, last: Callable[[int], object] = int) -> None:
-        threading.Timer(1.0, os._exit, (128 + number,)).start()  # though nobody reads what is said
+        threading.Timer(1.0, os._exit, (128 + number,)).start()  # even if nobody reads the output
         last(128 + number)
-        with suppress(OSError):  # no terminal, on which nothing of the bar is to be left
+        with suppress(OSError):  # without a terminal, there is no progress bar to wipe
             os.write(2, b"\r" + b" " * os.get_terminal_size(2).columns + b"\r")
         os._exit(128 + number)
 
     def exit_code(self, mode: Mode) -> int:
-        """The exit code after a signal; it is how a service usually ends."""
+        """The exit code after a signal; 0 for a service, which usually ends by one."""
         return 0 if mode.monitors else 128 + self.number
 
 
 class Lines(logging.Handler):
     """Writes log lines to standard error, above the progress bar if there is one.
 
-    No file name and no server's words can forge a line, control the terminal or show a secret.
+    No file name or server message can forge a line, control the terminal or reveal a secret.
     """
 
     secrets: tuple[str, ...] = ()
@@ -3935,10 +3935,10 @@ class Lines(logging.Handler):
         """Write one record."""
         record.priority = PRIORITIES[record.levelno]
         record.msg, record.args = re.sub(UNSAFE, "\ufffd", record.getMessage()), ()
-        text = self.format(record)  # with the traceback, whose lines stay
+        text = self.format(record)  # with the traceback, which keeps its lines
         for secret in filter(None, self.secrets):
             text = text.replace(secret, "…")
-        with suppress(OSError):  # nobody reads it any more; the work goes on
+        with suppress(OSError):  # if nobody reads the log any more, the work goes on
             tqdm.write(text, file=sys.stderr)
 
 
@@ -3947,19 +3947,19 @@ PRIORITIES = {50: 2, 40: 3, 30: 4, 20: 6, 10: 7}  # sd-daemon(3), by the level o
 
 
 def set_up_logging(config: Config | None = None) -> None:
-    """Choose what is said, and how, by who reads it.
+    """Choose the level and format of the log by who reads it.
 
-    For people on a terminal, messages; for cron, only what is wrong; for a service, a log;
-    for systemd's journal, its priorities.
+    People on a terminal get messages, cron only gets problems, a service writes a log with
+    times, and systemd's journal gets its priorities.
     """
-    tqdm.set_lock(threading.RLock())  # its own is for processes, and from Python 3.14 on starts one
+    tqdm.set_lock(threading.RLock())  # the default, for processes, starts one on Python 3.14
     terminal, service = sys.stderr.isatty(), bool(config and config.mode.monitors)
     here = os.fstat(sys.stderr.fileno())
     form = "%(message)s" if terminal or not service else "%(asctime)s %(levelname)s %(message)s"
     if os.environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}":
         form = "<%(priority)d>%(message)s"
     handler = Lines()
-    if config:  # a header's value can also be a short word such as `https`
+    if config:  # a short header value may be a common word such as `https`
         sent = [value for _, value in config.immich_header + config.host_header if len(value) > 7]
         handler.secrets = (config.api_key, *config.immich_api_keys, *sent)
     handler.setFormatter(logging.Formatter(form))
@@ -3967,7 +3967,7 @@ def set_up_logging(config: Config | None = None) -> None:
     log.propagate = False
     usual = logging.INFO if terminal or service else logging.WARNING
     log.setLevel((config and config.log_level) or usual)
-    # what watchdog misses is noticed anyway, and it warns of races that cost nothing
+    # what watchdog misses is found anyway, and it warns of harmless races
     logging.getLogger("watchdog").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="watchdog")
 
@@ -3978,18 +3978,18 @@ WIDE = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{pos
 
 
 def pace(photos: int, seconds: float) -> str:
-    """How many photos a minute, or an hour where that says more."""
+    """Photos per minute, or per hour if that says more."""
     hourly = 3600 * photos / max(seconds, 1.0)
     slow = 0 < hourly < 60
     return t("per_hour" if slow else "per_minute", rate=f"{hourly if slow else hourly / 60:.1f}")
 
 
 def show_progress(tally: Tally, over: threading.Event) -> None:
-    """Draw the progress bar each second until all is over; skipping photos is no progress."""
+    """Draw the progress bar every second until the end; skipped photos are no progress."""
     form = {"unit": t("photos"), "bar_format": ENDLESS, "dynamic_ncols": True, "leave": False}
     last = False
-    with suppress(OSError), tqdm(**form) as bar:  # unless nobody reads it any more
-        # back to the begin at once: a ^C that is shown there is drawn over
+    with suppress(OSError), tqdm(**form) as bar:  # if nobody reads it any more
+        # return to the start of the line at once, so that an echoed ^C is drawn over
         bar.sp = lambda line: bar.fp.write(f"\r{line.ljust(bar.ncols or 79)}\r")
         while not last:
             last = over.wait(1.0)
@@ -3999,23 +3999,23 @@ def show_progress(tally: Tally, over: threading.Event) -> None:
             shown = bar.format_dict
             ends, narrow = 0 < bar.total >= bar.n, 0 < (shown["ncols"] or 0) < 60
             bar.bar_format = ENDLESS if not ends else NARROW if narrow else WIDE
-            bar.set_postfix_str(pace(bar.n, shown["elapsed"]))  # which draws it
+            bar.set_postfix_str(pace(bar.n, shown["elapsed"]))  # this also draws the bar
 
 
-AWAY_LIMIT = 300.0  # seconds Immich or the database may be away before that is ill health
-LONGEST_CALL = 300.0  # seconds a query of PostgreSQL may take
-STALL_LIMIT = 60.0  # beyond the longest wait that is usual
+AWAY_LIMIT = 300.0  # seconds that Immich or the database may be down before the run is unhealthy
+LONGEST_CALL = 300.0  # seconds that a PostgreSQL query may take
+STALL_LIMIT = 60.0  # seconds beyond the longest normal wait
 POST_INTERVAL = 10.0
-IDLE = 1.0  # seconds without a photo after which a worker gives its connection back
-LINE_INTERVAL = 3600.0  # between two lines that sum up
+IDLE = 1.0  # seconds without a photo after which a worker closes its connection
+LINE_INTERVAL = 3600.0  # seconds between two summary lines
 
 
 class Status:
-    """How a run stands, told in the same words to /health, /metrics and systemd."""
+    """The state of a run, in the same words for /health, /metrics and systemd."""
 
     def __init__(self, config: Config, hosts: Hosts, patience: Patience, tally: Tally) -> None:
-        self.ready = False  # whether the check at the start is over
-        self.waits = patience  # whoever waits for a library or, at the start, a model host
+        self.ready = False  # whether the start-up check is over
+        self.waits = patience  # what waits for a library or, at the start, for a model host
         self._tally = tally
         self._hosts = hosts
         self._patience = patience
@@ -4023,13 +4023,13 @@ class Status:
         self._longest = max(*waits, config.file_write_timeout, LONGEST_CALL) + STALL_LIMIT
 
     def stalled(self) -> bool:
-        """Whether nothing moves, though nobody waits for a library or a model host."""
+        """Whether nothing moves although the run is not waiting for a library or a model host."""
         moved = max(self._tally.moved, self._hosts.moved)
         waits = not self.ready or self._patience.away() or not self._hosts.usable()
         return not waits and time.monotonic() - moved > self._longest
 
     def trouble(self) -> str:
-        """Why it is not healthy, in a word; "" when it is. Slow and idle are healthy."""
+        """Why the run is unhealthy, in a word; "" if it is healthy, as slow and idle runs are."""
         if not self.ready:
             return "starting"
         if self._patience.away() > AWAY_LIMIT:
@@ -4046,12 +4046,12 @@ class Status:
         return str(self._tally) if self.ready else t("checking")
 
     def left(self) -> int | None:
-        """How much of the backlog is left, where that is known."""
+        """How many photos of the backlog are left, if known."""
         total = self._tally.total
         return None if total is None else max(0, total - self._tally.listed)
 
     def report(self) -> dict[str, Any]:
-        """What GET /health answers."""
+        """The response to GET /health."""
         hosts = self._hosts.seen()
         return {
             "status": self.trouble() or "ok",
@@ -4064,25 +4064,25 @@ class Status:
         }
 
     def metrics(self) -> str:
-        """What GET /metrics answers: Prometheus' text format."""
+        """The response to GET /metrics, in Prometheus' text format."""
         tally, hosts = self._tally, self._hosts.seen()
         given = {"healthy": not self.trouble(), "reasons": sorted(tally.reasons.items())}
         given |= {"away": self._patience.away(), "left": self.left(), "public": public}
-        quoted = functools.partial(json.dumps, ensure_ascii=False)  # as Prometheus escapes
+        quoted = functools.partial(json.dumps, ensure_ascii=False)  # Prometheus escapes likewise
         page = template(data_file("metrics.jinja"))
         return str(page.render(given, hosts=hosts, quoted=quoted, now=time.monotonic()))
 
 
 def condition(host: Host) -> str:
-    """How a model host is, in a word."""
+    """The state of a model host, in a word."""
     return "struck off" if host.struck_off else "unavailable" if host.why else "ok"
 
 
 def serve_health(status: Status, host: str, number: int) -> None:
-    """Answer GET /health and /metrics from threads; a port in use costs only these."""
+    """Answer GET /health and /metrics in threads; if the port is in use, only these are lost."""
 
     class Handler(BaseHTTPRequestHandler):
-        timeout = 10  # of a client that says nothing
+        timeout = 10  # seconds for a client that says nothing
 
         def do_GET(self) -> None:
             code, kind, body = 404, "text/plain", "/health /metrics\n"
@@ -4098,14 +4098,14 @@ def serve_health(status: Status, host: str, number: int) -> None:
             self.wfile.write(body.encode())
 
         def log_message(self, *_: object) -> None:
-            """Say nothing of each request."""
+            """Do not log requests."""
 
     class Server(ThreadingHTTPServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        server_bind = socketserver.TCPServer.server_bind  # the other asks for our name in DNS
+        server_bind = socketserver.TCPServer.server_bind  # HTTPServer's looks our name up in DNS
 
         def handle_error(self, *_: object) -> None:
-            """Say nothing of clients that hang up."""
+            """Do not log clients that hang up."""
 
     try:
         server = Server((host, number), Handler)
@@ -4116,16 +4116,16 @@ def serve_health(status: Status, host: str, number: int) -> None:
 
 
 def unhealthy(reply: Reply) -> AnalyzeError:
-    """The tool's own report that it is not well."""
+    """The error for the tool's own report that it is unhealthy."""
     return Retryable("unhealthy", why=reply.body.decode("utf-8", "replace").strip())
 
 
 def ask_health(config: Config) -> int:
-    """Ask the tool that runs with these settings how it is; 0 if it is well, or has no port."""
+    """Ask the tool running with these settings for its health; 0 if healthy or without a port."""
     if not config.health_port:
         return 0
     host = f"[{config.health_host}]" if ":" in config.health_host else config.health_host
-    url = f"http://{host}:{config.health_port}/health"  # 0.0.0.0 and :: lead to this machine
+    url = f"http://{host}:{config.health_port}/health"  # 0.0.0.0 and :: reach this machine
     with closing(Session()) as session:
         try:
             http(session, "GET", url, timeout=10.0, blame=unhealthy, proxies={"no_proxy": "*"})
@@ -4136,18 +4136,18 @@ def ask_health(config: Config) -> int:
 
 
 def notify(message: str) -> None:
-    """Tell systemd how the service stands, by sd_notify(3); nothing where nobody listens."""
+    """Tell systemd the state of the service, by sd_notify(3); do nothing if nobody listens."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(message.encode(), re.sub("^@", "\0", address))
 
 
 def keep_posted(status: Status, tally: Tally, stop: Stop) -> None:
-    """Tell systemd until the end how the run stands and that it moves; the log, once an hour."""
+    """Tell systemd the state of the run, and that it moves, until the end; log it once an hour."""
     watchdog = float(os.environ.get("WATCHDOG_USEC") or math.inf) / 1e6
     told, said, settled = time.monotonic(), str(tally), False
     while True:
-        if not settled and (status.ready or status.waits.why):  # what is away cannot be checked
+        if not settled and (status.ready or status.waits.why):  # no outage may hold up the boot
             settled = True
             notify("READY=1")
         alive = "" if status.stalled() else "\nWATCHDOG=1"
@@ -4161,7 +4161,7 @@ def keep_posted(status: Status, tally: Tally, stop: Stop) -> None:
 
 
 def in_turn(photos: Iterator[Photo], turn: threading.Lock, *idle: Library) -> Iterator[Photo]:
-    """One worker's share of a stream; it holds `turn` while it looks or waits for work."""
+    """One worker's share of a stream; it holds `turn` while it waits for the next photo."""
     while True:
         if not turn.acquire(timeout=IDLE):
             for library in idle:
@@ -4177,7 +4177,7 @@ def in_turn(photos: Iterator[Photo], turn: threading.Lock, *idle: Library) -> It
 
 
 def describe_library(run: Run) -> None:
-    """Describe what is there and what arrives, with as many workers as were asked for."""
+    """Describe what is there and what arrives, with as many workers as the settings ask for."""
     config, tally = run.config, run.tally
 
     def worker() -> None:
@@ -4192,20 +4192,20 @@ def describe_library(run: Run) -> None:
         library = stack.enter_context(closing(run.new_library()))
         terminal = sys.stderr.isatty()
         if config.mode.backlog and (terminal or config.health_port):
-            with suppress(AnalyzeError):  # an extra, that not every key may ask for
+            with suppress(AnalyzeError):  # optional, as not every key may ask for it
                 tally.total = library.total() // config.shard[1]
         if terminal:
             over, pool = threading.Event(), stack.enter_context(ThreadPoolExecutor(1, "progress"))
             pool.submit(show_progress, tally, over)
             stack.callback(over.set)
         photos, turn = stack.enter_context(closing(stream(run, library))), threading.Lock()
-        # as many spare workers as places at the hosts: a photo that waits holds nobody up
+        # two workers for each place at a host, so that a photo that waits does not hold up others
         workers = [worker] * min(2 * config.max_concurrent, library.most_workers)
         run_all(workers, [checker] if library.must_confirm else [], run)
 
 
 def serve(config: Config, stop: Stop, tally: Tally) -> bool:
-    """One run from its settings to its end; whether all photos could be reached."""
+    """Carry out one run, from its settings to its end; True if all photos could be reached."""
     service, longest = config.mode.monitors, config.wait_timeout or math.inf
     passing = (Unavailable, Unexpected) if service else (Unavailable,)
     at_start = functools.partial(Patience, stop, config.wait_retry_interval, passing=passing)
@@ -4235,12 +4235,12 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
 
 
 def show_prompt(config: Config) -> int:
-    """Print what would be asked about one photo; nobody is asked, and nothing is written."""
+    """Print what would be asked about one photo, without asking a model or writing anything."""
     ids = re.findall("[0-9a-f-]{36}", config.show_prompt.lower())
     new_library, _ = open_library(config)
     with closing(new_library()) as library:
         for source in range(max(1, len(config.immich_api_keys))):
-            with suppress(Skip, Permanent, LookupError):  # the last where two keys are of one user
+            with suppress(Skip, Permanent, LookupError):  # LookupError: two keys of one user
                 photo = library.with_facts(library.look(Photo(ids[-1], "", "", str(source))))
                 sys.stdout.write(question(photo, config) + "\n")
                 return 0
@@ -4248,7 +4248,7 @@ def show_prompt(config: Config) -> int:
 
 
 def sum_up(config: Config, tally: Tally, code: int) -> None:
-    """Say what became of the photos, as the last thing before the end."""
+    """Log the final summary, just before the end."""
     level = logging.WARNING if code or config.undo else logging.INFO
     spent = tqdm.format_interval(time.monotonic() - tally.began)
     if config.final_output:
@@ -4258,11 +4258,11 @@ def sum_up(config: Config, tally: Tally, code: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is one of those at the top of this file."""
+    """Run the command; return one of the exit codes at the top of this file."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - closed by the caller
     sys.stdout = sys.stdout or sys.stderr
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # letters that the locale has not
+        sys.stdout.reconfigure(errors="replace")  # for letters that the locale lacks
     stop, tally = Stop(), Tally()
     signals = Signals(stop)
     arguments = sys.argv[1:] if argv is None else list(argv)

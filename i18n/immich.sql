@@ -1,17 +1,17 @@
--- What is asked of Immich's own tables, 1.132 to 3.3, on PostgreSQL 14 and newer.
+-- The statements for Immich's own tables, 1.132 to 3.3, on PostgreSQL 14 and newer.
 --
--- This is a template of Jinja. A `macro` is a piece that statements have in common. A `set` further
--- down is a statement, which the tool runs by its name; the comment above it says parameters → rows.
--- Parameters are psycopg2's, as in %(id)s; any other % is written twice. Only what is inside macros
--- and statements is sent, so these comments are not.
+-- This is a Jinja template. A `macro` is a piece that several statements share. Further down, each
+-- `set` is a statement that the tool runs by name; the comment above it says parameters → rows.
+-- Parameters are written as psycopg2 expects, %(id)s; any other % is doubled. These comments are
+-- not sent to the server, as only the contents of macros and statements are.
 --
--- The template is given `tables` with their columns; `described`, whether photos that have a
--- description are wanted, too; `ignored`, the expression of the descriptions that count as none, or
--- ""; and `context`, the names of the facts that are asked for.
+-- The template is given `tables`, each with its columns; `described`, whether photos that have a
+-- description are wanted, too; `ignored`, a regular expression for descriptions that count as none,
+-- or ""; and `context`, the names of the facts to read.
 
 
 -- ------------------------------------------------------------------------------
--- Generations of Immich, known by tables and columns, not by a version
+-- Generations of Immich, told apart by tables and columns, not by version
 -- ------------------------------------------------------------------------------
 
 -- Photos, EXIF data and files; 1.136 renamed them.
@@ -22,29 +22,29 @@
     ('asset_face', 'album', 'album_asset', 'album_user', 'tag') if 'asset_exif' in tables else
     ('asset_faces', 'albums', 'albums_assets_assets', 'albums_shared_users_users', 'tags') %}
 
--- Until 2.3, tables that join two others call their columns "assetsId" and so on.
+-- Up to 2.3, the columns of join tables are called "assetsId" and so on.
 {% set s = 's' if 'assetsId' in tables.get('tag_asset', ()) else '' %}
 
--- 3.2 on: faces belong to groups, and each user may give such a group a name.
+-- 3.2 on: faces belong to groups, and each user can name a group.
 {% set group = 'personGroupId' if 'personGroupId' in tables.get(face, ()) else 'personId' %}
 {% set group_key = 'personGroupId' if group == 'personGroupId' else 'id' %}
 
--- The tables of the facts that are asked for; that of what is written on photos is of 2.2.
+-- The tables with the facts to read; the one with text in photos exists from 2.2 on.
 {% set known_by = {'people': ['person', face], 'albums': [album, in_album, of_album],
                    'tags': [tag, 'tag_asset'], 'text': ['asset_ocr']} %}
 {% set facts_from = known_by.items() | selectattr(0, 'in', context) | map('last') | sum(start=[])
                     | select('in', tables) | list %}
 
--- 1.133 on; before, a photo "isVisible" or not.
+-- 1.133 on; before, there is only "isVisible".
 {% set visibility = 'visibility' in tables.get(asset, ()) %}
 
--- 2.4 on: properties that Immich keeps when it extracts metadata from the file anew.
+-- 2.4 on: properties that Immich keeps when it extracts metadata from the file again.
 {% set locks = 'lockedProperties' in tables.get(exif, ()) %}
 
 -- 2.5 on: a photo that was edited has a second preview.
 {% set edits = 'isEdited' in tables.get(file, ()) %}
 
--- 2.5 on: photos have notes. Their table is older, but was for those of Immich alone.
+-- 2.5 on: photos have notes. Their table is older, but held only Immich's own before.
 {% set notes = 'isEdited' in tables.get(asset, ()) %}
 
 
@@ -52,7 +52,7 @@
 -- Pieces: e is the EXIF row of photo a, j its job status, f its preview, m its note
 -- ------------------------------------------------------------------------------
 
--- An edited preview is what people see of the photo.
+-- The edited preview comes first, as it is the one that people see.
 {% macro source() %}
 FROM {{ asset }} a
 {% if notes %}
@@ -67,7 +67,7 @@ LEFT JOIN LATERAL (
 ) f ON true
 {% endmacro %}
 
--- What is known of a photo, as Immich's API tells it. The names are those that its owner gave.
+-- The facts about a photo, in the form of Immich's API. Names are those that its owner gave.
 {% macro people() %}
 SELECT jsonb_agg(to_jsonb(p)) FROM (
     SELECT p.name, p."isHidden", p."birthDate", jsonb_agg(jsonb_build_object(
@@ -80,7 +80,7 @@ SELECT jsonb_agg(to_jsonb(p)) FROM (
 ) p
 {% endmacro %}
 
--- Albums of others that are not shared with the owner of the photo are theirs alone.
+-- Only albums that the photo's owner has or shares: other people's albums are private.
 {% macro albums() %}
 SELECT jsonb_agg(b."albumName" ORDER BY b."albumName")
 FROM {{ in_album }} i
@@ -99,14 +99,14 @@ JOIN {{ tag }} t ON t.id = i."tag{{ s }}Id" AND t."userId" = a."ownerId"
 WHERE i."asset{{ s }}Id" = a.id
 {% endmacro %}
 
--- What Immich read on a photo (2.2 on), from top to bottom, but for what was cut off.
+-- The text that Immich read in a photo (2.2 on), from top to bottom, without what was cropped away.
 {% macro text() %}
 SELECT jsonb_agg(jsonb_build_object('text', o.text) ORDER BY o.y1, o.x1)
 FROM asset_ocr o
 WHERE o."assetId" = a.id {% if 'isVisible' in tables['asset_ocr'] %} AND o."isVisible" {% endif %}
 {% endmacro %}
 
--- All facts, or those that listings have: what is written on photos is long.
+-- All facts, or only those for listings, which leave out the text in photos because it is long.
 {% macro facts(all) %}
 {% if context %}
 jsonb_build_object(
@@ -128,32 +128,32 @@ jsonb_build_object(
 {% endif %}
 {% endmacro %}
 
--- What the tool knows of a photo.
+-- The columns of a photo, from which the tool makes its record.
 {% macro columns(all=false) %}
 a.id, a."originalFileName", coalesce(e.description, ''), coalesce(f.path, ''),
 {% if notes %} m.value {% else %} NULL {% endif %},
 coalesce(a."libraryId"::text, ''), {{ facts(all) }}
 {% endmacro %}
 
--- A photo that people find in their library.
+-- The photo is one that people can find in their library.
 {% macro live() %}
 a."deletedAt" IS NULL AND a.status = 'active' AND NOT a."isOffline"
 AND {% if visibility %} a.visibility IN ('timeline', 'archive') {% else %} a."isVisible" {% endif %}
 AND a.type = 'IMAGE'
 {% endmacro %}
 
--- Until then, Immich may yet write a description that it finds in the file.
+-- Before that, Immich may still write a description that it finds in the file.
 {% macro extracted() %} j."metadataExtractedAt" IS NOT NULL {% endmacro %}
 
--- There is something to look at, and a row to write to.
+-- There is a preview to describe, and a row to write to.
 {% macro ready() %}
 {{ extracted() }} AND e."assetId" IS NOT NULL AND f.path IS NOT NULL
 {% endmacro %}
 
--- Not by coalesce(), which hides from the planner how few those without a description are.
+-- Without coalesce(), which would hide from the planner how few photos lack a description.
 {% macro empty() %} (e.description IS NULL OR e.description !~ '[^[:space:]]') {% endmacro %}
 
--- Whether the description is one that the policy lets through.
+-- The policy allows this description to be replaced.
 {% macro replaceable() %}
 {% if described %}
 true
@@ -174,8 +174,8 @@ true
 -- Which photos there are
 -- ------------------------------------------------------------------------------
 
--- since, after, limit → the columns of a photo, and its id as the mark to go on after.
--- Each table is told where to go on, so that each is read from there by its primary key.
+-- since, after, limit → the columns of a photo, and its id as the cursor for the next page.
+-- The condition is repeated for each table, so that each is read from there by its primary key.
 {% set listing %}
 SELECT {{ columns() }}, a.id AS mark
 {{ source() }}
@@ -188,8 +188,8 @@ ORDER BY a.id
 LIMIT %(limit)s
 {% endset %}
 
--- since, uploaded, after, limit → the same by previews, those made since then, oldest first.
--- "updateId" is a UUID of version 7, which begins with the milliseconds of its moment.
+-- since, uploaded, after, limit → the same for previews made since then, oldest first.
+-- "updateId" is a version 7 UUID, which begins with its time in milliseconds.
 {% set news %}
 SELECT {{ columns() }}, n."updateId" AS mark
 {{ source() }}
@@ -205,7 +205,7 @@ ORDER BY n."updateId"
 LIMIT %(limit)s
 {% endset %}
 
--- The same pages without texts, one of which PostgreSQL cannot decode.
+-- The same pages without texts, for when PostgreSQL cannot decode one of them.
 {% macro bare(page) %}
 SELECT id, id::text, '', '', NULL, '', '{}'::jsonb, mark FROM ({{ page }}) photos
 {% endmacro %}
@@ -223,8 +223,8 @@ SELECT {{ columns(all=true) }}, {{ live() }}, {{ ready() }}
 WHERE a.id = %(id)s::uuid
 {% endset %}
 
--- many → descriptions that are left alone although more photos than that have them, which are not
--- ours, and the number of those photos. Long texts, as ours are, would take long to sort.
+-- many → descriptions that are left alone, are not ours, and are shared by more photos than that,
+-- and the number of those photos. Long texts are left out, as ours are long and slow to sort.
 {% macro not_ours() %}
 count(*) - count({% if notes %} m.value->>'text' {% else %} NULL {% endif %})
 {% endmacro %}
@@ -248,7 +248,7 @@ LIMIT 3
 -- What is written
 -- ------------------------------------------------------------------------------
 
--- `photo` is where the id comes from.
+-- `photo` is the table or subquery that has the id.
 {% macro keep_note(photo) %}
 INSERT INTO asset_metadata ("assetId", key, value)
 SELECT id::uuid, %(key)s, %(note)s::jsonb FROM {{ photo }}
@@ -260,7 +260,7 @@ DELETE FROM asset_metadata
 WHERE key = %(key)s AND "assetId" IN (SELECT id FROM {{ photo }})
 {% endmacro %}
 
--- A description, if it is still as listed, together with its note: both are written, or neither is.
+-- Change a description, if it is still as listed, together with its note: both or neither.
 -- It is locked even when ours is taken back, as Immich may have written ours to the XMP file.
 {% macro change(note) %}
 WITH written AS (
@@ -282,7 +282,7 @@ WITH written AS (
 SELECT id FROM written
 {% endmacro %}
 
--- id, text, listed, note → a row if it was written. The second takes the note away.
+-- id, text, listed, note → a row if the description was written. The second deletes the note.
 {% set write = change(keep_note('written')) %}
 {% set forget = change(drop_note('written')) %}
 
@@ -293,11 +293,11 @@ SELECT id FROM written
 
 
 -- ------------------------------------------------------------------------------
--- The server and what it lets us do
+-- The server, and what it allows us to do
 -- ------------------------------------------------------------------------------
 
--- id → whether nobody else is at this photo. The lock ends with the connection. It has two numbers,
--- as Immich's own have one; the first says whose it is.
+-- id → whether we got the photo's advisory lock, which ends with the connection. Its key is two
+-- numbers, as Immich's own locks have one; the first number marks the lock as ours.
 {% set claim %}
 SELECT pg_try_advisory_lock(1229802817, hashtext(%(id)s))
 {% endset %}
@@ -309,13 +309,13 @@ SELECT pg_advisory_unlock(1229802817, hashtext(%(id)s))
 SELECT clock_timestamp()
 {% endset %}
 
--- Whether it takes no writes, and the paths of some previews, to see that the folder is theirs.
+-- Whether the server is read-only, and the paths of some previews, to check the folder.
 {% set check %}
 SELECT current_setting('transaction_read_only'),
     ARRAY(SELECT path FROM {{ file }} WHERE type = 'preview' LIMIT 50)
 {% endset %}
 
--- How many connections could be had besides this one.
+-- How many connections are free besides this one.
 {% set spare %}
 SELECT least(
     current_setting('max_connections')::int
@@ -328,7 +328,7 @@ WHERE datid IS NOT NULL AND rolname = session_user AND d.datname = current_datab
 GROUP BY rolconnlimit, datconnlimit
 {% endset %}
 
--- undo → the statements that grant what is missing. A trigger notes each note that is deleted.
+-- undo → the GRANTs that are missing. For --undo, a trigger inserts a row for each deleted note.
 {% macro quoted(names) %} ARRAY['{{ names | join("', '") }}'] {% endmacro %}
 {% set grants %}
 SELECT format('GRANT SELECT ON %%I TO %%I', name, current_user)
