@@ -853,6 +853,8 @@ class Picture:
 
 # Our text among a person's: from a line [AI] to the next line [/AI] with no other [AI] between.
 BLOCK = re.compile(r"^\[AI\][^\S\n]*\n(?:(?!\[AI\][^\S\n]*$).*\n)*?\[/AI\][^\S\n]*$", re.MULTILINE)
+# The same with the GAP before it, or after it where it comes first.
+BLOCK_IN_GAP = re.compile(rf"(?m)\A(?:{BLOCK.pattern}\n{{0,2}})+|\n{{0,2}}{BLOCK.pattern}")
 PLAIN_SIZE = (448, 448)
 SHORTEST_SIDE = 56  # pixels: servers of Qwen's models crash below 28 to 32
 USUAL_PIXELS, USUAL_SIDE = 50_000_000, 4096  # above the first, pictures are shrunk to the second
@@ -934,17 +936,10 @@ def merge(photo: Photo, text: str, config: Config) -> str:
 
 def unmerge(photo: Photo) -> str | None:
     """The description without our text; None if there is nothing of ours in it."""
-    current, kept, at = photo.description, "", 0
-    for block in BLOCK.finditer(current):
-        kept += current[at : block.start()]
-        at = block.end()
-        if kept:
-            kept = kept.removesuffix("\n").removesuffix("\n")  # which is GAP
-        else:
-            at += len(current[at : at + 2]) - len(current[at : at + 2].lstrip("\n"))
-    if at:
-        return kept + current[at:]
-    return "" if current and is_ours(photo) else None
+    rest, blocks = BLOCK_IN_GAP.subn("", photo.description)
+    if blocks:
+        return rest
+    return "" if rest and is_ours(photo) else None
 
 
 def dig(data: object, *path: str | int) -> Any:
