@@ -862,7 +862,6 @@ MOST_PIXELS = 270_000_000  # a gigabyte in memory
 JPEG_SIDE = 65_500  # the longest that JPEG can have
 OLDEST = 120  # years
 PLACE = ("city", "state", "country")
-NAMES = ("people", "place", "albums", "tags")  # our text is outdated once these are others
 GAP = "\n\n"  # between a person's text, or a prompt, and what is added
 
 
@@ -981,15 +980,15 @@ def taken_at(told: object) -> datetime | None:
     return None
 
 
-def age_at(born: object, taken: datetime | None) -> int | None:
-    """A person's age in years; None where it is not known, or cannot be true."""
+def age_at(born: object, taken: datetime | None) -> str:
+    """What is added to a name to tell the age; "" where it is not known, or cannot be true."""
     with suppress(ValueError):
         birth = date.fromisoformat(str(born)[:10])
         if taken:  # who was born on 29 February is a year older on 1 March in common years
             before = (taken.month, taken.day) < (birth.month, birth.day)
             age = taken.year - birth.year - before
-            return age if 0 <= age <= OLDEST else None
-    return None
+            return f" (aged {age})" if 0 <= age <= OLDEST else ""
+    return ""
 
 
 def people_in(told: object) -> list[str]:
@@ -1001,8 +1000,7 @@ def people_in(told: object) -> list[str]:
             xs = [number_at(f, "boundingBoxX1") / (number_at(f, "imageWidth") or 1) for f in faces]
             age = age_at(dig(person, "birthDate"), taken_at(told))
             found.append((min(xs, default=math.inf), name, age))
-    found.sort(key=lambda person: person[:2])
-    return [name if age is None else f"{name} (aged {age})" for _, name, age in found]
+    return [name + age for _, name, age in sorted(found)]
 
 
 def tags_in(told: object) -> list[str]:
@@ -1012,28 +1010,28 @@ def tags_in(told: object) -> list[str]:
     return [path.rpartition("/")[2] for path in deepest]
 
 
-def names(told: object, fact: str) -> list[str]:
-    """The people, parts of the place, albums or tags that are known of a photo, each once."""
-    ways: dict[str, Callable[[], Iterable[str]]] = {
-        "people": lambda: people_in(told),
-        "place": lambda: [text_at(told, "exifInfo", part) for part in PLACE],
-        "albums": lambda: map(one_line, dig_list(told, "albums")),
-        "tags": lambda: tags_in(told),
+def names(told: object) -> dict[str, list[str]]:
+    """What has a name on a photo, by fact, each once; our text is outdated once it changes."""
+    found = {
+        "people": people_in(told),
+        "place": [text_at(told, "exifInfo", part) for part in PLACE],
+        "albums": map(one_line, dig_list(told, "albums")),
+        "tags": tags_in(told),
     }
-    return list(dict.fromkeys(filter(None, ways[fact]())))
+    return {fact: list(dict.fromkeys(filter(None, listed))) for fact, listed in found.items()}
 
 
 def names_id(photo: Photo, config: Config) -> str:
     """What notes call the names that are asked for; "" where none are."""
-    asked = {fact: sorted(names(photo.told, fact)) for fact in NAMES if fact in config.context}
+    known = names(photo.told).items()
+    asked = {fact: sorted(listed) for fact, listed in known if fact in config.context}
     return text_id(json.dumps(asked)) if asked else ""
 
 
 def file_name(told: object) -> str:
     """The name of the file without its ending, "" if a camera or a messenger gave it."""
-    known, name = patterns(), re.sub(r"\.\w{1,5}$", "", text_at(told, "originalFileName"))
-    chosen = [w for w in re.findall(r"[^\W\d_]+", name) if not known["camera_word"].fullmatch(w)]
-    return name if chosen and not known["id_name"].fullmatch(name) else ""
+    name = re.sub(r"\.\w{1,5}$", "", text_at(told, "originalFileName"))
+    return "" if patterns()["unchosen_name"].fullmatch(name) else name
 
 
 def question(photo: Photo, config: Config) -> str:
@@ -1043,8 +1041,8 @@ def question(photo: Photo, config: Config) -> str:
         return prompt
     told, rest = photo.told, unmerge(photo)
     typed = replace(photo, description=photo.description if rest is None else rest)
-    ways = {"text_at": text_at, "number_at": number_at, "list_at": dig_list, "names": names}
-    found = {"taken": taken_at(told), "file_name": file_name(told)}
+    ways = {"text_at": text_at, "number_at": number_at, "list_at": dig_list}
+    found = {"names": names(told), "taken": taken_at(told), "file_name": file_name(told)}
     found["persons_text"] = "" if undescribed(typed, config) else typed.description
     words = marked(data_file("question.jinja")).make_module({"told": told} | ways | found)
     # in one line, whatever people wrote
