@@ -222,11 +222,10 @@ class Policy(StrEnum):
 
 
 PROMPT = (
-    "Create a detailed description for the image for proper image search functionality."
-    " In the response, provide only the description without introductory words."
-    " Also specify the image format (Wallpaper, Screenshot, Drawing, City photo, Selfie, etc.)."
-    " The format must be correct."
-    " If in doubt, name the most likely option and don't think too long."
+    "Create a detailed description for the image for proper image search functionality. In the "
+    "response, provide only the description without introductory words. Also specify the image "
+    "format (Wallpaper, Screenshot, Drawing, City photo, Selfie, etc.). The format must be "
+    "correct. If in doubt, name the most likely option and don't think too long."
 )
 # What can be known of a photo, by the names of the placeholders.
 ENRICHED = ("people", "place", "date", "tags", "camera", "file")
@@ -243,9 +242,9 @@ DB_KEYWORDS = {  # Immich's own variables: keyword of libpq and default
     "DB_HOSTNAME": ("host", "database"),
     "DB_PORT": ("port", "5432"),
     "DB_USERNAME": ("user", "postgres"),
-    "DB_PASSWORD": ("password", ""),
+    "DB_PASSWORD": ("password", None),
     "DB_DATABASE_NAME": ("dbname", "immich"),
-    "DB_SSL_MODE": ("sslmode", ""),
+    "DB_SSL_MODE": ("sslmode", None),
 }
 OURS = ("IMMICH_", "DB_")  # how the names of variables begin
 # In logging's numbers; `warn` and `trace` as in RUST_LOG.
@@ -337,17 +336,16 @@ def public(url: str) -> str:
 
 def web_address(text: str) -> str:
     """Converter for an http(s) address; `http://` may be left out."""
-    unicode_text(text)
-    url = text.strip() if "://" in text else f"http://{text.strip()}"
-    valid = False
+    given = unicode_text(text).strip()
+    url = given if "://" in given else f"http://{given}"
     with suppress(ValueError):
         parts = urlsplit(url)
         host, _ = parts.hostname or "0", parts.port  # which raises for what is no port
-        valid = parts.scheme in ("http", "https") and not host.isdecimal()  # a port as a name
-    if not valid or re.search(r"\s|[/?#].*@", url.partition("://")[2]):
-        shown = re.sub(r".*@|[?#].*", "", text, flags=re.S)  # the rest may be a password
-        raise argparse.ArgumentTypeError(t("not_an_address", value=shown))
-    return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
+        strange = host.isdecimal() or re.search(r"\s|[/?#].*@", url.partition("://")[2])  # a port
+        if parts.scheme in ("http", "https") and not strange:
+            return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
+    shown = re.sub(r".*@|[?#].*", "", text, flags=re.S)  # the rest may be a password
+    raise argparse.ArgumentTypeError(t("not_an_address", value=shown))
 
 
 def without_end(url: str, end: str) -> str:
@@ -691,8 +689,9 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
     access = options.access or (Access.API if wanted and not url else Access.DATABASE)
     if access == Access.API and not (api_url and keys):
         raise Fatal("api_key_missing" if api_url else "api_url_missing")
-    usual = Policy.ALL if options.overwrite_existing else Policy.NONE
-    policy = Policy.ALL if options.undo else options.policy or usual
+    if options.undo:  # of all that is ours
+        given |= {"policy": Policy.ALL, "retry_failed": True, "ignore_descriptions": ()}
+    policy = options.policy or (Policy.ALL if options.overwrite_existing else Policy.NONE)
     preserve = options.preserve_human or policy is Policy.MISSING_AI
     if preserve and options.disable_ai_wrapper:
         raise Fatal("wrapper_needed")
@@ -703,8 +702,6 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         "context": tuple(name for name in FACTS if name in wanted),
         "policy": policy,
         "preserve_human": preserve,
-        "retry_failed": options.retry_failed or options.undo,
-        "ignore_descriptions": () if options.undo else given["ignore_descriptions"],
         "access": access,
         "access_ambiguous": bool((url or named) and keys and not options.access),
         "notices": (*options.notices, *(AnalyzeError("root_relative", root=r) for r in moved)),
@@ -768,7 +765,7 @@ def database(environ: Mapping[str, str]) -> tuple[str, bool]:
     if given["DB_URL"] or not any(given.values()):
         return given["DB_URL"], named
     parts = {keyword: given[name] or usual for name, (keyword, usual) in DB_KEYWORDS.items()}
-    return psycopg2.extensions.make_dsn(**{k: text for k, text in parts.items() if text}), named
+    return psycopg2.extensions.make_dsn(**parts), named  # without those that are None
 
 
 # ------------------------------------------------------------------------------
