@@ -788,10 +788,8 @@ class Note:
 
     def value(self, at: datetime) -> dict[str, Any]:
         """As it is stored, in JSON."""
-        always = ("failed", "why", "tries") if self.failed else ("text",)
-        own = {
-            n: item for n, item in asdict(self).items() if item or n in ("model", "prompt", *always)
-        }
+        always = ("model", "prompt", *(("failed", "why", "tries") if self.failed else ("text",)))
+        own = {name: item for name, item in asdict(self).items() if item or name in always}
         return {"v": 1, "at": iso(at)} | own
 
 
@@ -805,11 +803,10 @@ def note_in(value: object) -> Note | None:
     """The note in stored JSON; None for none, or one that another version or a person wrote."""
     given = value if isinstance(value, dict) else {}
     types = {"v": int, "at": str} | {name: type(item) for name, item in asdict(UNREAD).items()}
-    if any(type(item) is not types.get(name) for name, item in given.items()):
-        return None
-    with suppress(TypeError):  # it lacks a model or a prompt
+    typed = all(type(item) is types.get(name) for name, item in given.items())
+    with suppress(TypeError):  # it lacks a model or a prompt, or has more
         note = Note(**{name: item for name, item in given.items() if name not in ("v", "at")})
-        if given.get("v") == 1 and note.value(FAR_FUTURE).keys() == given.keys():
+        if typed and given.get("v") == 1 and note.value(FAR_FUTURE).keys() == given.keys():
             return note
     return None
 
@@ -892,17 +889,17 @@ def undescribed(photo: Photo, config: Config) -> bool:
 
 def left_alone(photo: Photo, config: Config) -> str:
     """Why a photo is not to be described, as a key; "" if it is, or if its note must tell."""
-    note = photo.note
-    same = note and note.model == config.model_name and note.prompt == config.prompt_id
-    gave_up = note and same and note.failed and note.tries >= MOST_TRIES
+    note = photo.note or Note("", "")
+    same = note.model == config.model_name and note.prompt == config.prompt_id
     # what Immich did not keep through its API, the database may keep
-    other_way = note and note.failed == "not_kept" and config.access is Access.DATABASE
+    other_way = note.failed == "not_kept" and config.access is Access.DATABASE
+    gave_up = same and note.failed and note.tries >= MOST_TRIES
     if gave_up and not (config.retry_failed or other_way):
         return "failed_before"
     if undescribed(photo, config):
         return "has_description" if config.undo else ""
-    current = note and same and not note.failed and note.was != text_id(photo.description)
-    current = current and note and note.facts in ("", names_id(photo, config))
+    current = same and not note.failed and note.was != text_id(photo.description)
+    current = current and note.facts in ("", names_id(photo, config))
     if config.policy is Policy.MISSING_AI:
         wanted = not has_ours(photo)
     elif config.policy is Policy.OUTDATED and note is not UNREAD:
@@ -1078,9 +1075,8 @@ def prepared(data: bytes, max_size: int, asked: str = "") -> Picture:
     Image.MAX_IMAGE_PIXELS = None  # ours is MOST_PIXELS: previews are the user's own
     try:
         with Image.open(io.BytesIO(data)) as image:
-            huge = math.prod(image.size) > USUAL_PIXELS
-            most = max_size or (USUAL_SIDE if huge else max(image.size))
-            most = min(most, JPEG_SIDE)
+            usual = USUAL_SIDE if math.prod(image.size) > USUAL_PIXELS else JPEG_SIDE
+            most = min(max_size or usual, JPEG_SIDE)
             fits = min(image.size) >= SHORTEST_SIDE and max(image.size) <= most
             if mime == "image/jpeg":  # a PNG would be decoded for it
                 fits = fits and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
