@@ -256,17 +256,17 @@ NOT_UTF8 = "[\ud800-\udfff]"  # how Python reads other bytes
 
 
 def number(
-    least: float, *, most: int = 0, whole: bool = False, above: bool = False, zero: float = 0
+    least: float, kind: type = float, *, most: int = 0, above: bool = False, zero: float = 0
 ) -> Convert:
     """Converter for a finite number from `least` on (or strictly above it), `zero` for 0."""
-    key = "not_a_whole_number" if whole else "not_above" if above else "not_a_number"
+    key = "not_a_whole_number" if kind is int else "not_above" if above else "not_a_number"
 
     def convert(text: str) -> float:
         with suppress(ValueError, OverflowError):
-            value = int(text) if whole else float(text)
+            value = kind(text)
             high_enough = value > least if above else value >= least
             if high_enough and value <= (most or sys.float_info.max):
-                return value if whole else min(value or zero, threading.TIMEOUT_MAX)
+                return value if kind is int else min(value or zero, threading.TIMEOUT_MAX)
         problem = t("not_a_port", value=text) if most else t(key, value=text, least=f"{least:g}")
         raise argparse.ArgumentTypeError(problem)
 
@@ -459,22 +459,20 @@ class Config:
     api_key: str = secret("KEY")
     host_header: tuple[Header, ...] = secret("HEADER", headers, action="extend")
     preflight_model_check: bool = switch(default=True)
-    max_concurrent: int = option("N", number(1, whole=True), default=4)
+    max_concurrent: int = option("N", number(1, int), default=4)
     timeout: float = option("S", number(0, above=True), default=300)
-    max_tokens: int = option("N", number(1, whole=True), default=4096)
-    context_length: int = option("N", number(0, whole=True), default=0)
+    max_tokens: int = option("N", number(1, int), default=4096)
+    context_length: int = option("N", number(0, int), default=0)
     model_options: dict[str, Any] = option("JSON", parameters, default="{}")
     think: bool = switch()
-    max_image_size: int = option("PIXELS", number(0, whole=True), default=0)
-    max_retries: int = option("N", number(0, whole=True), default=0)
+    max_image_size: int = option("PIXELS", number(0, int), default=0)
+    max_retries: int = option("N", number(0, int), default=0)
     retry_delay_seconds: float = option("S", number(0), default=5)
     unavailable_duration: float = option("S", number(0, zero=SHORTEST_PAUSE), default=60)
     file_write_timeout: float = option("S", number(0), default=30, heading="files")
     file_check_interval: float = option("MS", number(0, zero=1000 * SHORTEST_PAUSE), default=500)
     event_cooldown: float = option("S", number(0), default=2)
-    health_port: int = option(
-        "PORT", number(0, most=65535, whole=True), default=0, heading="health"
-    )
+    health_port: int = option("PORT", number(0, int, most=65535), default=0, heading="health")
     health_host: str = option("HOST", default="127.0.0.1")
     healthcheck: bool = switch(action="store_true", env="")
     lang: str = option("LANG", heading="output")
@@ -855,7 +853,6 @@ USUAL_PIXELS, USUAL_SIDE = 50_000_000, 4096  # above the first, pictures are shr
 MOST_PIXELS = 270_000_000  # a gigabyte in memory
 JPEG_SIDE = 65_500  # the longest that JPEG can have
 OLDEST = 120  # years
-PLACE = ("city", "state", "country")
 GAP = "\n\n"  # between a person's text, or a prompt, and what is added
 
 
@@ -881,10 +878,8 @@ def expression(texts: tuple[str, ...]) -> str:
 
 def undescribed(photo: Photo, config: Config) -> bool:
     """Whether a photo has no description, or one of those to ignore that is not ours."""
-    text, ignored = photo.description.strip(), config.ignore_descriptions
-    if not text or not ignored:
-        return not text
-    return bool(re.match(expression(ignored), text, re.S)) and not has_ours(photo)
+    text, ignored = photo.description.strip(), expression(config.ignore_descriptions)
+    return not text or (bool(re.match(ignored, text, re.S)) and not has_ours(photo))
 
 
 def left_alone(photo: Photo, config: Config) -> str:
@@ -1008,7 +1003,7 @@ def names(told: object) -> dict[str, list[str]]:
     """What has a name on a photo, by fact, each once; our text is outdated once it changes."""
     found = {
         "people": people_in(told),
-        "place": [text_at(told, "exifInfo", part) for part in PLACE],
+        "place": [text_at(told, "exifInfo", part) for part in ("city", "state", "country")],
         "albums": map(one_line, dig_list(told, "albums")),
         "tags": tags_in(told),
     }
