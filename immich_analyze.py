@@ -992,20 +992,15 @@ def people_in(told: object) -> list[str]:
     return [name + age for _, name, age in sorted(found)]
 
 
-def tags_in(told: object) -> list[str]:
-    """The last part of each tag, but of those that contain another one."""
-    paths = [text_at(tag, "value") for tag in dig_list(told, "tags")]
-    deepest = [p for p in paths if not any(other.startswith(f"{p}/") for other in paths)]
-    return [path.rpartition("/")[2] for path in deepest]
-
-
 def names(told: object) -> dict[str, list[str]]:
     """What has a name on a photo, by fact, each once; our text is outdated once it changes."""
+    tags = [text_at(tag, "value") for tag in dig_list(told, "tags")]
+    inner = [tag for tag in tags if not any(other.startswith(f"{tag}/") for other in tags)]
     found = {
         "people": people_in(told),
         "place": [text_at(told, "exifInfo", part) for part in ("city", "state", "country")],
         "albums": map(one_line, dig_list(told, "albums")),
-        "tags": tags_in(told),
+        "tags": [tag.rpartition("/")[2] for tag in inner],
     }
     return {fact: list(dict.fromkeys(filter(None, listed))) for fact, listed in found.items()}
 
@@ -1025,11 +1020,11 @@ def file_name(told: object) -> str:
 
 def question(photo: Photo, config: Config) -> str:
     """What is asked about a photo: the prompt, then what it leaves out of facts and language."""
-    prompt, given = config.prompt, {"language": config.description_language}
-    if not (config.context or config.description_language or re.search(TAG, prompt)):
+    prompt, language = config.prompt, config.description_language
+    if not (config.context or language or re.search(TAG, prompt)):
         return prompt
-    told, rest = photo.told, unmerge(photo)
-    typed = replace(photo, description=photo.description if rest is None else rest)
+    told, without_ours = photo.told, unmerge(photo)
+    typed = photo if without_ours is None else replace(photo, description=without_ours)
     ways = {"text_at": text_at, "number_at": number_at, "list_at": dig_list}
     found = {"names": names(told), "taken": taken_at(told), "file_name": file_name(told)}
     found["persons_text"] = "" if undescribed(typed, config) else typed.description
@@ -1037,11 +1032,11 @@ def question(photo: Photo, config: Config) -> str:
     # in one line, whatever people wrote
     facts = {n: one_line(getattr(words, n)() if n in config.context else "") for n in FACTS}
     shown = {*re.findall(r"\w+", "".join(re.findall(SHOWN, prompt)))} & {*PLACEHOLDERS}
-    given["context"] = tidy(words.context(**facts | dict.fromkeys(shown & {*FACTS}, "")))
+    context = tidy(words.context(**facts | dict.fromkeys(shown & {*FACTS}, "")))
     if re.search(TAG, prompt):
-        prompt = tidy(marked(prompt).render(facts | given))
-    request = "" if "language" in shown else tidy(words.request(config.description_language))
-    rest = GAP.join(filter(None, ["" if shown - {"language"} else given["context"], request]))
+        prompt = tidy(marked(prompt).render(facts, context=context, language=language))
+    request = "" if "language" in shown else tidy(words.request(language))
+    rest = GAP.join(filter(None, ["" if shown - {"language"} else context, request]))
     return prompt.rstrip("\n") + GAP + rest if rest else prompt
 
 
