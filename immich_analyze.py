@@ -312,7 +312,7 @@ def unicode_text(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """A value without what came along from a file: line ends around it, and quotes."""
+    """A value without the line ends and quotes that files leave around it."""
     quoted = re.fullmatch(r"""\s*(["'])((?:(?!\1).)*)\1\s*""", text, re.S)
     return quoted[2] if quoted else text.strip("\r\n")
 
@@ -389,7 +389,7 @@ def file_text(file: str) -> str:
 
 
 def read_text(file: str) -> str:
-    """The same without line ends and quotes around it."""
+    """The same, as a plain value."""
     return plain(file_text(file))
 
 
@@ -490,7 +490,7 @@ class Config:
 
 
 def opposite(switch: str) -> str:
-    """The opposite of a switch's setting; nonsense as it is, to be refused where it is read."""
+    """The opposite of what a switch is set to; nonsense stays, and is refused later."""
     off = {"true": "no", "yes": "no", "on": "no", "1": "no"}
     return (off | dict.fromkeys(("false", "no", "off", "0"), "yes")).get(switch.lower(), switch)
 
@@ -619,7 +619,7 @@ OLDER_NAMES: dict[str, tuple[str, Callable[[str], str]]] = {
 
 
 def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, str]:
-    """The environment without variables that say nothing, and with older names translated."""
+    """The environment without empty variables, and with older names translated."""
     known = {n: plain(text) if n.startswith(OURS) else text for n, text in environ.items()}
     for name in [name for name in known if name.startswith(OURS) and name.endswith("_FILE")]:
         with suppress(Fatal):  # complained about where it is read
@@ -633,7 +633,7 @@ def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, st
 
 
 def language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
-    """The language of all texts, which complaints about options need too."""
+    """The language of all texts; complaints about options need it before they are parsed."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--lang", nargs="?", default=environ.get("IMMICH_ANALYZE_LANG"))
     chosen = (finder.parse_known_args(argv)[0].lang or "").lower()
@@ -642,21 +642,21 @@ def language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
 
 
 def like(name: str, names: Iterable[str]) -> str:
-    """The name that another one was meant to be: the shortest that goes on, else the nearest."""
+    """The name that was meant: the shortest that begins with this one, else the nearest."""
     longer = min((other for other in names if other.startswith(name)), key=len, default=None)
     return longer or difflib.get_close_matches(name, names, 1, 0.0)[0]
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
-    """Read flags, environment and file, the first that says something; Fatal shows no secret."""
+    """Read flags, environment and file, where the first one wins; Fatal shows no secret."""
     parser = build_parser()
     known = known_names(environ)
     interface = parser.parse_known_args(list(argv), env_vars=known)[0].interface
     known = known_names(environ, interface)
     options, unknown = parser.parse_known_args(list(argv), env_vars=known)
     if unknown:
-        # only an option's name, since the rest may be a secret, as may be a line of the file
-        # that has no value and so became "--line=true"
+        # Only an option's name is told: its value may be a secret, and so may a line of the file
+        # without a value, which became "--line=true".
         found = (re.match(r"(?!.*=true$)(--[^=]+|-.)", word, re.S) for word in unknown)
         names = [match[0] for match in found if match]
         raise Fatal("unknown_option", option=names[0]) if names else Fatal("unknown_word")
@@ -722,13 +722,13 @@ def marked(text: str) -> Any:
 
 
 def tidy(text: str) -> str:
-    """What came out of a template, without the lines in which nothing was filled in."""
+    """What a marked template became, without the lines in which nothing was filled in."""
     text = re.sub(r"(?m)(?:\n[ \t]*)+\Z|^[ \t]*\n", "", text)
     return re.sub("\f(?:\n\f)+", "\f", text).replace("\f", "")
 
 
 def placeholders(text: str) -> set[str]:
-    """What a template asks for; Fatal, with the line, if it is broken or cannot be filled in."""
+    """The names that a template uses; Fatal, with the line, if it cannot be filled in."""
     if not re.search(TAG, text):
         return set()
     from jinja2 import TemplateAssertionError, TemplateError, meta, nodes
@@ -752,7 +752,7 @@ def placeholders(text: str) -> set[str]:
 
 
 def database(environ: Mapping[str, str]) -> tuple[str, bool]:
-    """The database in Immich's own DB_* variables or DB_*_FILE, for libpq, and if it is named."""
+    """The database of Immich's own variables, as libpq takes it, and whether they name one."""
     given: dict[str, str] = {}
     for name in ("DB_URL", *DB_KEYWORDS):
         file = environ.get(f"{name}_FILE")
@@ -963,7 +963,7 @@ def number_at(data: object, *path: str | int) -> float:
 
 
 def taken_at(told: object) -> datetime | None:
-    """When a photo was taken, by the clock of the place."""
+    """When a photo was taken, by the local clock; None where it is not known."""
     with suppress(ValueError):
         return datetime.fromisoformat(str(dig(told, "localDateTime")))
     return None
@@ -1019,7 +1019,7 @@ def file_name(told: object) -> str:
 
 
 def question(photo: Photo, config: Config) -> str:
-    """What is asked about a photo: the prompt, then what it leaves out of facts and language."""
+    """What is asked about a photo: the prompt, then the facts and language that it leaves out."""
     prompt, language = config.prompt, config.description_language
     if not (config.context or language or re.search(TAG, prompt)):
         return prompt
@@ -1041,7 +1041,7 @@ def question(photo: Photo, config: Config) -> str:
 
 
 def picture_type(data: bytes) -> tuple[str | None, bool]:
-    """MIME type by the first bytes, None for what is no picture we know; and if it is whole."""
+    """A picture's MIME type, None for one that we do not know, and whether it is whole."""
     tail = data[-64:]  # previews are rewritten in place, and seen cut then
     if data.startswith(b"\xff\xd8\xff"):
         return "image/jpeg", b"\xff\xd9" in tail
@@ -1054,9 +1054,9 @@ def picture_type(data: bytes) -> tuple[str | None, bool]:
 
 def prepared(data: bytes, max_size: int, asked: str = "") -> Picture:
     """Check a preview and make it ready to be asked about; Retryable while it is being written."""
-    # Decoding costs four times all the rest, so it is done only where the header tells that a
-    # picture is too large, too narrow or transparent, to see whether one without its usual end
-    # is whole, or to turn WebP into JPEG: llama.cpp and some releases of Ollama cannot read it.
+    # Decoding costs four times all the rest. It is done only for a picture that is too large, too
+    # narrow, on its side or transparent, to see whether one without its usual end is whole, and
+    # for WebP, which llama.cpp and some releases of Ollama cannot read.
     mime, whole = picture_type(data)
     cut = Permanent("preview_broken") if whole else Retryable("preview_cut")
     if not mime:
@@ -1095,7 +1095,7 @@ def plain_copy(image: Image.Image, most: int) -> Image.Image:
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """A picture in RGB; what is transparent is white, or black where what shows is light."""
+    """A picture in RGB, on white where it was transparent, or on black if it is light itself."""
     if image.mode.startswith("I"):  # of 16 bits, which convert would cut off
         image = image.convert("F").point(lambda value: value / 256).convert("L")
     if not image.has_transparency_data:
@@ -1214,7 +1214,7 @@ def repeats(text: str) -> bool:
 
 
 def refusal(text: str) -> str:
-    """Why words are no description, as a key: the model speaks of itself and its user alone."""
+    """Why a text in which a model speaks only of itself and its user is none, as a key, or ""."""
     known = patterns()
     said = known["quotation"].sub("", text[:2000])
     reason = known["refusal"].match(said)
@@ -1232,7 +1232,7 @@ def is_foreign(text: str, language: str) -> bool:
         script = re.split("[ -]", unicodedata.name(letter, ""))[0]
         # a wide one, such as a Chinese one, says as much as some of an alphabet
         letters[script in scripts] += 2 if unicodedata.east_asian_width(letter) == "W" else 1
-    return bool(scripts) and letters[False] > max(10, letters[True])  # few may be in any
+    return bool(scripts) and letters[False] > max(10, letters[True])  # a few do not count
 
 
 def description_in(answer: object, language: str = "") -> str:
