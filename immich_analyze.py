@@ -58,7 +58,7 @@ from hashlib import blake2b, sha256
 from http.cookiejar import DefaultCookiePolicy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import IO, Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import configargparse
@@ -498,12 +498,15 @@ def opposite(switch: str) -> str:
 class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
     """`key = value` lines, lists as [a, b]; errors quote no line, as it may hold a secret."""
 
-    def parse(self, stream: Any) -> dict[str, str]:
+    def parse(self, file: str) -> dict[str, str]:
         read, settings = super().parse, dict[str, str]()
         try:
-            items = [item for line in stream for item in read([line]).items()]
+            lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+            items = [item for line in lines for item in read([line]).items()]
+        except OSError as error:
+            raise Fatal("unreadable_file", file=file, why=error.strerror) from error
         except (configargparse.ConfigFileParserException, UnicodeDecodeError) as error:
-            raise Fatal("bad_config_file", file=stream.name) from error
+            raise Fatal("bad_config_file", file=file) from error
         lists = [f.name for f in fields(Config) if f.metadata.get("action") == "extend"]
         for name, value in items:
             key = name.lstrip("-")
@@ -515,14 +518,6 @@ class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
         return settings
 
 
-def open_config(file: str) -> IO[str]:
-    """Open a configuration file; Fatal if that cannot be done."""
-    try:
-        return open(file, encoding="utf-8-sig")
-    except OSError as error:
-        raise Fatal("unreadable_file", file=file, why=error.strerror) from error
-
-
 class Parser(configargparse.ArgumentParser):  # type: ignore[misc]
     """Reports a wrong setting as Fatal, in one line."""
 
@@ -532,8 +527,6 @@ class Parser(configargparse.ArgumentParser):  # type: ignore[misc]
         return flags + ["-o", "--overwrite-existing", "--no-overwrite-existing"] * ("-O" in flags)
 
     def error(self, message: str) -> NoReturn:
-        if isinstance(cause := sys.exception(), Fatal):
-            raise cause
         name, _, problem = message.removeprefix("argument ").partition(": ")
         if problem == "expected one argument":
             problem = t("value_missing")
@@ -582,7 +575,7 @@ def build_parser() -> Parser:
         add_config_file_help=False,
         add_env_var_help=False,
         default_config_files=CONFIG_FILES,
-        config_file_open_func=open_config,
+        config_file_open_func=str,  # FileParser opens it
         config_file_parser_class=FileParser,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
     )
@@ -1241,9 +1234,7 @@ def description_in(answer: object, language: str = "") -> str:
     # no bare number: Immich would store 1.50 as 1.5
     if not any(c.isalpha() for c in text) or patterns()["web_page"].match(text):
         raise Retryable("answer_empty")
-    if repeats(text):
-        raise Retryable("answer_repeats")
-    if why := refusal(text):
+    if why := ("answer_repeats" if repeats(text) else refusal(text)):
         raise Retryable(why)
     if language and is_foreign(text, language):
         raise Retryable("answer_foreign", language=language)
