@@ -967,8 +967,7 @@ def age_at(born: object, taken: datetime | None) -> str:
     with suppress(ValueError):
         birth = date.fromisoformat(str(born)[:10])
         if taken:  # who was born on 29 February is a year older on 1 March in common years
-            before = (taken.month, taken.day) < (birth.month, birth.day)
-            age = taken.year - birth.year - before
+            age = taken.year - birth.year - ((taken.month, taken.day) < (birth.month, birth.day))
             return f" (aged {age})" if 0 <= age <= OLDEST else ""
     return ""
 
