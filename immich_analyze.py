@@ -58,7 +58,7 @@ from hashlib import blake2b, sha256
 from http.cookiejar import DefaultCookiePolicy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import IO, Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import configargparse
@@ -222,11 +222,10 @@ class Policy(StrEnum):
 
 
 PROMPT = (
-    "Create a detailed description for the image for proper image search functionality."
-    " In the response, provide only the description without introductory words."
-    " Also specify the image format (Wallpaper, Screenshot, Drawing, City photo, Selfie, etc.)."
-    " The format must be correct."
-    " If in doubt, name the most likely option and don't think too long."
+    "Create a detailed description for the image for proper image search functionality. In the "
+    "response, provide only the description without introductory words. Also specify the image "
+    "format (Wallpaper, Screenshot, Drawing, City photo, Selfie, etc.). The format must be "
+    "correct. If in doubt, name the most likely option and don't think too long."
 )
 # What can be known of a photo, by the names of the placeholders.
 ENRICHED = ("people", "place", "date", "tags", "camera", "file")
@@ -244,9 +243,9 @@ DB_KEYWORDS = {  # Immich's own variables: keyword of libpq and default
     "DB_HOSTNAME": ("host", "database"),
     "DB_PORT": ("port", "5432"),
     "DB_USERNAME": ("user", "postgres"),
-    "DB_PASSWORD": ("password", ""),
+    "DB_PASSWORD": ("password", None),
     "DB_DATABASE_NAME": ("dbname", "immich"),
-    "DB_SSL_MODE": ("sslmode", ""),
+    "DB_SSL_MODE": ("sslmode", None),
 }
 OURS = ("IMMICH_", "DB_")  # how the names of variables begin
 # In logging's numbers; `warn` and `trace` as in RUST_LOG.
@@ -258,17 +257,17 @@ NOT_UTF8 = "[\ud800-\udfff]"  # how Python reads other bytes
 
 
 def number(
-    least: float, *, most: int = 0, whole: bool = False, above: bool = False, zero: float = 0
+    least: float, kind: type = float, *, most: int = 0, above: bool = False, zero: float = 0
 ) -> Convert:
     """Converter for a finite number from `least` on (or strictly above it), `zero` for 0."""
-    key = "not_a_whole_number" if whole else "not_above" if above else "not_a_number"
+    key = "not_a_whole_number" if kind is int else "not_above" if above else "not_a_number"
 
     def convert(text: str) -> float:
         with suppress(ValueError, OverflowError):
-            value = int(text) if whole else float(text)
+            value = kind(text)
             high_enough = value > least if above else value >= least
             if high_enough and value <= (most or sys.float_info.max):
-                return value if whole else min(value or zero, threading.TIMEOUT_MAX)
+                return value if kind is int else min(value or zero, threading.TIMEOUT_MAX)
         problem = t("not_a_port", value=text) if most else t(key, value=text, least=f"{least:g}")
         raise argparse.ArgumentTypeError(problem)
 
@@ -314,7 +313,7 @@ def unicode_text(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """A value without what came along from a file: line ends around it, and quotes."""
+    """A value without the line ends and quotes that files leave around it."""
     quoted = re.fullmatch(r"""\s*(["'])((?:(?!\1).)*)\1\s*""", text, re.S)
     return quoted[2] if quoted else text.strip("\r\n")
 
@@ -338,17 +337,16 @@ def public(url: str) -> str:
 
 def web_address(text: str) -> str:
     """Converter for an http(s) address; `http://` may be left out."""
-    unicode_text(text)
-    url = text.strip() if "://" in text else f"http://{text.strip()}"
-    valid = False
+    given = unicode_text(text).strip()
+    url = given if "://" in given else f"http://{given}"
     with suppress(ValueError):
         parts = urlsplit(url)
         host, _ = parts.hostname or "0", parts.port  # which raises for what is no port
-        valid = parts.scheme in ("http", "https") and not host.isdecimal()  # a port as a name
-    if not valid or re.search(r"\s|[/?#].*@", url.partition("://")[2]):
-        shown = re.sub(r".*@|[?#].*", "", text, flags=re.S)  # the rest may be a password
-        raise argparse.ArgumentTypeError(t("not_an_address", value=shown))
-    return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
+        strange = host.isdecimal() or re.search(r"\s|[/?#].*@", url.partition("://")[2])  # a port
+        if parts.scheme in ("http", "https") and not strange:
+            return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
+    shown = re.sub(r".*@|[?#].*", "", text, flags=re.S)  # the rest may be a password
+    raise argparse.ArgumentTypeError(t("not_an_address", value=shown))
 
 
 def without_end(url: str, end: str) -> str:
@@ -392,7 +390,7 @@ def file_text(file: str) -> str:
 
 
 def read_text(file: str) -> str:
-    """The same without line ends and quotes around it."""
+    """The same, as a plain value."""
     return plain(file_text(file))
 
 
@@ -462,22 +460,20 @@ class Config:
     api_key: str = secret("KEY")
     host_header: tuple[Header, ...] = secret("HEADER", headers, action="extend")
     preflight_model_check: bool = switch(default=True)
-    max_concurrent: int = option("N", number(1, whole=True), default=4)
+    max_concurrent: int = option("N", number(1, int), default=4)
     timeout: float = option("S", number(0, above=True), default=300)
-    max_tokens: int = option("N", number(1, whole=True), default=4096)
-    context_length: int = option("N", number(0, whole=True), default=0)
+    max_tokens: int = option("N", number(1, int), default=4096)
+    context_length: int = option("N", number(0, int), default=0)
     model_options: dict[str, Any] = option("JSON", parameters, default="{}")
     think: bool = switch()
-    max_image_size: int = option("PIXELS", number(0, whole=True), default=0)
-    max_retries: int = option("N", number(0, whole=True), default=0)
+    max_image_size: int = option("PIXELS", number(0, int), default=0)
+    max_retries: int = option("N", number(0, int), default=0)
     retry_delay_seconds: float = option("S", number(0), default=5)
     unavailable_duration: float = option("S", number(0, zero=SHORTEST_PAUSE), default=60)
     file_write_timeout: float = option("S", number(0), default=30, heading="files")
     file_check_interval: float = option("MS", number(0, zero=1000 * SHORTEST_PAUSE), default=500)
     event_cooldown: float = option("S", number(0), default=2)
-    health_port: int = option(
-        "PORT", number(0, most=65535, whole=True), default=0, heading="health"
-    )
+    health_port: int = option("PORT", number(0, int, most=65535), default=0, heading="health")
     health_host: str = option("HOST", default="127.0.0.1")
     healthcheck: bool = switch(action="store_true", env="")
     lang: str = option("LANG", heading="output")
@@ -495,7 +491,7 @@ class Config:
 
 
 def opposite(switch: str) -> str:
-    """The opposite of a switch's setting; nonsense as it is, to be refused where it is read."""
+    """The opposite of what a switch is set to; nonsense stays, and is refused later."""
     off = {"true": "no", "yes": "no", "on": "no", "1": "no"}
     return (off | dict.fromkeys(("false", "no", "off", "0"), "yes")).get(switch.lower(), switch)
 
@@ -503,12 +499,15 @@ def opposite(switch: str) -> str:
 class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
     """`key = value` lines, lists as [a, b]; errors quote no line, as it may hold a secret."""
 
-    def parse(self, stream: Any) -> dict[str, str]:
+    def parse(self, file: str) -> dict[str, str]:
         read, settings = super().parse, dict[str, str]()
         try:
-            items = [item for line in stream for item in read([line]).items()]
+            lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+            items = [item for line in lines for item in read([line]).items()]
+        except OSError as error:
+            raise Fatal("unreadable_file", file=file, why=error.strerror) from error
         except (configargparse.ConfigFileParserException, UnicodeDecodeError) as error:
-            raise Fatal("bad_config_file", file=stream.name) from error
+            raise Fatal("bad_config_file", file=file) from error
         lists = [f.name for f in fields(Config) if f.metadata.get("action") == "extend"]
         for name, value in items:
             key = name.lstrip("-")
@@ -520,14 +519,6 @@ class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
         return settings
 
 
-def open_config(file: str) -> IO[str]:
-    """Open a configuration file; Fatal if that cannot be done."""
-    try:
-        return open(file, encoding="utf-8-sig")
-    except OSError as error:
-        raise Fatal("unreadable_file", file=file, why=error.strerror) from error
-
-
 class Parser(configargparse.ArgumentParser):  # type: ignore[misc]
     """Reports a wrong setting as Fatal, in one line."""
 
@@ -537,8 +528,6 @@ class Parser(configargparse.ArgumentParser):  # type: ignore[misc]
         return flags + ["-o", "--overwrite-existing", "--no-overwrite-existing"] * ("-O" in flags)
 
     def error(self, message: str) -> NoReturn:
-        if isinstance(cause := sys.exception(), Fatal):
-            raise cause
         name, _, problem = message.removeprefix("argument ").partition(": ")
         if problem == "expected one argument":
             problem = t("value_missing")
@@ -587,7 +576,7 @@ def build_parser() -> Parser:
         add_config_file_help=False,
         add_env_var_help=False,
         default_config_files=CONFIG_FILES,
-        config_file_open_func=open_config,
+        config_file_open_func=str,  # FileParser opens it
         config_file_parser_class=FileParser,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
     )
@@ -624,7 +613,7 @@ OLDER_NAMES: dict[str, tuple[str, Callable[[str], str]]] = {
 
 
 def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, str]:
-    """The environment without variables that say nothing, and with older names translated."""
+    """The environment without empty variables, and with older names translated."""
     known = {n: plain(text) if n.startswith(OURS) else text for n, text in environ.items()}
     for name in [name for name in known if name.startswith(OURS) and name.endswith("_FILE")]:
         with suppress(Fatal):  # complained about where it is read
@@ -638,7 +627,7 @@ def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, st
 
 
 def language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
-    """The language of all texts, which complaints about options need too."""
+    """The language of all texts; complaints about options need it before they are parsed."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--lang", nargs="?", default=environ.get("IMMICH_ANALYZE_LANG"))
     chosen = (finder.parse_known_args(argv)[0].lang or "").lower()
@@ -647,21 +636,21 @@ def language(argv: Sequence[str], environ: Mapping[str, str]) -> str:
 
 
 def like(name: str, names: Iterable[str]) -> str:
-    """The name that another one was meant to be: the shortest that goes on, else the nearest."""
+    """The name that was meant: the shortest that begins with this one, else the nearest."""
     longer = min((other for other in names if other.startswith(name)), key=len, default=None)
     return longer or difflib.get_close_matches(name, names, 1, 0.0)[0]
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
-    """Read flags, environment and file, the first that says something; Fatal shows no secret."""
+    """Read flags, environment and file, where the first one wins; Fatal shows no secret."""
     parser = build_parser()
     known = known_names(environ)
     interface = parser.parse_known_args(list(argv), env_vars=known)[0].interface
     known = known_names(environ, interface)
     options, unknown = parser.parse_known_args(list(argv), env_vars=known)
     if unknown:
-        # only an option's name, since the rest may be a secret, as may be a line of the file
-        # that has no value and so became "--line=true"
+        # Only an option's name is told: its value may be a secret, and so may a line of the file
+        # without a value, which became "--line=true".
         found = (re.match(r"(?!.*=true$)(--[^=]+|-.)", word, re.S) for word in unknown)
         names = [match[0] for match in found if match]
         raise Fatal("unknown_option", option=names[0]) if names else Fatal("unknown_word")
@@ -692,8 +681,9 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
     access = options.access or (Access.API if wanted and not url else Access.DATABASE)
     if access == Access.API and not (api_url and keys):
         raise Fatal("api_key_missing" if api_url else "api_url_missing")
-    usual = Policy.ALL if options.overwrite_existing else Policy.NONE
-    policy = Policy.ALL if options.undo else options.policy or usual
+    if options.undo:  # of all that is ours
+        given |= {"policy": Policy.ALL, "retry_failed": True, "ignore_descriptions": ()}
+    policy = options.policy or (Policy.ALL if options.overwrite_existing else Policy.NONE)
     preserve = options.preserve_human or policy is Policy.MISSING_AI
     if preserve and options.disable_ai_wrapper:
         raise Fatal("wrapper_needed")
@@ -704,8 +694,6 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         "context": tuple(name for name in FACTS if name in wanted),
         "policy": policy,
         "preserve_human": preserve,
-        "retry_failed": options.retry_failed or options.undo,
-        "ignore_descriptions": () if options.undo else given["ignore_descriptions"],
         "access": access,
         "access_ambiguous": bool((url or named) and keys and not options.access),
         "notices": (*options.notices, *(AnalyzeError("root_relative", root=r) for r in moved)),
@@ -728,13 +716,13 @@ def marked(text: str) -> Any:
 
 
 def tidy(text: str) -> str:
-    """What came out of a template, without the lines in which nothing was filled in."""
+    """What a marked template became, without the lines in which nothing was filled in."""
     text = re.sub(r"(?m)(?:\n[ \t]*)+\Z|^[ \t]*\n", "", text)
     return re.sub("\f(?:\n\f)+", "\f", text).replace("\f", "")
 
 
 def placeholders(text: str) -> set[str]:
-    """What a template asks for; Fatal, with the line, if it is broken or cannot be filled in."""
+    """The names that a template uses; Fatal, with the line, if it cannot be filled in."""
     if not re.search(TAG, text):
         return set()
     from jinja2 import TemplateAssertionError, TemplateError, meta, nodes
@@ -758,7 +746,7 @@ def placeholders(text: str) -> set[str]:
 
 
 def database(environ: Mapping[str, str]) -> tuple[str, bool]:
-    """The database in Immich's own DB_* variables or DB_*_FILE, for libpq, and if it is named."""
+    """The database of Immich's own variables, as libpq takes it, and whether they name one."""
     given: dict[str, str] = {}
     for name in ("DB_URL", *DB_KEYWORDS):
         file = environ.get(f"{name}_FILE")
@@ -769,7 +757,7 @@ def database(environ: Mapping[str, str]) -> tuple[str, bool]:
     if given["DB_URL"] or not any(given.values()):
         return given["DB_URL"], named
     parts = {keyword: given[name] or usual for name, (keyword, usual) in DB_KEYWORDS.items()}
-    return psycopg2.extensions.make_dsn(**{k: text for k, text in parts.items() if text}), named
+    return psycopg2.extensions.make_dsn(**parts), named  # without those that are None
 
 
 # ------------------------------------------------------------------------------
@@ -792,9 +780,9 @@ class Note:
 
     def value(self, at: datetime) -> dict[str, Any]:
         """As it is stored, in JSON."""
-        always = ("failed", "why", "tries") if self.failed else ("text",)
-        kept = {n: getattr(self, n) for n in self.__slots__}
-        own = {n: item for n, item in kept.items() if item or n in ("model", "prompt", *always)}
+        always = ("model", "prompt", *(("failed", "why", "tries") if self.failed else ("text",)))
+        kept = {name: getattr(self, name) for name in self.__slots__}
+        own = {name: item for name, item in kept.items() if item or name in always}
         return {"v": 1, "at": iso(at)} | own
 
 
@@ -808,11 +796,10 @@ def note_in(value: object) -> Note | None:
     """The note in stored JSON; None for none, or one that another version or a person wrote."""
     given = value if isinstance(value, dict) else {}
     numbers = ("v", "tries")
-    if any(type(item) is not (int if name in numbers else str) for name, item in given.items()):
-        return None
+    typed = all(type(i) is (int if name in numbers else str) for name, i in given.items())
     with suppress(TypeError):  # it lacks a model or a prompt, or has more
         note = Note(**{name: item for name, item in given.items() if name not in ("v", "at")})
-        if given.get("v") == 1 and note.value(FAR_FUTURE).keys() == given.keys():
+        if typed and given.get("v") == 1 and note.value(FAR_FUTURE).keys() == given.keys():
             return note
     return None
 
@@ -853,14 +840,14 @@ class Picture:
 
 # Our text among a person's: from a line [AI] to the next line [/AI] with no other [AI] between.
 BLOCK = re.compile(r"^\[AI\][^\S\n]*\n(?:(?!\[AI\][^\S\n]*$).*\n)*?\[/AI\][^\S\n]*$", re.MULTILINE)
+# The same with the GAP before it, or after it where it comes first.
+BLOCK_IN_GAP = re.compile(rf"(?m)\A(?:{BLOCK.pattern}\n{{0,2}})+|\n{{0,2}}{BLOCK.pattern}")
 PLAIN_SIZE = (448, 448)
 SHORTEST_SIDE = 56  # pixels: servers of Qwen's models crash below 28 to 32
 USUAL_PIXELS, USUAL_SIDE = 50_000_000, 4096  # above the first, pictures are shrunk to the second
 MOST_PIXELS = 270_000_000  # a gigabyte in memory
 JPEG_SIDE = 65_500  # the longest that JPEG can have
 OLDEST = 120  # years
-PLACE = ("city", "state", "country")
-NAMES = ("people", "place", "albums", "tags")  # our text is outdated once these are others
 GAP = "\n\n"  # between a person's text, or a prompt, and what is added
 
 
@@ -886,25 +873,23 @@ def expression(texts: tuple[str, ...]) -> str:
 
 def undescribed(photo: Photo, config: Config) -> bool:
     """Whether a photo has no description, or one of those to ignore that is not ours."""
-    text, ignored = photo.description.strip(), config.ignore_descriptions
-    if not text or not ignored:
-        return not text
-    return bool(re.match(expression(ignored), text, re.S)) and not has_ours(photo)
+    text, ignored = photo.description.strip(), expression(config.ignore_descriptions)
+    return not text or (bool(re.match(ignored, text, re.S)) and not has_ours(photo))
 
 
 def left_alone(photo: Photo, config: Config) -> str:
     """Why a photo is not to be described, as a key; "" if it is, or if its note must tell."""
-    note = photo.note
-    same = note and note.model == config.model_name and note.prompt == config.prompt_id
-    gave_up = note and same and note.failed and note.tries >= MOST_TRIES
+    note = photo.note or Note("", "")
+    same = note.model == config.model_name and note.prompt == config.prompt_id
     # what Immich did not keep through its API, the database may keep
-    other_way = note and note.failed == "not_kept" and config.access is Access.DATABASE
+    other_way = note.failed == "not_kept" and config.access is Access.DATABASE
+    gave_up = same and note.failed and note.tries >= MOST_TRIES
     if gave_up and not (config.retry_failed or other_way):
         return "failed_before"
     if undescribed(photo, config):
         return "has_description" if config.undo else ""
-    current = note and same and not note.failed and note.was != text_id(photo.description)
-    current = current and note and note.facts in ("", names_id(photo, config))
+    current = same and not note.failed and note.was != text_id(photo.description)
+    current = current and note.facts in ("", names_id(photo, config))
     if config.policy is Policy.MISSING_AI:
         wanted = not has_ours(photo)
     elif config.policy is Policy.OUTDATED and note is not UNREAD:
@@ -934,17 +919,10 @@ def merge(photo: Photo, text: str, config: Config) -> str:
 
 def unmerge(photo: Photo) -> str | None:
     """The description without our text; None if there is nothing of ours in it."""
-    current, kept, at = photo.description, "", 0
-    for block in BLOCK.finditer(current):
-        kept += current[at : block.start()]
-        at = block.end()
-        if kept:
-            kept = kept.removesuffix("\n").removesuffix("\n")  # which is GAP
-        else:
-            at += len(current[at : at + 2]) - len(current[at : at + 2].lstrip("\n"))
-    if at:
-        return kept + current[at:]
-    return "" if current and is_ours(photo) else None
+    rest, blocks = BLOCK_IN_GAP.subn("", photo.description)
+    if blocks:
+        return rest
+    return "" if rest and is_ours(photo) else None
 
 
 def dig(data: object, *path: str | int) -> Any:
@@ -980,21 +958,20 @@ def number_at(data: object, *path: str | int) -> float:
 
 
 def taken_at(told: object) -> datetime | None:
-    """When a photo was taken, by the clock of the place."""
+    """When a photo was taken, by the local clock; None where it is not known."""
     with suppress(ValueError):
         return datetime.fromisoformat(str(dig(told, "localDateTime")))
     return None
 
 
-def age_at(born: object, taken: datetime | None) -> int | None:
-    """A person's age in years; None where it is not known, or cannot be true."""
+def age_at(born: object, taken: datetime | None) -> str:
+    """What is added to a name to tell the age; "" where it is not known, or cannot be true."""
     with suppress(ValueError):
         birth = date.fromisoformat(str(born)[:10])
         if taken:  # who was born on 29 February is a year older on 1 March in common years
-            before = (taken.month, taken.day) < (birth.month, birth.day)
-            age = taken.year - birth.year - before
-            return age if 0 <= age <= OLDEST else None
-    return None
+            age = taken.year - birth.year - ((taken.month, taken.day) < (birth.month, birth.day))
+            return f" (aged {age})" if 0 <= age <= OLDEST else ""
+    return ""
 
 
 def people_in(told: object) -> list[str]:
@@ -1006,65 +983,59 @@ def people_in(told: object) -> list[str]:
             xs = [number_at(f, "boundingBoxX1") / (number_at(f, "imageWidth") or 1) for f in faces]
             age = age_at(dig(person, "birthDate"), taken)
             found.append((min(xs, default=math.inf), name, age))
-    found.sort(key=lambda person: person[:2])
-    return [name if age is None else f"{name} (aged {age})" for _, name, age in found]
+    return [name + age for _, name, age in sorted(found)]
 
 
-def tags_in(told: object) -> list[str]:
-    """The last part of each tag, but of those that contain another one."""
-    paths = [text_at(tag, "value") for tag in dig_list(told, "tags")]
-    deepest = [p for p in paths if not any(other.startswith(f"{p}/") for other in paths)]
-    return [path.rpartition("/")[2] for path in deepest]
-
-
-def names(told: object, fact: str) -> list[str]:
-    """The people, parts of the place, albums or tags that are known of a photo, each once."""
-    ways: dict[str, Callable[[], Iterable[str]]] = {
-        "people": lambda: people_in(told),
-        "place": lambda: [text_at(told, "exifInfo", part) for part in PLACE],
-        "albums": lambda: map(one_line, dig_list(told, "albums")),
-        "tags": lambda: tags_in(told),
+def names(told: object) -> dict[str, list[str]]:
+    """What has a name on a photo, by fact, each once; our text is outdated once it changes."""
+    tags = [text_at(tag, "value") for tag in dig_list(told, "tags")]
+    inner = [tag for tag in tags if not any(other.startswith(f"{tag}/") for other in tags)]
+    found = {
+        "people": people_in(told),
+        "place": [text_at(told, "exifInfo", part) for part in ("city", "state", "country")],
+        "albums": map(one_line, dig_list(told, "albums")),
+        "tags": [tag.rpartition("/")[2] for tag in inner],
     }
-    return list(dict.fromkeys(filter(None, ways[fact]())))
+    return {fact: list(dict.fromkeys(filter(None, listed))) for fact, listed in found.items()}
 
 
 def names_id(photo: Photo, config: Config) -> str:
     """What notes call the names that are asked for; "" where none are."""
-    asked = {fact: sorted(names(photo.told, fact)) for fact in NAMES if fact in config.context}
+    known = names(photo.told).items()
+    asked = {fact: sorted(listed) for fact, listed in known if fact in config.context}
     return text_id(json.dumps(asked)) if asked else ""
 
 
 def file_name(told: object) -> str:
     """The name of the file without its ending, "" if a camera or a messenger gave it."""
-    known, name = patterns(), re.sub(r"\.\w{1,5}$", "", text_at(told, "originalFileName"))
-    chosen = [w for w in re.findall(r"[^\W\d_]+", name) if not known["camera_word"].fullmatch(w)]
-    return name if chosen and not known["id_name"].fullmatch(name) else ""
+    name = re.sub(r"\.\w{1,5}$", "", text_at(told, "originalFileName"))
+    return "" if patterns()["unchosen_name"].fullmatch(name) else name
 
 
 def question(photo: Photo, config: Config) -> str:
-    """What is asked about a photo: the prompt, then what it leaves out of facts and language."""
-    prompt, given = config.prompt, {"language": config.description_language}
-    if not (config.context or config.description_language or re.search(TAG, prompt)):
+    """What is asked about a photo: the prompt, then the facts and language that it leaves out."""
+    prompt, language = config.prompt, config.description_language
+    if not (config.context or language or re.search(TAG, prompt)):
         return prompt
-    told, rest = photo.told, unmerge(photo)
-    typed = replace(photo, description=photo.description if rest is None else rest)
-    ways = {"text_at": text_at, "number_at": number_at, "list_at": dig_list, "names": names}
-    found = {"taken": taken_at(told), "file_name": file_name(told)}
+    told, without_ours = photo.told, unmerge(photo)
+    typed = photo if without_ours is None else replace(photo, description=without_ours)
+    ways = {"text_at": text_at, "number_at": number_at, "list_at": dig_list}
+    found = {"names": names(told), "taken": taken_at(told), "file_name": file_name(told)}
     found["persons_text"] = "" if undescribed(typed, config) else typed.description
     words = marked(data_file("question.jinja")).make_module({"told": told} | ways | found)
     # in one line, whatever people wrote
     facts = {n: one_line(getattr(words, n)() if n in config.context else "") for n in FACTS}
     shown = {*re.findall(r"\w+", "".join(re.findall(SHOWN, prompt)))} & {*PLACEHOLDERS}
-    given["context"] = tidy(words.context(**facts | dict.fromkeys(shown & {*FACTS}, "")))
+    context = tidy(words.context(**facts | dict.fromkeys(shown & {*FACTS}, "")))
     if re.search(TAG, prompt):
-        prompt = tidy(marked(prompt).render(facts | given))
-    request = "" if "language" in shown else tidy(words.request(config.description_language))
-    rest = GAP.join(filter(None, ["" if shown - {"language"} else given["context"], request]))
+        prompt = tidy(marked(prompt).render(facts, context=context, language=language))
+    request = "" if "language" in shown else tidy(words.request(language))
+    rest = GAP.join(filter(None, ["" if shown - {"language"} else context, request]))
     return prompt.rstrip("\n") + GAP + rest if rest else prompt or PROMPT
 
 
 def picture_type(data: bytes) -> tuple[str | None, bool]:
-    """MIME type by the first bytes, None for what is no picture we know; and if it is whole."""
+    """A picture's MIME type, None for one that we do not know, and whether it is whole."""
     tail = data[-64:]  # previews are rewritten in place, and seen cut then
     if data.startswith(b"\xff\xd8\xff"):
         return "image/jpeg", b"\xff\xd9" in tail
@@ -1077,9 +1048,9 @@ def picture_type(data: bytes) -> tuple[str | None, bool]:
 
 def prepared(data: bytes, max_size: int, asked: str = "") -> Picture:
     """Check a preview and make it ready to be asked about; Retryable while it is being written."""
-    # Decoding costs four times all the rest, so it is done only where the header tells that a
-    # picture is too large, too narrow or transparent, to see whether one without its usual end
-    # is whole, or to turn WebP into JPEG: llama.cpp and some releases of Ollama cannot read it.
+    # Decoding costs four times all the rest. It is done only for a picture that is too large, too
+    # narrow, on its side or transparent, to see whether one without its usual end is whole, and
+    # for WebP, which llama.cpp and some releases of Ollama cannot read.
     mime, whole = picture_type(data)
     cut = Permanent("preview_broken") if whole else Retryable("preview_cut")
     if not mime:
@@ -1088,9 +1059,8 @@ def prepared(data: bytes, max_size: int, asked: str = "") -> Picture:
     Image.MAX_IMAGE_PIXELS = None  # ours is MOST_PIXELS: previews are the user's own
     try:
         with Image.open(io.BytesIO(data)) as image:
-            huge = math.prod(image.size) > USUAL_PIXELS
-            most = max_size or (USUAL_SIDE if huge else max(image.size))
-            most = min(most, JPEG_SIDE)
+            usual = USUAL_SIDE if math.prod(image.size) > USUAL_PIXELS else JPEG_SIDE
+            most = min(max_size or usual, JPEG_SIDE)
             fits = min(image.size) >= SHORTEST_SIDE and max(image.size) <= most
             if mime == "image/jpeg":  # a PNG would be decoded for it
                 fits = fits and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
@@ -1119,7 +1089,7 @@ def plain_copy(image: Image.Image, most: int) -> Image.Image:
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """A picture in RGB; what is transparent is white, or black where what shows is light."""
+    """A picture in RGB, on white where it was transparent, or on black if it is light itself."""
     if image.mode.startswith("I"):  # of 16 bits, which convert would cut off
         image = image.convert("F").point(lambda value: value / 256).convert("L")
     if not image.has_transparency_data:
@@ -1238,7 +1208,7 @@ def repeats(text: str) -> bool:
 
 
 def refusal(text: str) -> str:
-    """Why words are no description, as a key: the model speaks of itself and its user alone."""
+    """Why a text in which a model speaks only of itself and its user is none, as a key, or ""."""
     known = patterns()
     said = known["quotation"].sub("", text[:2000])
     reason = known["refusal"].match(said)
@@ -1256,7 +1226,7 @@ def is_foreign(text: str, language: str) -> bool:
         script = re.split("[ -]", unicodedata.name(letter, ""))[0]
         # a wide one, such as a Chinese one, says as much as some of an alphabet
         letters[script in scripts] += 2 if unicodedata.east_asian_width(letter) == "W" else 1
-    return bool(scripts) and letters[False] > max(10, letters[True])  # few may be in any
+    return bool(scripts) and letters[False] > max(10, letters[True])  # a few do not count
 
 
 def description_in(answer: object, language: str = "") -> str:
@@ -1265,9 +1235,7 @@ def description_in(answer: object, language: str = "") -> str:
     # no bare number: Immich would store 1.50 as 1.5
     if not any(c.isalpha() for c in text) or patterns()["web_page"].match(text):
         raise Retryable("answer_empty")
-    if repeats(text):
-        raise Retryable("answer_repeats")
-    if why := refusal(text):
+    if why := ("answer_repeats" if repeats(text) else refusal(text)):
         raise Retryable(why)
     if language and is_foreign(text, language):
         raise Retryable("answer_foreign", language=language)

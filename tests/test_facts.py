@@ -226,6 +226,7 @@ CHOSEN_NAMES = [
     "Screenshot_20190714_WhatsApp.png",
     "Дача_2019.jpg",
     "Oma.tar.gz",
+    "BURST20190714_Anna.jpg",
 ]
 
 
