@@ -721,14 +721,28 @@ def tidy(text: str) -> str:
     return re.sub("\f(?:\n\f)+", "\f", text).replace("\f", "")
 
 
+@contextmanager
+def template_trouble(kind: type[AnalyzeError]) -> Iterator[None]:
+    """Turn what a template raises into an error of ours, with the line."""
+    from jinja2 import TemplateError
+
+    usual = (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError)
+    try:
+        yield
+    except (TemplateError, ValueError, *usual) as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        lines = [line for frame, line in frames if frame.f_code.co_filename == "<template>"]
+        line, why = getattr(error, "lineno", [1, *lines][-1]), str(error).partition("\n")[0]
+        raise kind("bad_template", line=line, why=why or type(error).__name__) from error
+
+
 def placeholders(text: str) -> set[str]:
     """The names that a template uses; Fatal, with the line, if it cannot be filled in."""
     if not re.search(TAG, text):
         return set()
-    from jinja2 import TemplateAssertionError, TemplateError, meta, nodes
+    from jinja2 import TemplateAssertionError, meta, nodes
 
-    usual = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
-    try:
+    with template_trouble(Fatal):
         tree = template(text).environment.parse(text)
         names = meta.find_undeclared_variables(tree)
         for node in tree.find_all(nodes.Name):
@@ -737,11 +751,6 @@ def placeholders(text: str) -> set[str]:
                 raise TemplateAssertionError(why, node.lineno)
         for sample in ("", "1"):
             marked(text).render(dict.fromkeys(PLACEHOLDERS, sample))
-    except (TemplateError, *usual) as error:
-        frames = traceback.walk_tb(error.__traceback__)
-        lines = [line for frame, line in frames if frame.f_code.co_filename == "<template>"]
-        line, why = getattr(error, "lineno", [1, *lines][-1]), str(error).partition("\n")[0]
-        raise Fatal("bad_template", line=line, why=why) from error
     return names
 
 
@@ -1028,7 +1037,8 @@ def question(photo: Photo, config: Config) -> str:
     shown = {*re.findall(r"\w+", "".join(re.findall(SHOWN, prompt)))} & {*PLACEHOLDERS}
     context = tidy(words.context(**facts | dict.fromkeys(shown & {*FACTS}, "")))
     if re.search(TAG, prompt):
-        prompt = tidy(marked(prompt).render(facts, context=context, language=language))
+        with template_trouble(Permanent):  # what fails for this photo alone
+            prompt = tidy(marked(prompt).render(facts, context=context, language=language))
     request = "" if "language" in shown else tidy(words.request(language))
     rest = GAP.join(filter(None, ["" if shown - {"language"} else context, request]))
     return prompt.rstrip("\n") + GAP + rest if rest else prompt or PROMPT

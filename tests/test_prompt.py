@@ -120,6 +120,7 @@ def test_what_a_template_does_not_say_itself_follows_it(asked, prompt, begins):
         ("A\n{% if people %}", 2),
         ("A\n{{ 1 / people|length }}", 2),
         ("A\n{{ people.__class__ }}", 2),
+        ("A\n{{ 'x' * 10 ** 13 }}", 2),
         ("A\n{{ people|nothing }}", 2),
         ("{% include 'secret' %}", 1),
         ("\n{% for a in range(9) %}{% for b in range(9) %}{% endfor %}{% endfor %}", 2),
@@ -265,3 +266,17 @@ def test_a_question_is_shown_by_a_key_with_the_least_rights_without_an_update(ol
         assert (done.returncode, done.stdout) == (0, "Look.\n")
         assert server.count("PUT|POST|DELETE", "") == 0
     server.check()
+
+
+def test_a_template_that_fails_for_one_photo_fails_that_photo_with_its_line(
+    command, library, ollama
+):
+    for number, city in enumerate(("Oslo", "Rostock")):
+        library.add(picture=servers.own_picture(number), place=(city, "", ""))
+    prompt = "Look.\n{{ 1 // (place | length - 4) }}"
+    argv = [*library.argv, *asking(ollama)]
+    done = command(*argv, "--prompt", prompt)
+    assert done.returncode == 1
+    assert ia.t("bad_template", line=2, why="integer division or modulo by zero") in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(ollama.find(*CHATS)) == 1
