@@ -1236,7 +1236,8 @@ def is_foreign(text: str, language: str) -> bool:
         script = re.split("[ -]", unicodedata.name(letter, ""))[0]
         # a wide one, such as a Chinese one, says as much as some of an alphabet
         letters[script in scripts] += 2 if unicodedata.east_asian_width(letter) == "W" else 1
-    return bool(scripts) and letters[False] > max(10, letters[True])  # a few do not count
+    few = 0 if "LATIN" in scripts else 10  # names and brands are written in Latin everywhere
+    return bool(scripts) and letters[False] > max(few, letters[True])
 
 
 def description_in(answer: object, language: str = "") -> str:

@@ -183,6 +183,7 @@ def test_a_language_may_be_named_by_its_code(config, said, name):
         ("German", GERMAN, True),
         ("German", CHINESE, False),
         ("German", RUSSIAN, False),
+        ("German", "一只猫", False),
         ("Brazilian Portuguese", RUSSIAN, False),
         ("German", f"{GERMAN} auf das Schild „{RUSSIAN}, {RUSSIAN}“.", True),
         ("Serbian", GERMAN, True),
