@@ -1579,7 +1579,7 @@ TEXTS = 1000  # answers of a host that are remembered
 TIMED_OUT = ("timed_out", "timed_out_reading")
 SEES, BLIND = 0, -1  # in Host.texts: no hash of a picture, but what a plain one showed
 CUT = ("answer_cut", "context_full")
-WHOLE = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence")  # ends of a whole answer
+WHOLE = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "load")  # no cut answers
 
 
 def first(data: object, names: Iterable[str], kind: type = object) -> Any:
@@ -2065,111 +2065,108 @@ class Tries:
 
 
 class Answer:
-    """What a host answers, put together while it comes: one JSON object, lines of them, or events.
+    """A host's answer, put together while it comes: one JSON object, lines of them, or events.
 
-    What is wrong with it is raised as soon as it shows, so that the rest is not made.
+    What is wrong with it is raised as soon as it shows, so that the host stops making it.
     """
 
     def __init__(self, url: str, config: Config, heard: Callable[[], None]) -> None:
         self._url, self._config, self._tell = public(url), config, heard
-        self._unread = bytearray()  # the line whose end is still to come
-        self._text = self._finish = ""
+        self._unread = bytearray()  # a line whose end is still to come
+        self._text = ""
+        self._finish: str | None = None  # why it ended; None until the host says that it did
         self._tokens = self._prompt = 0  # tokens of answer and prompt, where the host tells
-        self._events = self._pieces = 0  # JSON objects, and those of them with a token
-        self._streamed = self._over = False
+        self._objects = self._pieces = 0  # JSON objects, and those of them with a token
+        self._streamed = False
         self._heard = time.monotonic()
-        self._check_at = CHECK_STEP
-        self._thinks_at = math.inf if config.think else max(config.max_tokens / 4, LEAD_IN)
+        self._lead_in = max(config.max_tokens // 4, LEAD_IN)
 
     def listen(self, data: bytes) -> None:
-        """Take what came, a line at a time."""
-        lines, end, rest = data.rpartition(b"\n")
-        pieces = self._pieces
-        if end:
-            self._take_lines(bytes(self._unread + lines))
-            self._unread.clear()
-        self._unread += rest
-        if self._pieces > pieces:
-            self._heard = time.monotonic()
-            self._tell()
-            self._check()
-        elif time.monotonic() > self._heard + self._config.timeout:  # only a proxy says "wait"
+        """Take what came, as far as its lines are whole."""
+        self._unread += data
+        if b"\n" in data:
+            lines, _, self._unread = self._unread.rpartition(b"\n")
+            self._take_lines(lines)
+        if time.monotonic() > self._heard + self._config.timeout:  # only a proxy says "wait"
             raise Retryable("timed_out", url=self._url, seconds=f"{self._config.timeout:g}")
 
-    def _check(self) -> None:
-        """Raise what is wrong with an answer that is still being made."""
-        pieces, most = self._pieces if self._streamed else 0, self._config.max_tokens
-        if pieces > most:  # which the server ignores
-            raise Retryable("answer_cut", tokens=most)
-        if pieces > self._thinks_at:
-            self._thinks_at = math.inf
-            if not clean(self._text):
-                raise Retryable("answer_thinks")
-        if len(self._text) >= self._check_at:
-            self._check_at = len(self._text) + CHECK_STEP
-            if repeats(self._text) and repeats(clean(self._text)):  # it may be end tokens
-                raise Retryable("answer_repeats")
-
-    def _take_lines(self, data: bytes) -> None:
-        for line in data.removeprefix(BOM_UTF8).splitlines():
+    def _take_lines(self, lines: bytearray) -> None:
+        for line in bytes(lines).removeprefix(BOM_UTF8).splitlines():
             kind, _, event = line.partition(b":")
-            if is_event := kind in (b"data", b"error"):
-                self._streamed, line = True, event.strip()
-                self._over |= line == b"[DONE]"
+            is_event = kind in (b"data", b"error")
+            text = event.strip() if is_event else line
+            self._streamed |= is_event
             try:
-                said = json.loads(line.decode("utf-8", "replace"), strict=False)
-            except (ValueError, RecursionError) as error:  # a comment, or a part of no stream
-                if is_event and line not in (b"", b"[DONE]"):
+                said = json.loads(text.decode("utf-8", "replace"), strict=False)
+            except (ValueError, RecursionError) as error:
+                if text == b"[DONE]":
+                    self._finish = self._finish or ""
+                elif is_event and text:  # else it is a comment, or a line of one large object
                     raise Retryable("connection_cut", url=self._url) from error
-                continue
-            self._take({"error": said} if kind == b"error" else said)
+            else:
+                self._take({"error": said} if kind == b"error" else said)
 
     def _take(self, said: Any) -> None:
         """Take an event, a line, or the whole."""
         if isinstance(said, list):
             for one in said:
                 self._take(one)
+            return
         if dig(said, "error") or dig(said, "object") == "error":
             code = str(dig(said, "error", "code") or dig(said, "code"))
             status = int(code) if re.fullmatch(r"[45]\d\d", code) else 200
             raise model_host_error(Reply(self._url, status, {}, json.dumps(said).encode()))
-        done, choice = dig(said, "done"), dig(said, "choices", 0)
-        usage, inner = dig(said, "usage") or said, choice or said
-        message = first(inner, ("delta", "message")) or choice
-        text = first(message, ("content", "text"))
-        thought = first(message, ("thinking", "reasoning_content", "reasoning"))
-        self._text += text_of(text)
-        self._pieces += bool(text) + bool(thought)
-        self._events += isinstance(said, dict)
-        finish = first(inner, ("done_reason", "finish_reason")) or self._finish
-        self._finish = str(finish).lower()
+        choice, usage = dig(said, "choices", 0) or said, dig(said, "usage") or said
+        done, finish = dig(said, "done"), first(choice, ("done_reason", "finish_reason"))
+        if finish or done is True:
+            self._finish = str(finish or self._finish or "").lower()
         self._tokens = first(usage, ("eval_count", "completion_tokens"), int) or self._tokens
         self._prompt = first(usage, ("prompt_eval_count", "prompt_tokens"), int) or self._prompt
-        self._over |= done is True or bool(self._finish)
-        self._streamed |= done is False or self._events > 1
+        self._objects += isinstance(said, dict)
+        self._streamed |= done is False or self._objects > 1
+        message = first(choice, ("delta", "message")) or choice
+        text = first(message, ("content", "text"))
+        if text or first(message, ("thinking", "reasoning_content", "reasoning")):
+            self._add(text_of(text))
+
+    def _add(self, text: str) -> None:
+        """Add a token, and raise what shows by now to be wrong with the answer."""
+        before = len(self._text)
+        self._text += text
+        self._pieces += 1
+        self._heard = time.monotonic()
+        self._tell()
+        if self._pieces > self._config.max_tokens:  # which the server ignores
+            raise Retryable("answer_cut", tokens=self._config.max_tokens)
+        if self._pieces == self._lead_in and not (self._config.think or clean(self._text)):
+            raise Retryable("answer_thinks")
+        looks = len(self._text) // CHECK_STEP > before // CHECK_STEP
+        if looks and repeats(self._text) and repeats(clean(self._text)):  # it may be end tokens
+            raise Retryable("answer_repeats")
 
     def description(self, reply: Reply) -> str:
         """The description in it, once all of it is there."""
-        self._take_lines(bytes(self._unread))
-        if not self._events:
+        self._take_lines(self._unread)
+        if not self._objects:
             self._take(reply.json())
-        if self._streamed and not self._over:
-            raise Retryable("connection_cut", url=self._url)
         if self._finish in ("length", "max_tokens"):
-            most, tokens, prompt = self._config.max_tokens, self._tokens, self._prompt
-            if not tokens and self._streamed and 2 * self._pieces < most:
-                tokens = self._pieces
-            if 0 < tokens < most - 1 and not 0 < prompt < LEAST_CONTEXT - tokens:
-                raise Retryable("context_full", url=self._url, tokens=tokens, prompt=prompt)
-            raise Retryable("answer_cut", tokens=most)
-        if re.search("filter|safety", self._finish):
+            raise self._cut()
+        if re.search("filter|safety", self._finish or ""):
             raise Retryable("answer_withheld")
+        if self._finish not in WHOLE and (self._finish or self._streamed):
+            raise Retryable("connection_cut", url=self._url)
         text = self._text.encode("utf-16", "surrogatepass")  # a letter may come in two pieces
         language = self._config.description_language
-        description = description_in(text.decode("utf-16", "ignore"), language)
-        if self._finish not in WHOLE:
-            raise Retryable("connection_cut", url=self._url)
-        return description
+        return description_in(text.decode("utf-16", "ignore"), language)
+
+    def _cut(self) -> Retryable:
+        """What cut it: the context, if the host made fewer tokens than it may; else the limit."""
+        most, tokens, prompt = self._config.max_tokens, self._tokens, self._prompt
+        if not tokens and self._streamed and 2 * self._pieces < most:
+            tokens = self._pieces
+        if 0 < tokens < most - 1 and not 0 < prompt < LEAST_CONTEXT - tokens:
+            return Retryable("context_full", url=self._url, tokens=tokens, prompt=prompt)
+        return Retryable("answer_cut", tokens=most)
 
 
 class Ai:
