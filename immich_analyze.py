@@ -1714,22 +1714,24 @@ def lacks_context(error: AnalyzeError) -> bool:
     return error.key == "context_full" or bool(patterns()["no_context"].search(error.words))
 
 
-def adapted(manner: Manner, error: AnalyzeError, config: Config) -> Manner | None:
-    """How else to ask a host, by what it said to a question; None if it knows no other way."""
+def adapted(manner: Manner, error: AnalyzeError, config: Config) -> Manner:
+    """How else to ask a host, by what it said to a question; raises that if nothing else helps."""
     dialect, known = DIALECTS[config.interface], patterns()
     if lacks_context(error):
         told = known["prompt_tokens"].search(error.words)
         prompt = int(told[1]) if told else error.fields.get("prompt", 0)
         tokens = -(-(prompt + config.max_tokens) // CONTEXT_STEP) * CONTEXT_STEP
-        larger = dialect.takes_context and prompt and tokens > manner.context
-        return replace(manner, context=tokens) if larger else None
+        if not (dialect.takes_context and prompt and tokens > manner.context):
+            raise error
+        return replace(manner, context=tokens)
     refused = set(known["refusable"].findall(error.words))
     if known["streaming"].search(error.words):
         refused |= {"stream", "stream_options"}
     if not refused and known["thinking"].search(error.words):
         refused = set(dialect.thinking(False))
-    better = replace(manner, refused=manner.refused | refused)
-    return better if better != manner else None
+    if refused <= manner.refused:
+        raise error
+    return replace(manner, refused=manner.refused | refused)
 
 
 @dataclass(slots=True)
@@ -2238,20 +2240,17 @@ class Ai:
 
     def _said(self, url: str, picture: Picture, number: int) -> str:
         """The description in a host's answer, which is asked in another manner if it wants that."""
-        config, hosts = self._config, self._hosts
+        hosts, config = self._hosts, self._config
         manner = hosts.manners.get(url) or Manner(config.context_length)
         while True:
-            body = self._body(picture, manner)
+            body = {"data": self._body(picture, manner), "headers": JSON_BODY}
             answer = Answer(url, config, functools.partial(hosts.heard, url, number))
-            own: dict[str, Any] = {"data": body, "headers": JSON_BODY, "watch": answer.listen}
             log.debug("asking %s", public(url))
             try:
-                return answer.description(self._call(url, "POST", self._dialect.chat, **own))
+                reply = self._call(url, "POST", self._dialect.chat, watch=answer.listen, **body)
+                return answer.description(reply)
             except Retryable as error:
-                better = adapted(manner, error, config)
-                if not better:
-                    raise
-                manner = hosts.manners[url] = better
+                manner = hosts.manners[url] = adapted(manner, error, config)
 
     def _body(self, picture: Picture, manner: Manner) -> bytes:
         """What is asked, as JSON."""
@@ -2273,10 +2272,10 @@ class Ai:
         return True
 
     def _call(self, url: str, method: str, path: str, **options: Any) -> Reply:
-        limit = max(ANSWER_LIMIT, TOKEN_LIMIT * self._config.max_tokens)
-        own: dict[str, Any] = {"timeout": self._config.timeout, "limit": limit}
+        options["limit"] = max(ANSWER_LIMIT, TOKEN_LIMIT * self._config.max_tokens)
+        options.setdefault("timeout", self._config.timeout)
         address = without_end(url, self._dialect.root) + path
-        return http(self._session, method, address, blame=model_host_error, **own | options)
+        return http(self._session, method, address, blame=model_host_error, **options)
 
     def check(self) -> None:
         """Ask each host for the model; Unavailable if none is there, Fatal if all need a person."""
