@@ -2186,9 +2186,9 @@ class Ai:
         """Have a picture described by a host that is well; waits for one.
 
         `check` is called just before each request, and may raise. Raises Permanent once the
-        picture failed three times, Unavailable after `--max-retries` waits, Fatal when no host
-        is worth waiting for, Stopped. Photos are asked about again one at a time, so that one
-        that kills its host does not take the others down with it twice.
+        picture is to blame, Unavailable after `--max-retries` waits, Fatal when no host is worth
+        waiting for, Stopped. Photos that failed are retried one at a time, so that one that kills
+        its host does not take the others down with it twice.
         """
         met = Tries(self._hosts, self._config)
         while not met.judge():
@@ -2197,15 +2197,14 @@ class Ai:
                 self._hosts.place(self._stop, met.failed, self._probe) as (url, number),
             ):
                 check()
-                doubtful = met.doubtful(url)
-                if not (doubtful or met.judge()):  # it may count by now
+                if not (met.doubtful(url) or met.judge()):  # it may count by now
                     try:
                         return self._described(url, picture, number)
                     except AnalyzeError as error:
                         met.blame(url, number, error)
-                        doubtful = met.doubtful(url)
+                doubtful = met.doubtful(url)
                 away = [host for host in doubtful if self._is_away(host, picture, met)]
-            # others go first where no other host is left; a host may soon be back
+            # where no other host is left, others go first; one that is away may soon be back
             again = doubtful and not away and met.failed >= set(self._config.hosts)
             waits = (again or met.enough()) and not met.judge()
             if waits and self._stop.wait(self._config.retry_delay_seconds):
@@ -2214,8 +2213,9 @@ class Ai:
 
     def _is_away(self, url: str, picture: Picture, met: Tries) -> bool:
         """Show a host a plain picture of the same size; whether it says that it is away."""
+        plain = replace(plain_picture(picture.size), question=picture.question)
         try:
-            self._described(url, replace(plain_picture(picture.size), question=picture.question))
+            self._described(url, plain, self._hosts.number(url))
         except AnalyzeError as error:
             if error.key == met.error.key == "answer_no_picture":  # of neither picture
                 error = Fatal("model_blind", url=public(url))
@@ -2223,9 +2223,8 @@ class Ai:
             return isinstance(error, Unavailable)
         return False
 
-    def _described(self, url: str, picture: Picture, number: int = 0) -> str:
+    def _described(self, url: str, picture: Picture, number: int) -> str:
         """What a host says of a picture; Fatal if it says the same of all."""
-        number = number or self._hosts.number(url)
         text = self._said(url, picture, number)
 
         def says_else() -> bool:
