@@ -1771,7 +1771,7 @@ class Host:
 
     @property
     def full(self) -> bool:
-        """Whether it has all the requests it may: one if it hung or was left out for long."""
+        """Whether it has all the requests it may have: one after it hung or was struck off."""
         tried = self.struck_off or (self.why and self.why.key in TIMED_OUT)
         return self.in_flight >= (1 if tried else self.most)
 
@@ -1939,8 +1939,8 @@ class Hosts:
     def queued(self, url: str, number: int, seconds: float) -> bool:
         """Whether a request found no room beside others at its host, which then gets fewer.
 
-        It was refused at once, or heard no word in so many seconds, in which the host worked on
-        some of before, and on none of later.
+        It was refused at once, or got no word in so many seconds, in which the host worked on
+        earlier requests, and on no later one.
         """
         with self._lock:
             host = self._hosts[url]
@@ -1987,8 +1987,7 @@ class Tries:
         self.error: AnalyzeError = Stopped("stopped")  # of the latest failure
         self.failed: set[str] = set()  # hosts
         self.alone = False  # whether it is asked about when no other such photo is
-        self._hosts = hosts
-        self._timeout = config.timeout
+        self._hosts, self._timeout = hosts, config.timeout
         self._waits = config.max_retries or math.inf  # that are left
         self._most = min(PICTURE_TRIES, self._waits + 1)
         self._counted = 0.0  # tries
@@ -2175,10 +2174,8 @@ class Ai:
     """Describes pictures; one for each worker, all on the same Hosts."""
 
     def __init__(self, config: Config, hosts: Hosts, stop: threading.Event) -> None:
-        self._config = config
+        self._config, self._hosts, self._stop = config, hosts, stop
         self._dialect = DIALECTS[config.interface]
-        self._hosts = hosts
-        self._stop = stop
         key = [("Authorization", f"Bearer {config.api_key}")] if config.api_key else []
         self._session = Session([*self._dialect.headers, *key, *config.host_header])
 
@@ -2298,10 +2295,10 @@ class Ai:
             if error.key == "picture_refused":  # there is no picture yet
                 return Fatal("host_refused", **error.fields)
             says = error.fields.get("why") or error.fields.get("status") == 501
-            unsure = error.key == "model_not_listed" or (error.key == "host_failed" and says)
-            if unsure:
+            if error.key == "model_not_listed" or (error.key == "host_failed" and says):
                 log.warning("%s", t("first_photo_tells", why=error, url=public(url)))
-            return None if unsure or error.key == "host_busy" else error
+            elif error.key != "host_busy":
+                return error
         return None
 
     def close(self) -> None:
