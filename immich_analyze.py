@@ -1573,7 +1573,7 @@ PICTURE_TRIES = 3  # of one photo, at hosts that are well
 STRUCK_OFF = 3600.0  # seconds until a host that needs a person is asked again
 PROBE_INTERVAL = 0.5  # seconds between two probes of a host, while no host is available
 PROBE_TIMEOUT = 1.0
-GROWTH = 20  # answers after which a host with a queue gets one request more at a time
+GROWTH = 16  # answers until a host with a queue gets one request more; its parts add up exactly
 QUIET = 600.0  # seconds between two lines about a host that is unavailable for moments
 TEXTS = 1000  # answers of a host that are remembered
 TIMED_OUT = ("timed_out", "timed_out_reading")
@@ -1750,7 +1750,6 @@ class Host:
     texts: dict[str, int] = field(default_factory=dict)  # what it said of pictures, by hash
     in_flight: int = 0
     most: float = math.inf  # requests at a time, once it was found to queue them
-    streak: int = 0  # answers since that changed
     latest: int = 0  # its latest request
     begun: int = 0  # the latest request that it said something to, and when it last did
     heard_at: float = -math.inf
@@ -1773,7 +1772,7 @@ class Host:
     def full(self) -> bool:
         """Whether it has all the requests it may have: one after it hung or was struck off."""
         tried = self.struck_off or (self.why and self.why.key in TIMED_OUT)
-        return self.in_flight >= (1 if tried else self.most)
+        return self.in_flight + 1 > (1 if tried else self.most)
 
     def wait(self, now: float) -> float:
         """Seconds until it is available."""
@@ -1916,9 +1915,7 @@ class Hosts:
         with self._lock:
             host = self._hosts[url]
             host.answered = max(host.answered, number)
-            host.streak += 1
-            if host.streak >= GROWTH:
-                host.most, host.streak = host.most + 1, 0
+            host.most += 1 / GROWTH
             if host.why is None or number <= host.failed:
                 return  # an answer to a question of before is no recovery
             told = host.told_at >= host.since
@@ -1945,11 +1942,11 @@ class Hosts:
         with self._lock:
             host = self._hosts[url]
             listened = host.begun <= number and host.heard_at > time.monotonic() - seconds
-            if host.most <= 1 or not (listened if seconds else host.in_flight > 1):
+            if host.most < 2 or not (listened if seconds else host.in_flight > 1):
                 # one that refuses a single request lacks no room
                 host.most = host.most if seconds else math.inf
                 return False
-            host.most, host.streak = max(1, min(host.most, host.in_flight) - 1), 0
+            host.most = max(1, min(host.most, host.in_flight) - 1)
         log.debug("%s has too many requests: %d at a time", public(url), host.most)
         return True
 
