@@ -1552,13 +1552,13 @@ PICTURE_TRIES = 3  # of one photo, at hosts that are well
 STRUCK_OFF = 3600.0  # seconds until a host that needs a person is asked again
 PROBE_INTERVAL = 0.5  # seconds between two probes of a host, while no host is available
 PROBE_TIMEOUT = 1.0
-GROWTH = 20  # answers after which a host with a queue gets one request more at a time
+GROWTH = 16  # answers until a host with a queue gets one request more; its parts add up exactly
 QUIET = 600.0  # seconds between two lines about a host that is unavailable for moments
 TEXTS = 1000  # answers of a host that are remembered
 TIMED_OUT = ("timed_out", "timed_out_reading")
 SEES, BLIND = 0, -1  # in Host.texts: no hash of a picture, but what a plain one showed
 CUT = ("answer_cut", "context_full")
-WHOLE = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence")  # ends of a whole answer
+WHOLE = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "load")  # no cut answers
 
 
 def first(data: object, names: Iterable[str], kind: type = object) -> Any:
@@ -1693,22 +1693,24 @@ def lacks_context(error: AnalyzeError) -> bool:
     return error.key == "context_full" or bool(patterns()["no_context"].search(error.words))
 
 
-def adapted(manner: Manner, error: AnalyzeError, config: Config) -> Manner | None:
-    """How else to ask a host, by what it said to a question; None if it knows no other way."""
+def adapted(manner: Manner, error: AnalyzeError, config: Config) -> Manner:
+    """How else to ask a host, by what it said to a question; raises that if nothing else helps."""
     dialect, known = DIALECTS[config.interface], patterns()
     if lacks_context(error):
         told = known["prompt_tokens"].search(error.words)
         prompt = int(told[1]) if told else error.fields.get("prompt", 0)
         tokens = -(-(prompt + config.max_tokens) // CONTEXT_STEP) * CONTEXT_STEP
-        larger = dialect.takes_context and prompt and tokens > manner.context
-        return replace(manner, context=tokens) if larger else None
+        if not (dialect.takes_context and prompt and tokens > manner.context):
+            raise error
+        return replace(manner, context=tokens)
     refused = set(known["refusable"].findall(error.words))
     if known["streaming"].search(error.words):
         refused |= {"stream", "stream_options"}
     if not refused and known["thinking"].search(error.words):
         refused = set(dialect.thinking(False))
-    better = replace(manner, refused=manner.refused | refused)
-    return better if better != manner else None
+    if refused <= manner.refused:
+        raise error
+    return replace(manner, refused=manner.refused | refused)
 
 
 @dataclass(slots=True)
@@ -1727,7 +1729,6 @@ class Host:
     texts: dict[str, int] = field(default_factory=dict)  # what it said of pictures, by hash
     in_flight: int = 0
     most: float = math.inf  # requests at a time, once it was found to queue them
-    streak: int = 0  # answers since that changed
     latest: int = 0  # its latest request
     begun: int = 0  # the latest request that it said something to, and when it last did
     heard_at: float = -math.inf
@@ -1748,9 +1749,9 @@ class Host:
 
     @property
     def full(self) -> bool:
-        """Whether it has all the requests it may: one if it hung or was left out for long."""
+        """Whether it has all the requests it may have: one after it hung or was struck off."""
         tried = self.struck_off or (self.why and self.why.key in TIMED_OUT)
-        return self.in_flight >= (1 if tried else self.most)
+        return self.in_flight + 1 > (1 if tried else self.most)
 
     def wait(self, now: float) -> float:
         """Seconds until it is available."""
@@ -1893,9 +1894,7 @@ class Hosts:
         with self._lock:
             host = self._hosts[url]
             host.answered = max(host.answered, number)
-            host.streak += 1
-            if host.streak >= GROWTH:
-                host.most, host.streak = host.most + 1, 0
+            host.most += 1 / GROWTH
             if host.why is None or number <= host.failed:
                 return  # an answer to a question of before is no recovery
             told = host.told_at >= host.since
@@ -1916,17 +1915,17 @@ class Hosts:
     def queued(self, url: str, number: int, seconds: float) -> bool:
         """Whether a request found no room beside others at its host, which then gets fewer.
 
-        It was refused at once, or heard no word in so many seconds, in which the host worked on
-        some of before, and on none of later.
+        It was refused at once, or got no word in so many seconds, in which the host worked on
+        earlier requests, and on no later one.
         """
         with self._lock:
             host = self._hosts[url]
             listened = host.begun <= number and host.heard_at > time.monotonic() - seconds
-            if host.most <= 1 or not (listened if seconds else host.in_flight > 1):
+            if host.most < 2 or not (listened if seconds else host.in_flight > 1):
                 # one that refuses a single request lacks no room
                 host.most = host.most if seconds else math.inf
                 return False
-            host.most, host.streak = max(1, min(host.most, host.in_flight) - 1), 0
+            host.most = max(1, min(host.most, host.in_flight) - 1)
         log.debug("%s has too many requests: %d at a time", public(url), host.most)
         return True
 
@@ -1964,8 +1963,7 @@ class Tries:
         self.error: AnalyzeError = Stopped("stopped")  # of the latest failure
         self.failed: set[str] = set()  # hosts
         self.alone = False  # whether it is asked about when no other such photo is
-        self._hosts = hosts
-        self._timeout = config.timeout
+        self._hosts, self._timeout = hosts, config.timeout
         self._waits = config.max_retries or math.inf  # that are left
         self._most = min(PICTURE_TRIES, self._waits + 1)
         self._counted = 0.0  # tries
@@ -2044,121 +2042,116 @@ class Tries:
 
 
 class Answer:
-    """What a host answers, put together while it comes: one JSON object, lines of them, or events.
+    """A host's answer, put together while it comes: one JSON object, lines of them, or events.
 
-    What is wrong with it is raised as soon as it shows, so that the rest is not made.
+    What is wrong with it is raised as soon as it shows, so that the host stops making it.
     """
 
     def __init__(self, url: str, config: Config, heard: Callable[[], None]) -> None:
         self._url, self._config, self._tell = public(url), config, heard
-        self._unread = bytearray()  # the line whose end is still to come
-        self._text = self._finish = ""
+        self._unread = bytearray()  # a line whose end is still to come
+        self._text = ""
+        self._finish: str | None = None  # why it ended; None until the host says that it did
         self._tokens = self._prompt = 0  # tokens of answer and prompt, where the host tells
-        self._events = self._pieces = 0  # JSON objects, and those of them with a token
-        self._streamed = self._over = False
+        self._objects = self._pieces = 0  # JSON objects, and those of them with a token
+        self._streamed = False
         self._heard = time.monotonic()
-        self._check_at = CHECK_STEP
-        self._thinks_at = math.inf if config.think else max(config.max_tokens / 4, LEAD_IN)
+        self._lead_in = max(config.max_tokens // 4, LEAD_IN)
 
     def listen(self, data: bytes) -> None:
-        """Take what came, a line at a time."""
-        lines, end, rest = data.rpartition(b"\n")
-        pieces = self._pieces
-        if end:
-            self._take_lines(bytes(self._unread + lines))
-            self._unread.clear()
-        self._unread += rest
-        if self._pieces > pieces:
-            self._heard = time.monotonic()
-            self._tell()
-            self._check()
-        elif time.monotonic() > self._heard + self._config.timeout:  # only a proxy says "wait"
+        """Take what came, as far as its lines are whole."""
+        self._unread += data
+        if b"\n" in data:
+            lines, _, self._unread = self._unread.rpartition(b"\n")
+            self._take_lines(lines)
+        if time.monotonic() > self._heard + self._config.timeout:  # only a proxy says "wait"
             raise Retryable("timed_out", url=self._url, seconds=f"{self._config.timeout:g}")
 
-    def _check(self) -> None:
-        """Raise what is wrong with an answer that is still being made."""
-        pieces, most = self._pieces if self._streamed else 0, self._config.max_tokens
-        if pieces > most:  # which the server ignores
-            raise Retryable("answer_cut", tokens=most)
-        if pieces > self._thinks_at:
-            self._thinks_at = math.inf
-            if not clean(self._text):
-                raise Retryable("answer_thinks")
-        if len(self._text) >= self._check_at:
-            self._check_at = len(self._text) + CHECK_STEP
-            if repeats(self._text) and repeats(clean(self._text)):  # it may be end tokens
-                raise Retryable("answer_repeats")
-
-    def _take_lines(self, data: bytes) -> None:
-        for line in data.removeprefix(BOM_UTF8).splitlines():
+    def _take_lines(self, lines: bytearray) -> None:
+        for line in bytes(lines).removeprefix(BOM_UTF8).splitlines():
             kind, _, event = line.partition(b":")
-            if is_event := kind in (b"data", b"error"):
-                self._streamed, line = True, event.strip()
-                self._over |= line == b"[DONE]"
+            is_event = kind in (b"data", b"error")
+            text = event.strip() if is_event else line
+            self._streamed |= is_event
             try:
-                said = json.loads(line.decode("utf-8", "replace"), strict=False)
-            except (ValueError, RecursionError) as error:  # a comment, or a part of no stream
-                if is_event and line not in (b"", b"[DONE]"):
+                said = json.loads(text.decode("utf-8", "replace"), strict=False)
+            except (ValueError, RecursionError) as error:
+                if text == b"[DONE]":
+                    self._finish = self._finish or ""
+                elif is_event and text:  # else it is a comment, or a line of one large object
                     raise Retryable("connection_cut", url=self._url) from error
-                continue
-            self._take({"error": said} if kind == b"error" else said)
+            else:
+                self._take({"error": said} if kind == b"error" else said)
 
     def _take(self, said: Any) -> None:
         """Take an event, a line, or the whole."""
         if isinstance(said, list):
             for one in said:
                 self._take(one)
+            return
         if dig(said, "error") or dig(said, "object") == "error":
             code = str(dig(said, "error", "code") or dig(said, "code"))
             status = int(code) if re.fullmatch(r"[45]\d\d", code) else 200
             raise model_host_error(Reply(self._url, status, {}, json.dumps(said).encode()))
-        done, choice = dig(said, "done"), dig(said, "choices", 0)
-        usage, inner = dig(said, "usage") or said, choice or said
-        message = first(inner, ("delta", "message")) or choice
-        text = first(message, ("content", "text"))
-        thought = first(message, ("thinking", "reasoning_content", "reasoning"))
-        self._text += text_of(text)
-        self._pieces += bool(text) + bool(thought)
-        self._events += isinstance(said, dict)
-        finish = first(inner, ("done_reason", "finish_reason")) or self._finish
-        self._finish = str(finish).lower()
+        choice, usage = dig(said, "choices", 0) or said, dig(said, "usage") or said
+        done, finish = dig(said, "done"), first(choice, ("done_reason", "finish_reason"))
+        if finish or done is True:
+            self._finish = str(finish or self._finish or "").lower()
         self._tokens = first(usage, ("eval_count", "completion_tokens"), int) or self._tokens
         self._prompt = first(usage, ("prompt_eval_count", "prompt_tokens"), int) or self._prompt
-        self._over |= done is True or bool(self._finish)
-        self._streamed |= done is False or self._events > 1
+        self._objects += isinstance(said, dict)
+        self._streamed |= done is False or self._objects > 1
+        message = first(choice, ("delta", "message")) or choice
+        text = first(message, ("content", "text"))
+        if text or first(message, ("thinking", "reasoning_content", "reasoning")):
+            self._add(text_of(text))
+
+    def _add(self, text: str) -> None:
+        """Add a token, and raise what shows by now to be wrong with the answer."""
+        before = len(self._text)
+        self._text += text
+        self._pieces += 1
+        self._heard = time.monotonic()
+        self._tell()
+        if self._pieces > self._config.max_tokens:  # which the server ignores
+            raise Retryable("answer_cut", tokens=self._config.max_tokens)
+        if self._pieces == self._lead_in and not (self._config.think or clean(self._text)):
+            raise Retryable("answer_thinks")
+        looks = len(self._text) // CHECK_STEP > before // CHECK_STEP
+        if looks and repeats(self._text) and repeats(clean(self._text)):  # it may be end tokens
+            raise Retryable("answer_repeats")
 
     def description(self, reply: Reply) -> str:
         """The description in it, once all of it is there."""
-        self._take_lines(bytes(self._unread))
-        if not self._events:
+        self._take_lines(self._unread)
+        if not self._objects:
             self._take(reply.json())
-        if self._streamed and not self._over:
-            raise Retryable("connection_cut", url=self._url)
         if self._finish in ("length", "max_tokens"):
-            most, tokens, prompt = self._config.max_tokens, self._tokens, self._prompt
-            if not tokens and self._streamed and 2 * self._pieces < most:
-                tokens = self._pieces
-            if 0 < tokens < most - 1 and not 0 < prompt < LEAST_CONTEXT - tokens:
-                raise Retryable("context_full", url=self._url, tokens=tokens, prompt=prompt)
-            raise Retryable("answer_cut", tokens=most)
-        if re.search("filter|safety", self._finish):
+            raise self._cut()
+        if re.search("filter|safety", self._finish or ""):
             raise Retryable("answer_withheld")
+        if self._finish not in WHOLE and (self._finish or self._streamed):
+            raise Retryable("connection_cut", url=self._url)
         text = self._text.encode("utf-16", "surrogatepass")  # a letter may come in two pieces
         language = self._config.description_language
-        description = description_in(text.decode("utf-16", "ignore"), language)
-        if self._finish not in WHOLE:
-            raise Retryable("connection_cut", url=self._url)
-        return description
+        return description_in(text.decode("utf-16", "ignore"), language)
+
+    def _cut(self) -> Retryable:
+        """What cut it: the context, if the host made fewer tokens than it may; else the limit."""
+        most, tokens, prompt = self._config.max_tokens, self._tokens, self._prompt
+        if not tokens and self._streamed and 2 * self._pieces < most:
+            tokens = self._pieces
+        if 0 < tokens < most - 1 and not 0 < prompt < LEAST_CONTEXT - tokens:
+            return Retryable("context_full", url=self._url, tokens=tokens, prompt=prompt)
+        return Retryable("answer_cut", tokens=most)
 
 
 class Ai:
     """Describes pictures; one for each worker, all on the same Hosts."""
 
     def __init__(self, config: Config, hosts: Hosts, stop: threading.Event) -> None:
-        self._config = config
+        self._config, self._hosts, self._stop = config, hosts, stop
         self._dialect = DIALECTS[config.interface]
-        self._hosts = hosts
-        self._stop = stop
         key = [("Authorization", f"Bearer {config.api_key}")] if config.api_key else []
         self._session = Session([*self._dialect.headers, *key, *config.host_header])
 
@@ -2166,9 +2159,9 @@ class Ai:
         """Have a picture described by a host that is well; waits for one.
 
         `check` is called just before each request, and may raise. Raises Permanent once the
-        picture failed three times, Unavailable after `--max-retries` waits, Fatal when no host
-        is worth waiting for, Stopped. Photos are asked about again one at a time, so that one
-        that kills its host does not take the others down with it twice.
+        picture is to blame, Unavailable after `--max-retries` waits, Fatal when no host is worth
+        waiting for, Stopped. Photos that failed are retried one at a time, so that one that kills
+        its host does not take the others down with it twice.
         """
         met = Tries(self._hosts, self._config)
         while not met.judge():
@@ -2177,15 +2170,14 @@ class Ai:
                 self._hosts.place(self._stop, met.failed, self._probe) as (url, number),
             ):
                 check()
-                doubtful = met.doubtful(url)
-                if not (doubtful or met.judge()):  # it may count by now
+                if not (met.doubtful(url) or met.judge()):  # it may count by now
                     try:
                         return self._described(url, picture, number)
                     except AnalyzeError as error:
                         met.blame(url, number, error)
-                        doubtful = met.doubtful(url)
+                doubtful = met.doubtful(url)
                 away = [host for host in doubtful if self._is_away(host, picture, met)]
-            # others go first where no other host is left; a host may soon be back
+            # where no other host is left, others go first; one that is away may soon be back
             again = doubtful and not away and met.failed >= set(self._config.hosts)
             waits = (again or met.enough()) and not met.judge()
             if waits and self._stop.wait(self._config.retry_delay_seconds):
@@ -2194,8 +2186,9 @@ class Ai:
 
     def _is_away(self, url: str, picture: Picture, met: Tries) -> bool:
         """Show a host a plain picture of the same size; whether it says that it is away."""
+        plain = replace(plain_picture(picture.size), question=picture.question)
         try:
-            self._described(url, replace(plain_picture(picture.size), question=picture.question))
+            self._described(url, plain, self._hosts.number(url))
         except AnalyzeError as error:
             if error.key == met.error.key == "answer_no_picture":  # of neither picture
                 error = Fatal("model_blind", url=public(url))
@@ -2203,9 +2196,8 @@ class Ai:
             return isinstance(error, Unavailable)
         return False
 
-    def _described(self, url: str, picture: Picture, number: int = 0) -> str:
+    def _described(self, url: str, picture: Picture, number: int) -> str:
         """What a host says of a picture; Fatal if it says the same of all."""
-        number = number or self._hosts.number(url)
         text = self._said(url, picture, number)
 
         def says_else() -> bool:
@@ -2220,20 +2212,17 @@ class Ai:
 
     def _said(self, url: str, picture: Picture, number: int) -> str:
         """The description in a host's answer, which is asked in another manner if it wants that."""
-        config, hosts = self._config, self._hosts
+        hosts, config = self._hosts, self._config
         manner = hosts.manners.get(url) or Manner(config.context_length)
         while True:
-            body = self._body(picture, manner)
+            body = {"data": self._body(picture, manner), "headers": JSON_BODY}
             answer = Answer(url, config, functools.partial(hosts.heard, url, number))
-            own: dict[str, Any] = {"data": body, "headers": JSON_BODY, "watch": answer.listen}
             log.debug("asking %s", public(url))
             try:
-                return answer.description(self._call(url, "POST", self._dialect.chat, **own))
+                reply = self._call(url, "POST", self._dialect.chat, watch=answer.listen, **body)
+                return answer.description(reply)
             except Retryable as error:
-                better = adapted(manner, error, config)
-                if not better:
-                    raise
-                manner = hosts.manners[url] = better
+                manner = hosts.manners[url] = adapted(manner, error, config)
 
     def _body(self, picture: Picture, manner: Manner) -> bytes:
         """What is asked, as JSON."""
@@ -2255,10 +2244,10 @@ class Ai:
         return True
 
     def _call(self, url: str, method: str, path: str, **options: Any) -> Reply:
-        limit = max(ANSWER_LIMIT, TOKEN_LIMIT * self._config.max_tokens)
-        own: dict[str, Any] = {"timeout": self._config.timeout, "limit": limit}
+        options["limit"] = max(ANSWER_LIMIT, TOKEN_LIMIT * self._config.max_tokens)
+        options.setdefault("timeout", self._config.timeout)
         address = without_end(url, self._dialect.root) + path
-        return http(self._session, method, address, blame=model_host_error, **own | options)
+        return http(self._session, method, address, blame=model_host_error, **options)
 
     def check(self) -> None:
         """Ask each host for the model; Unavailable if none is there, Fatal if all need a person."""
@@ -2282,10 +2271,10 @@ class Ai:
             if error.key == "picture_refused":  # there is no picture yet
                 return Fatal("host_refused", **error.fields)
             says = error.fields.get("why") or error.fields.get("status") == 501
-            unsure = error.key == "model_not_listed" or (error.key == "host_failed" and says)
-            if unsure:
+            if error.key == "model_not_listed" or (error.key == "host_failed" and says):
                 log.warning("%s", t("first_photo_tells", why=error, url=public(url)))
-            return None if unsure or error.key == "host_busy" else error
+            elif error.key != "host_busy":
+                return error
         return None
 
     def close(self) -> None:
