@@ -484,7 +484,7 @@ FAILS = "host_failed"
         (Reply(200, {"error": "llama runner process has terminated"}), FAILS),
         (Reply(200, {"message": {"content": None}, "choices": [{"message": None}]}), EMPTY),
         (Reply(200, {"message": "A cat.", "choices": []}), EMPTY),
-        (Reply(200, {"message": {"content": ["A cat."]}, "choices": "A cat."}), EMPTY),
+        (Reply(200, {"message": {"content": [7]}, "choices": "A cat."}), EMPTY),
     ],
 )
 def test_what_is_no_description_is_none_of_three_tries(fake, make, said, key):
