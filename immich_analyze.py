@@ -733,7 +733,8 @@ def template_trouble(kind: type[AnalyzeError]) -> Iterator[None]:
         frames = traceback.walk_tb(error.__traceback__)
         lines = [line for frame, line in frames if frame.f_code.co_filename == "<template>"]
         line, why = getattr(error, "lineno", [1, *lines][-1]), str(error).partition("\n")[0]
-        raise kind("bad_template", line=line, why=why or type(error).__name__) from error
+        trouble = Fatal("bad_template", line=line, why=why or type(error).__name__)
+        raise trouble.as_kind(kind) from error
 
 
 def placeholders(text: str) -> set[str]:
@@ -2060,11 +2061,15 @@ class Answer:
 
     def listen(self, data: bytes) -> None:
         """Take what came, as far as its lines are whole."""
+        pieces = self._pieces
         self._unread += data
         if b"\n" in data:
             lines, _, self._unread = self._unread.rpartition(b"\n")
             self._take_lines(lines)
-        if time.monotonic() > self._heard + self._config.timeout:  # only a proxy says "wait"
+        if self._pieces > pieces:
+            self._heard = time.monotonic()
+            self._tell()
+        elif time.monotonic() > self._heard + self._config.timeout:  # only a proxy says "wait"
             raise Retryable("timed_out", url=self._url, seconds=f"{self._config.timeout:g}")
 
     def _take_lines(self, lines: bytearray) -> None:
@@ -2111,8 +2116,6 @@ class Answer:
         before = len(self._text)
         self._text += text
         self._pieces += 1
-        self._heard = time.monotonic()
-        self._tell()
         if self._pieces > self._config.max_tokens:  # which the server ignores
             raise Retryable("answer_cut", tokens=self._config.max_tokens)
         if self._pieces == self._lead_in and not (self._config.think or clean(self._text)):
