@@ -883,8 +883,10 @@ def expression(texts: tuple[str, ...]) -> str:
 
 def undescribed(photo: Photo, config: Config) -> bool:
     """Whether a photo has no description, or one of those to ignore that is not ours."""
-    text, ignored = photo.description.strip(), expression(config.ignore_descriptions)
-    return not text or (bool(re.match(ignored, text, re.S)) and not has_ours(photo))
+    text, ignored = photo.description.strip(), config.ignore_descriptions
+    if not text or not ignored:
+        return not text
+    return bool(re.match(expression(ignored), text, re.S)) and not has_ours(photo)
 
 
 def left_alone(photo: Photo, config: Config) -> str:
@@ -3445,17 +3447,20 @@ class Run:
 def wanted(photos: Iterable[Photo], run: Run, *, counts: bool = False) -> Iterator[Photo]:
     """Take the listed photos that this run is to describe, as far as the listing can tell."""
     number, shards = run.config.shard
-    for photo in photos:
-        if zlib.crc32(photo.id.encode()) % shards != number - 1:
-            continue
-        if counts:
-            run.tally.listed += 1
-        reason = left_alone(photo, run.config)
-        if photo.ready and not reason:
-            if run.taken.take(photo):
+    left: Counter[str] = Counter()  # counted together, as most photos have a description
+    try:
+        for photo in photos:
+            if shards > 1 and zlib.crc32(photo.id.encode()) % shards != number - 1:
+                continue
+            run.tally.listed += counts
+            reason = left_alone(photo, run.config)
+            if reason or not photo.ready:
+                left[reason] += 1
+            elif run.taken.take(photo):
                 yield photo
-        elif counts:
-            run.tally.add(Outcome.SKIPPED if reason else Outcome.NOT_READY, reason)
+    finally:
+        for reason, many in left.items() if counts else ():
+            run.tally.add(Outcome.SKIPPED if reason else Outcome.NOT_READY, reason, many)
 
 
 def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterator[Photo | None]:
