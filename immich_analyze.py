@@ -2174,6 +2174,8 @@ class Ai:
                 self._hosts.retrying if met.alone else nullcontext(),
                 self._hosts.place(self._stop, met.failed, self._probe) as (url, number),
             ):
+                if number == 1:  # else all workers compile them, at the first answers
+                    threading.Thread(target=patterns, name="patterns", daemon=True).start()
                 check()
                 if not (met.doubtful(url) or met.judge()):  # it may count by now
                     try:
