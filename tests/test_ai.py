@@ -18,6 +18,8 @@ from servers import CUT, RESET, Exchange, FakeServer, Reply, Stream
 
 import immich_analyze as ia
 
+pytestmark = pytest.mark.slow
+
 ALIVE = {"ollama": "/api/version", "llamacpp": "/health"}
 CHAT = {"ollama": "/api/chat", "llamacpp": "/v1/chat/completions"}
 JPEG = servers.own_picture(1)

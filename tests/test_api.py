@@ -13,6 +13,8 @@ from servers import CUT, EVERYTHING, HANG, IMMICH_VERSIONS, MINIMAL, RESET, Fake
 
 import immich_analyze as ia
 
+pytestmark = pytest.mark.slow
+
 KNOWING = (*MINIMAL, "user.read")  # a key that may ask whose it is
 TAKEN = datetime(2024, 1, 1, tzinfo=UTC)
 SEARCH = ("POST", "/search/metadata")

@@ -11,7 +11,7 @@ from hours import DAY, Hours, Run, with_health
 from servers import CUT, RESET, Exchange, FakeOllama, Reply
 from worlds import CHATS, World, asked_about, failure_notes, fill, shown
 
-pytestmark = pytest.mark.unmeasured
+pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
 
 HOUR = 3600.0
 POISON = servers.own_picture(1000)

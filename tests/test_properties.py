@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 import immich_analyze as ia
 
+pytestmark = pytest.mark.slow
+
 hypothesis.configuration.set_hypothesis_home_dir(tempfile.gettempdir() + "/hypothesis")
 
 property_of = functools.partial(

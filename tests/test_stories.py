@@ -13,6 +13,8 @@ from worlds import ApiWorld, SqlWorld, World, asked_about, failure_notes, fill
 
 import immich_analyze as ia
 
+pytestmark = pytest.mark.slow
+
 KEY = "immich-analyze"
 MISSING = servers.recorded("immich-3.1.0", "thumbnail-preview-of-broken.jpg")
 SAID = servers.told(servers.picture())
