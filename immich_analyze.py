@@ -901,7 +901,7 @@ def left_alone(photo: Photo, config: Config) -> str:
     if undescribed(photo, config):
         return "has_description" if config.undo else ""
     current = same and not note.failed and note.was != text_id(photo.description)
-    current = current and note.facts in ("", names_id(photo, config))
+    current = current and (not note.facts or note.facts == names_id(photo, config))
     if config.policy is Policy.MISSING_AI:
         wanted = not has_ours(photo)
     elif config.policy is Policy.OUTDATED and note is not UNREAD:

@@ -155,7 +155,7 @@ def test_of_a_path_of_tags_the_deepest_is_told(known, values, parts):
 
 
 def test_albums_are_told_once_each(known):
-    told = known("albums", albums=["Summer", "Sea  side", "Summer", "", None])
+    told = known("albums", albums=["Summer", "Sea  side", "Summer", "", None, 5])
     assert told == "Summer, Sea side"
 
 
@@ -260,7 +260,7 @@ def test_odd_answers_leave_no_trace(config, told):
 
 def test_the_order_of_names_does_not_change_what_a_note_calls_them(config):
     def called(people: Any, context: str = "people") -> str:
-        told = {"people": [person(name) for name in people]}
+        told = {"people": [person(name, left=x) for x, name in enumerate(people)]}
         return ia.names_id(ia.Photo("id", "photo.jpg", "", "", told=told), asked[context])
 
     asked = {c: config("--context", c) for c in ("people", "date,camera", "people,place")}
@@ -624,6 +624,7 @@ def test_a_permission_that_is_missing_is_named_at_the_start(
     assert done.returncode == (2 if permission else 0)
     said = ia.t("immich_permission_missing", permission=permission)
     assert (said in done.stderr) == bool(permission)
+    assert immich.find("GET", "/api/(albums|tags)") == []  # it is not found out by trying
 
 
 def test_a_grant_that_is_missing_is_named_at_the_start(
@@ -669,13 +670,15 @@ def test_a_persons_text_is_told_without_ours(
 def test_the_question_about_a_photo_can_be_seen_without_asking(
     command: Any, two_users: World, ollama: FakeOllama
 ) -> None:
-    id = two_users.add(picture=servers.picture(), owner="alice", place=CITIES[0], albums=["Sea"])
-    argv = [*two_users.argv, *asking(ollama), "--context", "place,albums"]
+    facts = {"place": CITIES[0], "albums": ["Sea"], "ocr": ["HARBOUR"]}
+    id = two_users.add(picture=servers.picture(), owner="alice", **facts)
+    argv = [*two_users.argv, *asking(ollama), "--context", "place,albums,text"]
     before = two_users.state()
     for way in (id, f"http://photos.example/photos/{id}"):
         done = command(*argv, "--show-prompt", way)
         assert (done.returncode, done.stderr) == (0, "")
-        assert told(done.stdout) == {"Place": ", ".join(CITIES[0]), "Albums": "Sea"}
+        place = ", ".join(CITIES[0])
+        assert told(done.stdout) == {"Place": place, "Albums": "Sea", "Text in it": "HARBOUR"}
     unknown = command(*argv, "--show-prompt", "00000000-0000-4000-8000-000000000000")
     assert unknown.returncode == 2
     assert (two_users.state(), ollama.find(*CHATS)) == (before, [])
