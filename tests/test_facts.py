@@ -273,7 +273,6 @@ def test_the_order_of_names_does_not_change_what_a_note_calls_them(config):
 
 ALL = "people,place,gps,date,albums,tags,camera,file,text"
 READABLE = ("asset.read", "asset.view", "asset.update", "album.read", "tag.read")
-PHOTOS = 70  # a thousand in all releases
 CITIES = (("Warnemünde", "Mecklenburg-Vorpommern", "Germany"), ("Oslo", "", "Norway"))
 
 
@@ -368,8 +367,9 @@ def in_order(facts: dict[str, str]) -> dict[str, str]:
     return facts | {n: ", ".join(split[n]) for n in ("Albums", "Tags") if n in facts}
 
 
+@pytest.mark.parametrize("many", [70, pytest.param(1000, marks=pytest.mark.long)])
 def test_each_question_holds_the_facts_of_its_photo_and_no_others(
-    hours: Hours, any_library: World, ollama: FakeOllama
+    hours: Hours, any_library: World, ollama: FakeOllama, many: int
 ) -> None:
     rng, wanted, his = random.Random(11), {}, Album("His", "bob")
     known_to_bob = [replace(one, name=f"Bob's {one.name}", hidden=False) for one in PEOPLE]
@@ -377,7 +377,7 @@ def test_each_question_holds_the_facts_of_its_photo_and_no_others(
     any_library.add(picture=servers.picture(), **more)
     old = isinstance(any_library, ApiWorld) and any_library.server.version < (1, 135)
     silent = not knows_text(any_library)
-    for number in range(PHOTOS):
+    for number in range(many):
         fields, facts = some_facts(rng, any_library)
         facts |= {"Albums": ""} if old else {}
         facts |= {"Text in it": ""} if silent else {}
