@@ -232,8 +232,6 @@ ENRICHED = ("people", "place", "date", "tags", "camera", "file")
 FACTS = (*ENRICHED, "gps", "albums", "text", "description")
 PLACEHOLDERS = (*FACTS, "context", "language")
 TAG = "{[{%#]"  # how a placeholder, a statement or a comment of a template begins
-# What puts something into the text, as its group; comments and what is raw do not.
-SHOWN = r"(?s){#.*?#}|{%[-+]?\s*raw\b.*?\bendraw\b|({{.*?}}|{%[-+]?\s*(?:for|set|with)\b.*?%})"
 INTERFACES = ("ollama", "llamacpp", "openrouter")
 USUAL_HOSTS = {"openrouter": "https://openrouter.ai/api"}  # else on this machine
 SIZES = ("preview", "thumbnail", "fullsize")  # of a picture, as Immich calls them
@@ -755,6 +753,21 @@ def placeholders(text: str) -> set[str]:
     return names
 
 
+@functools.cache
+def shown_in(text: str) -> set[str]:
+    """The names that a template puts into the text, not those that it only asks about."""
+    from jinja2 import nodes
+
+    tree = template(text).environment.parse(text)
+    parts = [*tree.find_all(nodes.Output)]
+    parts += [loop.iter for loop in tree.find_all(nodes.For)]
+    parts += [made.node for made in tree.find_all(nodes.Assign)]
+    parts += [value for block in tree.find_all(nodes.With) for value in block.values]
+    # a node does not find itself
+    found = (node for part in parts for node in (part, *part.find_all(nodes.Name)))
+    return {node.name for node in found if isinstance(node, nodes.Name)} & {*PLACEHOLDERS}
+
+
 def database(environ: Mapping[str, str]) -> tuple[str, bool]:
     """The database of Immich's own variables, as libpq takes it, and whether they name one."""
     given: dict[str, str] = {}
@@ -1037,7 +1050,7 @@ def question(photo: Photo, config: Config) -> str:
     words = marked(data_file("question.jinja")).make_module({"told": told} | ways | found)
     # in one line, whatever people wrote
     facts = {n: one_line(getattr(words, n)() if n in config.context else "") for n in FACTS}
-    shown = {*re.findall(r"\w+", "".join(re.findall(SHOWN, prompt)))} & {*PLACEHOLDERS}
+    shown = shown_in(prompt)
     context = tidy(words.context(**facts | dict.fromkeys(shown & {*FACTS}, "")))
     if re.search(TAG, prompt):
         with template_trouble(Permanent):  # what fails for this photo alone

@@ -104,6 +104,7 @@ def test_a_template_may_say_where_the_rest_stands(asked):
         ("{% if people %}Name them.{% endif %}", "Name them."),
         ("{# not {{ place }} #}Look.", "Look."),
         ("Say {% raw %}{{ place }}{% endraw %}.", "Say {{ place }}."),
+        ("Look{{ ' at the people' }}.", "Look at the people."),
     ],
 )
 def test_what_a_template_does_not_say_itself_follows_it(asked, prompt, begins):
