@@ -3496,7 +3496,9 @@ def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterato
             found, cursor = page.result()
             page = fetch(cursor) if cursor else None
             photos = list(found)
-            yield from wanted(photos, run, counts=counts)
+            for photo in wanted(photos, run, counts=counts):
+                pool.submit(library.close)  # the next page may be a long way off
+                yield photo
             if counts:
                 texts.update(photo.description for photo in photos)
             if len(texts) > MOST_TEXTS:
@@ -3510,8 +3512,7 @@ def fetched(library: Library, cursor: Cursor | None, since: datetime | None, run
     page = functools.partial(library.page, cursor, since)
     while True:
         try:
-            with closing(library):  # the next page may be a long way off
-                return run.patience(page, 1 if service else VALUABLE_TRIES)
+            return run.patience(page, 1 if service else VALUABLE_TRIES)
         except (Retryable, Permanent, Skip) as error:
             if not service:
                 raise error.as_kind(Fatal) from error
