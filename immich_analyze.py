@@ -97,6 +97,14 @@ def data_file(name: str) -> str:
 
 
 @functools.cache
+def toml(name: str) -> dict[str, Any]:
+    """A data file in TOML."""
+    import tomllib  # here, as each start would wait for it
+
+    return tomllib.loads(data_file(name))
+
+
+@functools.cache
 def template(text: str) -> Any:
     """Compile a Jinja template that sees only the values it is given."""
     from jinja2 import StrictUndefined, sandbox  # here, as it would slow down every start
@@ -180,6 +188,13 @@ class Unexpected(Fatal):
 
 class Stopped(AnalyzeError):
     """The tool was asked to stop while it waited."""
+
+
+# What verdicts.toml names.
+KINDS: dict[str, type[AnalyzeError]] = {
+    kind.__name__: kind
+    for kind in (Retryable, Unavailable, Permanent, Missing, Skip, Fatal, Unexpected)
+}
 
 
 # ------------------------------------------------------------------------------
@@ -366,10 +381,8 @@ def facts(text: str) -> tuple[str, ...]:
 @functools.cache
 def languages() -> dict[str, list[str]]:
     """The name of a language and its scripts, by its code and by that name in lower case."""
-    import tomllib  # here, as each start would wait for it
-
-    rows = tomllib.loads(data_file("languages.toml"))
-    return {key: row for code, row in rows.items() for key in (code, row[0].lower())}
+    rows = toml("languages.toml").items()
+    return {key: row for code, row in rows for key in (code, row[0].lower())}
 
 
 def language_name(text: str) -> str:
@@ -1137,10 +1150,8 @@ def plain_picture(size: tuple[int, int], colour: str = "gray") -> Picture:
 @functools.cache
 def patterns() -> dict[str, re.Pattern[str]]:
     """What models and servers say, and the like, by the names in patterns.toml."""
-    import tomllib  # here, as each start would wait for it
-
     texts: dict[str, str] = {}
-    for name, text in tomllib.loads(data_file("patterns.toml")).items():  # contains those above it
+    for name, text in toml("patterns.toml").items():  # contains those above it
         texts[name] = re.sub(r"\{([a-z_]+)\}", lambda part: f"(?:{texts[part[1]]}\n)", text)
     return {name: re.compile(text, re.VERBOSE) for name, text in texts.items()}
 
@@ -1353,13 +1364,13 @@ def http(
     method: str,
     url: str,
     *,
-    blame: Callable[[Reply], AnalyzeError],
+    server: str,
     timeout: float,
     limit: int = REPLY_LIMIT,
     watch: Callable[[bytes], None] | None = None,
     **options: Any,
 ) -> Reply:
-    """Send one request and read the response; `blame` makes the error for a status from 400 on."""
+    """Send one request and read the response; `server` is a table of verdicts.toml."""
     # `watch` gets the body of a successful response piece by piece; if it raises, the connection is
     # closed, so that the server stops, too
     shown, body = shown_with_proxy(session, url), bytearray()
@@ -1384,7 +1395,7 @@ def http(
         return reply
     if 300 <= reply.status < 400:
         raise redirected(url, shown, reply.headers.get("Location", ""))
-    raise blame(reply)
+    raise http_error(server, reply)
 
 
 def shown_with_proxy(session: requests.Session, url: str) -> str:
@@ -1441,64 +1452,23 @@ def retry_after(reply: Reply) -> float:
     return 0.0
 
 
-BUSY = {408, 429, 502, 503, 504}
+def verdict(server: str, told: str, **fields: Any) -> AnalyzeError:
+    """The error for what a server told, by the first row for it in verdicts.toml that matches."""
+    rows = toml("verdicts.toml")[server].items()
+    found, row = next((match, row) for start, row in rows if (match := re.match(start, told)))
+    kind, key, *hints = row
+    fields["why"] = " ".join([*map(t, hints), fields["why"]]).strip()
+    return KINDS[kind](key, **fields | found.groupdict())
 
 
-def model_host_error(reply: Reply) -> AnalyzeError:
-    """The error for a model host's status, or for an error message in a response of status 200."""
-    status, why, words = reply.status, reply.complaint(), reply.body.decode("utf-8", "replace")
-    known = patterns()
-    hints = {413: "hint_too_large", 504: "hint_too_slow"}
-    hint = t(hints.get(status, "")) if status in hints else ""
-    fields: dict[str, Any] = {"url": reply.url, "status": status, "words": words}
-    fields["why"] = f"{hint} {why}".strip()
-    said = f" “{why}”" if why else ""
-    match status:
-        case _ if known["cannot_see"].search(why):
-            return Fatal("model_blind", **fields)
-        case _ if known["https_needed"].search(words):
-            return Fatal("https_needed", **fields)
-        case 401 | 402 | 403:
-            return Fatal("host_key_refused", said=said, **fields)
-        case 200 | 400 | 404 if known["no_model"].search(why):
-            return Fatal("model_missing", **fields)
-        case 404 | 405:
-            return Unexpected("host_wrong", said=said, **fields)
-        case _ if status in BUSY or (status == 200 and known["overloaded"].search(why)):
-            return Unavailable("host_busy", pause=retry_after(reply), **fields)
-        case _:
-            key = "host_failed" if status == 200 or status >= 500 else "picture_refused"
-            return Retryable(key, **fields)
-
-
-def immich_error(reply: Reply) -> AnalyzeError:
-    """The error for a status from Immich; one that Immich never sends comes from a proxy."""
-    url, why = reply.url, reply.complaint()
-    match reply.status:
-        case 400 | 401 if why.startswith("Not found or no ") or "Elevated permission" in why:
-            return Skip("photo_gone")
-        case 401 if re.search("Invalid (API key|user token)|Authentication required", why):
-            return Fatal("immich_key_refused", why=why)
-        case 403 if "permission" in why:
-            return Fatal("immich_permission_missing", permission=why.rpartition(": ")[2])
-        case 404 if why == "Asset media not found":
-            return Missing("preview_missing")
-        case 400 if why.startswith("Metadata with key "):
-            return Missing("note_missing")
-        case 404 if why.startswith("Cannot "):  # it says so to every request
-            return Unavailable("immich_maintenance", url=url, status=404)
-        case status if status in BUSY:
-            return Unavailable("immich_failed", pause=retry_after(reply), url=url, status=status)
-        case status if status >= 500:  # due to its database, a proxy or one photo
-            return Retryable("immich_failed", url=url, status=status)
-        case status if status in (401, 403, 404, 405, 407):
-            return Unexpected("immich_wrong", url=url, status=status)
-        case status:
-            return Permanent("immich_refused", status=status, why=why)
-
-
-# SQLSTATE classes that a restore causes, too: no such name, no right, on standby.
-UNEXPECTED = ("0A", "25", "28", "3D", "42")
+def http_error(server: str, reply: Reply) -> AnalyzeError:
+    """The error for a status, or for an error message in a response of status 200."""
+    why, words = reply.complaint(), reply.body.decode("utf-8", "replace")
+    fields = {"url": reply.url, "status": reply.status, "why": why, "words": words}
+    fields["said"] = f" “{why}”" if why else ""
+    error = verdict(server, f"{reply.status} {why}\n{words}", **fields)
+    error.pause = retry_after(reply) if isinstance(error, Unavailable) else 0.0
+    return error
 
 
 @contextmanager
@@ -1507,29 +1477,12 @@ def sql() -> Iterator[None]:
     try:
         yield
     except psycopg2.Error as error:
-        raise database_error(error) from error
+        why = re.sub(r"\s*Is the server running[^?]*\?", "", " ".join(str(error).split()))
+        words = re.sub(r'"[^"]*"', "", why)  # names may contain any word
+        told = f"{error.pgcode or type(error).__name__} {words}"
+        raise verdict("database", told, why=why) from error
     except UnicodeDecodeError as error:
         raise Permanent("row_not_utf8") from error
-
-
-def database_error(error: psycopg2.Error) -> AnalyzeError:
-    """The error for an exception from PostgreSQL or its driver; its class says who is to blame."""
-    why = re.sub(r"\s*Is the server running[^?]*\?", "", " ".join(str(error).split()))
-    words, code = re.sub(r'"[^"]*"', "", why), error.pgcode or ""  # names may contain any word
-    at_fault = isinstance(error, psycopg2.ProgrammingError) or patterns()["refused"].search(words)
-    match error:
-        case psycopg2.errors.LockNotAvailable() | psycopg2.errors.QueryCanceled():  # of one row
-            return Retryable("database_refused", why=why)
-        case _ if not code and at_fault:
-            return Fatal("database_refused", why=why)
-        case _ if code.startswith(UNEXPECTED) or "does not exist" in words:
-            return Unexpected("database_refused", why=why)
-        case _ if not code or isinstance(error, psycopg2.OperationalError):  # no code: a crash
-            return Unavailable("database_down", why=why)
-        case psycopg2.DataError():  # 22021: SQL_ASCII stores any bytes
-            return Permanent("row_not_utf8" if code == "22021" else "database_refused", why=why)
-        case _:  # a trigger that objects, an unreadable page
-            return Retryable("database_refused", why=why)
 
 
 def postgres_url(url: str) -> str:
@@ -2112,7 +2065,7 @@ class Answer:
         if dig(said, "error") or dig(said, "object") == "error":
             code = str(dig(said, "error", "code") or dig(said, "code"))
             status = int(code) if re.fullmatch(r"[45]\d\d", code) else 200
-            raise model_host_error(Reply(self._url, status, {}, json.dumps(said).encode()))
+            raise http_error("model_host", Reply(self._url, status, {}, json.dumps(said).encode()))
         choice, usage = dig(said, "choices", 0) or said, dig(said, "usage") or said
         done, finish = dig(said, "done"), first(choice, ("done_reason", "finish_reason"))
         if finish or done is True:
@@ -2267,7 +2220,7 @@ class Ai:
         options["limit"] = max(ANSWER_LIMIT, TOKEN_LIMIT * self._config.max_tokens)
         options.setdefault("timeout", self._config.timeout)
         address = without_end(url, self._dialect.root) + path
-        return http(self._session, method, address, blame=model_host_error, **options)
+        return http(self._session, method, address, server="model_host", **options)
 
     def check(self) -> None:
         """Ask each host for the model; Unavailable if none is there, Fatal if all need a person."""
@@ -2528,7 +2481,7 @@ class ApiLibrary(Library):
         """Send one request with a user's key, or without a key if it is ""."""
         own: dict[str, Any] = {"timeout": timeout, "headers": {"x-api-key": key or None}}
         url = self._config.immich_api_url + path
-        reply = http(self._session, method, url, blame=immich_error, **own | options)
+        reply = http(self._session, method, url, server="immich", **own | options)
         if "text/html" in reply.headers.get("Content-Type", ""):  # a proxy's page for people
             raise Retryable("not_json", url=reply.url)
         return reply
@@ -4107,11 +4060,6 @@ def serve_health(status: Status, host: str, number: int) -> None:
         threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
 
 
-def unhealthy(reply: Reply) -> AnalyzeError:
-    """The error for the tool's own report that it is unhealthy."""
-    return Retryable("unhealthy", why=reply.body.decode("utf-8", "replace").strip())
-
-
 def ask_health(config: Config) -> int:
     """Ask the tool running with these settings for its health; 0 if healthy or without a port."""
     if not config.health_port:
@@ -4120,7 +4068,7 @@ def ask_health(config: Config) -> int:
     url = f"http://{host}:{config.health_port}/health"  # 0.0.0.0 and :: reach this machine
     with closing(Session()) as session:
         try:
-            http(session, "GET", url, timeout=10.0, blame=unhealthy, proxies={"no_proxy": "*"})
+            http(session, "GET", url, server="health", timeout=10.0, proxies={"no_proxy": "*"})
         except AnalyzeError as error:
             log.critical("%s", error)
             return 1

@@ -510,7 +510,8 @@ def test_the_limit_is_named_when_an_answer_was_cut(fake, make):
 def test_garbage_is_refused_by_the_real_error(fake, make):
     garbage = ia.Picture("image/jpeg", base64.b64encode(b"garbage"), ia.PLAIN_SIZE)
     error = error_of(make(fake).describe, garbage)[1]
-    assert error.fields == {"url": fake.url + fake.chat, "status": 400, "why": servers.NO_PICTURE}
+    told = {"url": fake.url + fake.chat, "status": 400, "why": servers.NO_PICTURE}
+    assert error.fields.items() >= told.items()
     assert str(error).count(servers.NO_PICTURE) == 1
 
 

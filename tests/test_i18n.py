@@ -80,6 +80,8 @@ def spoken() -> list[tuple[ast.Call, set[str]]]:
 
 
 SPOKEN = spoken()
+VERDICTS = ia.toml("verdicts.toml")
+BLAMED = [row for rows in VERDICTS.values() for row in rows.values()]
 # The forms of a tally, of which it is told by key when it is made.
 FORM = inspect.signature(ia.Tally).parameters["form"].default
 FORMS = {FORM}.union(
@@ -138,6 +140,7 @@ def test_what_is_no_key_in_the_code_is_known_here():
 
 def test_every_key_in_the_code_has_a_text_and_every_text_a_use():
     used = {key for _, keys in SPOKEN for key in keys} | HELP | FORMS
+    used |= {key for _, *keys in BLAMED for key in keys}
     assert used == set(TEXTS["en"])
 
 
@@ -150,6 +153,10 @@ def test_a_text_is_given_all_its_fields():
         and fields(TEXTS["en"][key]) - {keyword.arg for keyword in call.keywords}
     ]
     assert lacking == []
+    told = {"url", "status", "why", "said"}
+    for start, (_, key, *hints) in (row for rows in VERDICTS.values() for row in rows.items()):
+        assert fields(TEXTS["en"][key]) <= told | re.compile(start).groupindex.keys(), start
+        assert [hint for hint in hints if fields(TEXTS["en"][hint])] == []
     assert [key for key in HELP if fields(TEXTS["en"][key])] == []
     outcomes = {outcome.value for outcome in ia.Outcome}
     assert [key for key in FORMS if not fields(TEXTS["en"][key]) <= outcomes] == []

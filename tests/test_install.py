@@ -77,6 +77,7 @@ def test_the_wheel_holds_the_module_and_what_it_reads(wheel):
         "immich_analyze_i18n/metrics.jinja",
         "immich_analyze_i18n/question.jinja",
         "immich_analyze_i18n/ru.json",
+        "immich_analyze_i18n/verdicts.toml",
     }
 
 
