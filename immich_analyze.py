@@ -1286,7 +1286,7 @@ def description_in(answer: object, language: str = "") -> str:
 
 CONNECT_TIMEOUT = 10.0
 LONGEST_TIMEOUT = 2e6  # sockets count milliseconds in 31 bits
-# Names of this machine, to which no request goes through a proxy.
+# Names of this machine.
 LOOPBACK = r"(.*\.|ip6-)?localhost(\.localdomain)?\.?|(::ffff:)?127\.[\d.]+|0\.0\.0\.0|::1?"
 JSON_BODY = {"Content-Type": "application/json"}  # for JSON that we encode ourselves
 REPLY_LIMIT = 64 * 2**20  # bytes; a page of 1,000 photos is about 1.3 MB
@@ -1332,8 +1332,9 @@ def words_in(said: object) -> str:
 class Session(requests.Session):
     """One worker's session. It keeps no cookies, as a stale one would override the API key."""
 
-    def __init__(self, headers: Iterable[Header] = ()) -> None:
+    def __init__(self, headers: Iterable[Header] = (), direct: str = LOOPBACK) -> None:
         super().__init__()
+        self._direct = direct  # names of servers to which no request goes through a proxy
         self.trust_env = False  # .netrc would override a key, and looking it up is slow
         self._settings: dict[str, Any] = {}
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
@@ -1348,9 +1349,17 @@ class Session(requests.Session):
         server = "/".join(str(url).split("/", 3)[:3])
         if server not in self._settings:
             self._settings[server] = requests.Session().merge_environment_settings(url, *given)
-            if re.fullmatch(LOOPBACK, urlsplit(str(url)).hostname or ""):
+            if re.fullmatch(self._direct, urlsplit(str(url)).hostname or ""):
                 self._settings[server]["proxies"] = {"no_proxy": "*"}
-        return dict(self._settings[server])
+        return self._settings[server]
+
+    def shown(self, url: str) -> str:
+        """The URL without secrets, and the proxy that requests to it go through."""
+        with suppress(ValueError):
+            proxies = self.merge_environment_settings(url, {}, True, None, None)["proxies"]
+            if proxy := requests.utils.select_proxy(url, proxies):
+                return t("through_proxy", url=public(url), proxy=proxy.rpartition("@")[2])
+        return public(url)
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
         """Follow only Immich's own redirects to a full-size picture."""
@@ -1360,7 +1369,7 @@ class Session(requests.Session):
 
 
 def http(
-    session: requests.Session,
+    session: Session,
     method: str,
     url: str,
     *,
@@ -1373,7 +1382,7 @@ def http(
     """Send one request and read the response; `server` is a table of verdicts.toml."""
     # `watch` gets the body of a successful response piece by piece; if it raises, the connection is
     # closed, so that the server stops, too
-    shown, body = shown_with_proxy(session, url), bytearray()
+    shown, body = session.shown(url), bytearray()
     limits = (min(timeout, CONNECT_TIMEOUT), min(timeout, LONGEST_TIMEOUT))
     try:
         with session.request(method, url, timeout=limits, stream=True, **options) as response:
@@ -1396,15 +1405,6 @@ def http(
     if 300 <= reply.status < 400:
         raise redirected(url, shown, reply.headers.get("Location", ""))
     raise http_error(server, reply)
-
-
-def shown_with_proxy(session: requests.Session, url: str) -> str:
-    """The URL without secrets, and the proxy that requests to it go through."""
-    with suppress(ValueError):
-        proxies = session.merge_environment_settings(url, {}, True, None, None)["proxies"]
-        if proxy := requests.utils.select_proxy(url, proxies):
-            return t("through_proxy", url=public(url), proxy=proxy.rpartition("@")[2])
-    return public(url)
 
 
 def redirected(url: str, shown: str, location: str) -> AnalyzeError:
@@ -4066,9 +4066,9 @@ def ask_health(config: Config) -> int:
         return 0
     host = f"[{config.health_host}]" if ":" in config.health_host else config.health_host
     url = f"http://{host}:{config.health_port}/health"  # 0.0.0.0 and :: reach this machine
-    with closing(Session()) as session:
+    with closing(Session(direct=".*")) as session:
         try:
-            http(session, "GET", url, server="health", timeout=10.0, proxies={"no_proxy": "*"})
+            http(session, "GET", url, server="health", timeout=10.0)
         except AnalyzeError as error:
             log.critical("%s", error)
             return 1

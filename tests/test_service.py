@@ -719,6 +719,9 @@ def test_the_health_check_asks_by_the_same_settings(api, ollama, command):
         by_variable = {"IMMICH_ANALYZE_HEALTH_PORT": str(port), "HTTP_PROXY": "http://127.0.0.1:9"}
         by_variable["IMMICH_ANALYZE_HEALTH_HOST"] = "0.0.0.0"
         assert check(**by_variable) == (0, "")
+        by_variable["IMMICH_ANALYZE_HEALTH_HOST"] = "elsewhere.invalid"
+        code, said = check(**by_variable)
+        assert (code, "127.0.0.1:9" in said) == (1, False)
         assert tool.stop() == 0
     code, said = check(*open_at(port))
     assert (code, said.count("\n")) == (1, 1)

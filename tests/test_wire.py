@@ -560,8 +560,8 @@ def test_this_machine_is_never_asked_through_a_proxy(
 def test_whatever_it_is_called(proxy, url):
     proxy("127.0.0.1:1")
     with ia.Session() as session:
-        assert ia.shown_with_proxy(session, url) == url
-        assert ia.shown_with_proxy(session, "http://localhost.invalid/") != url
+        assert session.shown(url) == url
+        assert session.shown("http://localhost.invalid/") != "http://localhost.invalid/"
 
 
 def test_what_no_proxy_lists_is_asked_directly(ask, proxy, monkeypatch):
