@@ -2025,7 +2025,6 @@ class Answer:
         self._objects = self._pieces = 0  # JSON objects, and those of them with a token
         self._streamed = False
         self._heard = time.monotonic()
-        self._lead_in = max(config.max_tokens // 4, LEAD_IN)
 
     def listen(self, data: bytes) -> None:
         """Take what came, as far as its lines are whole."""
@@ -2086,7 +2085,8 @@ class Answer:
         self._pieces += 1
         if self._pieces > self._config.max_tokens:  # which the server ignores
             raise Retryable("answer_cut", tokens=self._config.max_tokens)
-        if self._pieces == self._lead_in and not (self._config.think or clean(self._text)):
+        lead_in = max(self._config.max_tokens // 4, LEAD_IN)
+        if self._pieces == lead_in and not (self._config.think or clean(self._text)):
             raise Retryable("answer_thinks")
         looks = len(self._text) // CHECK_STEP > before // CHECK_STEP
         if looks and repeats(self._text) and repeats(clean(self._text)):  # it may be end tokens
