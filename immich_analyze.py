@@ -1453,7 +1453,7 @@ def retry_after(reply: Reply) -> float:
 
 
 def verdict(server: str, told: str, **fields: Any) -> AnalyzeError:
-    """The error for what a server told, by the first row for it in verdicts.toml that matches."""
+    """The error for what a server said: the first row of its table in verdicts.toml that fits."""
     rows = toml("verdicts.toml")[server].items()
     found, row = next((match, row) for start, row in rows if (match := re.match(start, told)))
     kind, key, *hints = row
