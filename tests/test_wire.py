@@ -816,6 +816,11 @@ READER = {"user": "wire_reader", "password": "reader"}
             (ia.Retryable, "database_refused"),
         ),
         ("SELECT pg_terminate_backend(pg_backend_pid())", {}, (ia.Unavailable, "database_down")),
+        (
+            "DO $$ BEGIN RAISE 'no space left' USING ERRCODE = 'disk_full'; END $$",
+            {},
+            (ia.Unavailable, "database_down"),
+        ),
     ],
 )
 def test_what_a_statement_meets_says_who_is_to_blame(database, statement, change, expected):
@@ -933,6 +938,11 @@ def test_a_name_in_the_words_does_not_count(text, expected):
     with pytest.raises(ia.AnalyzeError) as caught, ia.sql():
         raise psycopg2.OperationalError(text)
     assert type(caught.value) is expected
+
+
+def test_what_psycopg2_refuses_by_itself_is_a_bug_or_a_wrong_setting(database):
+    with pytest.raises(ia.Fatal), connected(**database) as cursor:
+        cursor.fetchone()
 
 
 def test_a_server_that_crashes_in_the_middle_of_a_statement_is_waited_for():
