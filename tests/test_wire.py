@@ -300,6 +300,22 @@ def test_other_servers_word_it_differently(ask, server, status, body, expected):
 
 
 @pytest.mark.parametrize(
+    ("status", "body", "key", "words"),
+    [
+        (413, PAGE, "picture_refused", "client_max_body_size"),
+        (504, PAGE, "host_busy", "proxy_read_timeout"),
+        (400, "<html>You're speaking plain HTTP to an SSL port.", "https_needed", "https://"),
+    ],
+)
+def test_what_a_proxy_before_a_host_says_is_told_with_a_remedy(
+    ask, server, status, body, key, words
+):
+    server.script("POST", "/x", servers.Reply(status, body))
+    error = blamed(ask, f"{server.url}/x", "POST")[1]
+    assert (error.key, words in str(error)) == (key, True)
+
+
+@pytest.mark.parametrize(
     ("body", "complaint"),
     [
         ({"error": "unexpected EOF"}, "unexpected EOF"),
