@@ -3967,21 +3967,16 @@ class Status:
         waits = (config.timeout, config.api_poll_interval, config.retry_delay_seconds)
         self._longest = max(*waits, config.file_write_timeout, LONGEST_CALL) + STALL_LIMIT
 
-    def stalled(self) -> bool:
-        """Whether nothing moves although the run is not waiting for a library or a model host."""
-        moved = max(self._tally.moved, self._hosts.moved)
-        waits = not self.ready or self._patience.away() or not self._hosts.usable()
-        return not waits and time.monotonic() - moved > self._longest
-
     def trouble(self) -> str:
         """Why the run is unhealthy, in a word; "" if it is healthy, as slow and idle runs are."""
+        away, moved = self._patience.away(), max(self._tally.moved, self._hosts.moved)
         if not self.ready:
             return "starting"
-        if self._patience.away() > AWAY_LIMIT:
+        if away > AWAY_LIMIT:
             return "library_away"
         if not self._hosts.usable():
             return "no_model_host"
-        return "stalled" if self.stalled() else ""
+        return "stalled" if not away and time.monotonic() - moved > self._longest else ""
 
     def __str__(self) -> str:
         if why := self.waits.why:
@@ -4090,7 +4085,7 @@ def keep_posted(status: Status, tally: Tally, stop: Stop) -> None:
         if not settled and (status.ready or status.waits.why):  # no outage may hold up the boot
             settled = True
             notify("READY=1")
-        alive = "" if status.stalled() else "\nWATCHDOG=1"
+        alive = "" if status.trouble() == "stalled" else "\nWATCHDOG=1"
         notify("STATUS=" + re.sub(UNSAFE, "\ufffd", str(status)) + alive)
         if stop.wait(min(watchdog / 2, POST_INTERVAL if status.ready else 1.0)):
             break
