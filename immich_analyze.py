@@ -3985,32 +3985,21 @@ class Status:
             return t("no_host", why="; ".join(str(host.why) for host in self._hosts.seen()))
         return str(self._tally) if self.ready else t("checking")
 
-    def left(self) -> int | None:
-        """How many photos of the backlog are left, if known."""
-        total = self._tally.total
-        return None if total is None else max(0, total - self._tally.listed)
-
-    def report(self) -> dict[str, Any]:
-        """The response to GET /health."""
-        hosts = self._hosts.seen()
-        return {
-            "status": self.trouble() or "ok",
-            "version": __version__,
-            "library_away_seconds": round(self._patience.away()),
-            "model_hosts": {public(host.url): condition(host) for host in hosts},
-            "in_flight": sum(host.in_flight for host in hosts),
-            "backlog_left": self.left(),
-            **{outcome.value: self._tally.counts[outcome] for outcome in Outcome},
-        }
-
-    def metrics(self) -> str:
-        """The response to GET /metrics, in Prometheus' text format."""
+    def figures(self) -> dict[str, Any]:
+        """What the pages at the health port are made of."""
         tally, hosts = self._tally, self._hosts.seen()
-        given = {"healthy": not self.trouble(), "reasons": sorted(tally.reasons.items())}
-        given |= {"away": self._patience.away(), "left": self.left(), "public": public}
-        quoted = functools.partial(json.dumps, ensure_ascii=False)  # Prometheus escapes likewise
-        page = template(data_file("metrics.jinja"))
-        return str(page.render(given, hosts=hosts, quoted=quoted, now=time.monotonic()))
+        return {
+            "trouble": self.trouble(),
+            "version": __version__,
+            "away": self._patience.away(),
+            "hosts": hosts,
+            "model_hosts": {public(host.url): condition(host) for host in hosts},
+            "left": None if tally.total is None else max(0, tally.total - tally.listed),
+            "tally": tally,
+            "now": time.monotonic(),
+            "public": public,
+            "json": functools.partial(json.dumps, ensure_ascii=False),
+        }
 
 
 def condition(host: Host) -> str:
@@ -4018,20 +4007,24 @@ def condition(host: Host) -> str:
     return "struck off" if host.struck_off else "unavailable" if host.why else "ok"
 
 
+PAGES = {  # at the health port: template and content type
+    "/health": ("health.jinja", "application/json"),
+    "/metrics": ("metrics.jinja", "text/plain; version=0.0.4; charset=utf-8"),
+}
+
+
 def serve_health(status: Status, host: str, number: int) -> None:
-    """Answer GET /health and /metrics in threads; if the port is in use, only these are lost."""
+    """Answer GET for the pages in threads; if the port is in use, only these are lost."""
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 10  # seconds for a client that says nothing
 
         def do_GET(self) -> None:
-            code, kind, body = 404, "text/plain", "/health /metrics\n"
-            if self.path == "/health":
-                report = status.report()
-                code = 200 if report["status"] == "ok" else 503
-                kind, body = "application/json", json.dumps(report) + "\n"
-            elif self.path == "/metrics":
-                code, kind, body = 200, "text/plain; version=0.0.4; charset=utf-8", status.metrics()
+            code, kind, body = 404, "text/plain", " ".join(PAGES) + "\n"
+            if self.path in PAGES:
+                (file, kind), figures = PAGES[self.path], status.figures()
+                code = 503 if self.path == "/health" and figures["trouble"] else 200
+                body = template(data_file(file)).render(figures)
             self.send_response(code)
             self.send_header("Content-Type", kind)
             self.end_headers()

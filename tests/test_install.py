@@ -72,6 +72,7 @@ def test_the_wheel_holds_the_module_and_what_it_reads(wheel):
         "immich_analyze_i18n/patterns.toml",
         "immich_analyze_i18n/en.json",
         "immich_analyze_i18n/connection.sql",
+        "immich_analyze_i18n/health.jinja",
         "immich_analyze_i18n/immich.sql",
         "immich_analyze_i18n/languages.toml",
         "immich_analyze_i18n/metrics.jinja",
