@@ -769,16 +769,12 @@ def placeholders(text: str) -> set[str]:
 @functools.cache
 def shown_in(text: str) -> set[str]:
     """The names that a template puts into the text, not those that it only asks about."""
-    from jinja2 import nodes
+    from jinja2 import meta, nodes
 
     tree = template(text).environment.parse(text)
-    parts = [*tree.find_all(nodes.Output)]
-    parts += [loop.iter for loop in tree.find_all(nodes.For)]
-    parts += [made.node for made in tree.find_all(nodes.Assign)]
-    parts += [value for block in tree.find_all(nodes.With) for value in block.values]
-    # a node does not find itself
-    found = (node for part in parts for node in (part, *part.find_all(nodes.Name)))
-    return {node.name for node in found if isinstance(node, nodes.Name)} & {*PLACEHOLDERS}
+    for part in tree.find_all((nodes.If, nodes.For)):
+        part.test = nodes.Const(True)
+    return meta.find_undeclared_variables(tree) & {*PLACEHOLDERS}
 
 
 def database(environ: Mapping[str, str]) -> tuple[str, bool]:
