@@ -305,14 +305,13 @@ def parameters(text: str) -> dict[str, Any]:
     raise argparse.ArgumentTypeError(t("not_model_options", value=text))
 
 
-def one_of(names: Iterable[str], **others: str) -> Convert:
-    """Converter for one of a few words, in any case, or another word for one of them."""
+def one_of(names: Iterable[str], **values: Any) -> Convert:
+    """Converter for one of a few words, in any case; `values` are what words stand for, if told."""
+    known = {str(name): name for name in names} | values
 
-    def convert(text: str) -> str:
-        word = others.get(text.lower(), text.lower())
-        for name in names:
-            if name == word:
-                return name
+    def convert(text: str) -> Any:
+        if text.lower() in known:
+            return known[text.lower()]
         raise argparse.ArgumentTypeError(t("not_one_of", value=text, names=", ".join(names)))
 
     return convert
@@ -375,7 +374,7 @@ def words(text: str) -> tuple[str, ...]:
 def facts(text: str) -> tuple[str, ...]:
     """Converter for a list of facts; `all` stands for all but the coordinates."""
     known = {name: (name,) for name in FACTS} | {"all": tuple(n for n in FACTS if n != "gps")}
-    return tuple(fact for word in words(text) for fact in known[one_of(known)(word)])
+    return tuple(fact for word in words(text) for fact in one_of(known, **known)(word))
 
 
 @functools.cache
@@ -488,7 +487,7 @@ class Config:
     health_host: str = option("HOST", default="127.0.0.1")
     healthcheck: bool = switch(action="store_true", env="")
     lang: str = option("LANG", heading="output")
-    log_level: int | None = option("LEVEL", one_of(LOG_LEVELS))  # None = by where the output goes
+    log_level: int | None = option("LEVEL", one_of(LOG_LEVELS, **LOG_LEVELS))  # None: by the output
     final_output: bool = switch(default=True)
     grace: float = option("S", number(0), default=30)
 
@@ -713,7 +712,6 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         "api_key": (options.api_key or "").strip(),
         "hosts": options.hosts or (USUAL_HOSTS.get(options.interface, "http://localhost:11434"),),
         "file_check_interval": options.file_check_interval / 1000,
-        "log_level": LOG_LEVELS.get(options.log_level),
     }
     for name in ("immich_api_keys", "api_key"):
         if re.search("[^!-~]", "".join(given[name])):  # it could not be sent as a header
