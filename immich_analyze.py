@@ -399,11 +399,6 @@ def file_text(file: str) -> str:
         raise Fatal("unreadable_file", file=file, why=why) from error
 
 
-def read_text(file: str) -> str:
-    """The same, as a plain value."""
-    return plain(file_text(file))
-
-
 def option(metavar: str, convert: Convert = unicode_text, *, shown: bool = True, **row: Any) -> Any:
     """A field that an option sets; `add_setting` and argparse tell what its row may hold."""
     return field(repr=shown, metadata={"metavar": metavar, "type": convert} | row)
@@ -411,7 +406,7 @@ def option(metavar: str, convert: Convert = unicode_text, *, shown: bool = True,
 
 def secret(metavar: str, convert: Convert = unicode_text, **row: Any) -> Any:
     """A field that is never shown, and that a file may hold, which a second option names."""
-    return option(metavar, convert, shown=False, in_file=read_text, **row)
+    return option(metavar, convert, shown=False, in_file=plain, **row)
 
 
 def switch(**row: Any) -> Any:
@@ -441,7 +436,7 @@ class Config:
     shard: tuple[int, int] = option("K/N", share, default="1/1")  # which, of how many
     undo: bool = switch(action="store_true", env="")
     dry_run: bool = switch(action="store_true", env="")
-    prompt: str = option("TEXT", default=PROMPT, in_file=file_text)  # a template, if it has a TAG
+    prompt: str = option("TEXT", default=PROMPT, in_file=str)  # a template, if it has a TAG
     context: tuple[str, ...] = option("LIST", facts, action="extend")  # the FACTS asked for
     enrich_prompt: bool = switch()  # then they are ENRICHED at least
     description_language: str = option("LANGUAGE", language_name, default="")
@@ -627,7 +622,7 @@ def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, st
     known = {n: plain(text) if n.startswith(OURS) else text for n, text in environ.items()}
     for name in [name for name in known if name.startswith(OURS) and name.endswith("_FILE")]:
         with suppress(Fatal):  # complained about where it is read
-            known[name] *= bool(read_text(known[name]).strip())
+            known[name] *= bool(plain(file_text(known[name])).strip())
     known = {name: text for name, text in known.items() if text.strip()}
     off = {f"IMMICH_ANALYZE_{name}_HOSTS".upper() for name in INTERFACES[1:] if name != interface}
     for older, (name, read) in OLDER_NAMES.items():
@@ -680,7 +675,7 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
     for setting in fields(Config):
         name, row = setting.name, setting.metadata
         if files := given.get(f"{name}_file"):
-            given[name] = row["type"]("\n".join(map(row["in_file"], files)))
+            given[name] = row["type"]("\n".join(row["in_file"](file_text(file)) for file in files))
         if row.get("action") == "extend":
             given[name] = tuple(dict.fromkeys(given[name] or ()))
     roots = {n: root.absolute() for n in ("immich_root", "thumbs_root") if (root := given[n])}
@@ -780,7 +775,7 @@ def database(environ: Mapping[str, str]) -> tuple[str, bool]:
     given: dict[str, str] = {}
     for name in ("DB_URL", *DB_KEYWORDS):
         file = environ.get(f"{name}_FILE")
-        given[name] = read_text(file) if file else environ.get(name, "")
+        given[name] = plain(file_text(file)) if file else environ.get(name, "")
         if re.search(NOT_UTF8, given[name]):
             raise Fatal("bad_setting", problem=f"{name}: {t('not_utf8')}")
     named = any(given[name] for name in ("DB_URL", "DB_HOSTNAME", "DB_USERNAME"))
