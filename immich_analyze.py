@@ -694,7 +694,8 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         raise Fatal("wrapper_needed")
     if (options.undo and options.mode.monitors) or (options.dry_run and not options.undo):
         raise Fatal("undo_alone")
-    wanted = placeholders(options.prompt).union(options.context, ENRICHED * options.enrich_prompt)
+    names, _ = placeholders(options.prompt)
+    wanted = names.union(options.context, ENRICHED * options.enrich_prompt)
     given |= roots | {
         "context": tuple(name for name in FACTS if name in wanted),
         "policy": policy,
@@ -741,10 +742,14 @@ def template_trouble(kind: type[AnalyzeError]) -> Iterator[None]:
         raise trouble.as_kind(kind) from error
 
 
-def placeholders(text: str) -> set[str]:
-    """The names that a template uses; Fatal, with the line, if it cannot be filled in."""
+@functools.cache
+def placeholders(text: str) -> tuple[set[str], set[str]]:
+    """The names that a template uses, and which of them it shows, not only asks about.
+
+    Fatal, with the line, if it cannot be filled in.
+    """
     if not re.search(TAG, text):
-        return set()
+        return set(), set()
     from jinja2 import TemplateAssertionError, meta, nodes
 
     with template_trouble(Fatal):
@@ -756,18 +761,9 @@ def placeholders(text: str) -> set[str]:
                 raise TemplateAssertionError(why, node.lineno)
         for sample in ("", "1"):
             marked(text).render(dict.fromkeys(PLACEHOLDERS, sample))
-    return names
-
-
-@functools.cache
-def shown_in(text: str) -> set[str]:
-    """The names that a template puts into the text, not those that it only asks about."""
-    from jinja2 import meta, nodes
-
-    tree = template(text).environment.parse(text)
     for part in tree.find_all((nodes.If, nodes.For)):
         part.test = nodes.Const(True)
-    return meta.find_undeclared_variables(tree) & {*PLACEHOLDERS}
+    return names, meta.find_undeclared_variables(tree)
 
 
 def database(environ: Mapping[str, str]) -> tuple[str, bool]:
@@ -1052,7 +1048,7 @@ def question(photo: Photo, config: Config) -> str:
     words = marked(data_file("question.jinja")).make_module({"told": told} | ways | found)
     # in one line, whatever people wrote
     facts = {n: one_line(getattr(words, n)() if n in config.context else "") for n in FACTS}
-    shown = shown_in(prompt)
+    _, shown = placeholders(prompt)
     context = tidy(words.context(**facts | dict.fromkeys(shown & {*FACTS}, "")))
     if re.search(TAG, prompt):
         with template_trouble(Permanent):  # what fails for this photo alone
