@@ -649,9 +649,8 @@ def like(name: str, names: Iterable[str]) -> str:
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """Read flags, environment and file, where the first one wins; Fatal shows no secret."""
     parser = build_parser()
-    known = known_names(environ)
-    interface = parser.parse_known_args(list(argv), env_vars=known)[0].interface
-    known = known_names(environ, interface)
+    options, _ = parser.parse_known_args(list(argv), env_vars=known_names(environ))
+    known = known_names(environ, options.interface)
     options, unknown = parser.parse_known_args(list(argv), env_vars=known)
     if unknown:
         # Only an option's name is told: its value may be a secret, and so may a line of the file
