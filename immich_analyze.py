@@ -3942,18 +3942,17 @@ LINE_INTERVAL = 3600.0  # seconds between two summary lines
 class Status:
     """The state of a run, in the same words for /health, /metrics and systemd."""
 
-    def __init__(self, config: Config, hosts: Hosts, patience: Patience, tally: Tally) -> None:
+    def __init__(self, config: Config, hosts: Hosts, waits: Patience, tally: Tally) -> None:
         self.ready = False  # whether the start-up check is over
-        self.waits = patience  # what waits for a library or, at the start, for a model host
+        self.waits = waits  # what waits for a library or, at the start, for a model host
         self._tally = tally
         self._hosts = hosts
-        self._patience = patience
-        waits = (config.timeout, config.api_poll_interval, config.retry_delay_seconds)
-        self._longest = max(*waits, config.file_write_timeout, LONGEST_CALL) + STALL_LIMIT
+        usual = (config.timeout, config.api_poll_interval, config.retry_delay_seconds)
+        self._longest = max(*usual, config.file_write_timeout, LONGEST_CALL) + STALL_LIMIT
 
     def trouble(self) -> str:
         """Why the run is unhealthy, in a word; "" if it is healthy, as slow and idle runs are."""
-        away, moved = self._patience.away(), max(self._tally.moved, self._hosts.moved)
+        away, moved = self.waits.away(), max(self._tally.moved, self._hosts.moved)
         if not self.ready:
             return "starting"
         if away > AWAY_LIMIT:
@@ -3975,7 +3974,7 @@ class Status:
         return {
             "trouble": self.trouble(),
             "version": __version__,
-            "away": self._patience.away(),
+            "away": self.waits.away() if self.ready else 0.0,
             "hosts": hosts,
             "model_hosts": {public(host.url): condition(host) for host in hosts},
             "left": None if tally.total is None else max(0, tally.total - tally.listed),
@@ -4121,11 +4120,10 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
     service, longest = config.mode.monitors, config.wait_timeout or math.inf
     passing = (Unavailable, Unexpected) if service else (Unavailable,)
     at_start = functools.partial(Patience, stop, config.wait_retry_interval, passing=passing)
-    pause, forever = max(1.0, config.retry_delay_seconds), math.inf if service else longest
+    forever = math.inf if service else longest
     limits = (config.max_concurrent, config.unavailable_duration, forever)
     hosts = Hosts(config.hosts, *limits, lasts=service)
-    patience = Patience(stop, pause, forever)
-    status = Status(config, hosts, patience, tally)
+    status = Status(config, hosts, at_start(longest if config.wait_for_immich else 0.0), tally)
     if config.health_port:
         serve_health(status, config.health_host, config.health_port)
     if config.access_ambiguous:
@@ -4133,16 +4131,16 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
     if service:
         posts = (status, tally, stop)
         threading.Thread(target=keep_posted, args=posts, name="posts", daemon=True).start()
-    status.waits = at_start(longest if config.wait_for_immich else 0.0)
     new_library, complete = status.waits(lambda: open_library(config))
     if config.preflight_model_check and not config.undo:
         status.waits = at_start(longest if service else 0.0)
         with closing(Ai(config, hosts, stop)) as ai:
             status.waits(ai.check)
-    status.waits, status.ready = patience, True
+    status.waits = Patience(stop, max(1.0, config.retry_delay_seconds), forever)
+    status.ready = True
     if service:
         log.info("%s", t("ready"))
-    describe_library(Run(config, stop, hosts, patience, tally, new_library))
+    describe_library(Run(config, stop, hosts, status.waits, tally, new_library))
     return complete()
 
 
