@@ -3736,12 +3736,11 @@ def read_back(batch: Sequence[Written], library: Library, run: Run) -> None:
     found = run.patience(lambda: library.read_back(photos, age), VALUABLE_TRIES)
     notes, losses = [], []
     for written in batch:
-        text, photo = found.get(written.photo.id), written.photo
-        if isinstance(lost(written, text), Permanent) and len(batch) > 1:  # a search may lag
+        photo = written.photo
+        note, trouble = judged(written, found.get(photo.id))
+        if isinstance(trouble, Permanent) and len(batch) > 1:  # a search may lag
             again = functools.partial(library.read_back, [photo], age)
-            text = run.patience(again, VALUABLE_TRIES).get(photo.id)
-        trouble = lost(written, text)
-        note = note_after(written, text, trouble)
+            note, trouble = judged(written, run.patience(again, VALUABLE_TRIES).get(photo.id))
         if note != written.note or (not note and not trouble):
             notes.append((photo, note))
         if run.checks.count(written, lost=isinstance(trouble, Permanent)):
@@ -3761,34 +3760,27 @@ def take_off(written: Written, outcome: Outcome, error: Exception | None, run: R
     conclude(written.photo, outcome, error, run)
 
 
-def lost(written: Written, text: str | None) -> AnalyzeError | None:
-    """The error for a text that was not kept, judged by what is read back; None if it was kept.
+def judged(written: Written, text: str | None) -> tuple[Note | None, AnalyzeError | None]:
+    """The note and the error for a text, by what is read back; no error if it was kept.
 
     The text is lost if the description is empty or the old one again. Any other description
     is by a person who edited it meanwhile.
     """
+    note, photo = written.note, written.photo
     if text is None:
-        return Skip("photo_gone")
-    before = written.photo.description
-    added = written.added and written.added in text and written.added not in before
-    if text.strip() == written.stored.strip() or added:
-        return None
-    if text.strip() in ("", before.strip()):
-        return Permanent("not_kept")
-    return Skip("has_description")
-
-
-def note_after(written: Written, text: str | None, trouble: AnalyzeError | None) -> Note | None:
-    """The note that a photo is to have once it has been read back."""
-    note = written.note
-    if note and isinstance(trouble, Permanent):
-        old = written.photo.note.text if written.photo.note else ""  # which may be back
-        why = str(trouble)
-        return replace(note, text=old, was="", failed=trouble.key, why=why, tries=MOST_TRIES)
-    if note and text and not trouble:
-        same = text.strip() == written.stored.strip()
-        return replace(note, text=text_id(text) if same else note.text, was="")
-    return note
+        return note, Skip("photo_gone")
+    same, added = text.strip() == written.stored.strip(), written.added
+    if same or (added and added in text and added not in photo.description):
+        kept = note and replace(note, text=text_id(text) if same else note.text, was="")
+        return kept, None
+    if text.strip() not in ("", photo.description.strip()):
+        return note, Skip("has_description")
+    why = Permanent("not_kept")
+    if note:
+        before = photo.note.text if photo.note else ""  # which may be back
+        failed = replace(note, failed=why.key, why=str(why), tries=MOST_TRIES)
+        note = replace(failed, text=before, was="")
+    return note, why
 
 
 def run_all(

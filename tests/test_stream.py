@@ -681,7 +681,7 @@ NEW = "[AI]\nA boat.\n[/AI]"
     ],
 )
 def test_what_became_of_a_text_is_told_by_what_is_read_back(before, stored, now, key):
-    trouble = ia.lost(written(before, stored), now)
+    _, trouble = ia.judged(written(before, stored), now)
     assert (trouble.key if trouble else "") == key
     assert isinstance(trouble, ia.Permanent) == (key == "not_kept")
 
@@ -699,7 +699,7 @@ def test_what_became_of_a_text_is_told_by_what_is_read_back(before, stored, now,
     ],
 )
 def test_the_same_of_a_text_that_was_taken_back(before, left, now, key):
-    trouble = ia.lost(written(before, left, added=""), now)
+    _, trouble = ia.judged(written(before, left, added=""), now)
     assert (trouble.key if trouble else "") == key
 
 
@@ -709,14 +709,13 @@ EARLIER = ia.Note("older", PROMPT, text=ia.text_id(OLD))
 
 def test_a_note_names_the_text_as_immich_stored_it():
     each = written(OLD, "A boat.\n", note=NOTE)
-    assert ia.note_after(each, "A boat.", None) == ia.Note(
-        MODEL, PROMPT, text=ia.text_id("A boat.")
-    )
+    note, _ = ia.judged(each, "A boat.")
+    assert note == ia.Note(MODEL, PROMPT, text=ia.text_id("A boat."))
 
 
 def test_the_note_of_a_text_that_a_person_went_on_with_does_not_call_theirs_ours():
     each = written(OLD, "A boat.\n", note=NOTE)
-    kept = ia.note_after(each, "A boat.\nBy a person.", None)
+    kept, _ = ia.judged(each, "A boat.\nBy a person.")
     assert kept == ia.Note(MODEL, PROMPT, text=ia.text_id("A boat.\n"))
 
 
@@ -724,8 +723,7 @@ def test_the_note_of_a_text_that_a_person_went_on_with_does_not_call_theirs_ours
 def test_a_note_of_what_was_not_kept_is_for_good_and_knows_what_may_be_back(old):
     each = written(OLD if old else "", "A boat.\n", note=NOTE)
     each = replace(each, photo=replace(each.photo, note=old))
-    trouble = ia.Permanent("not_kept")
-    note = ia.note_after(each, OLD if old else "", trouble)
+    note, trouble = ia.judged(each, OLD if old else "")
     assert note == ia.Note(
         MODEL,
         PROMPT,
@@ -740,12 +738,13 @@ def test_a_note_of_what_was_not_kept_is_for_good_and_knows_what_may_be_back(old)
     assert ia.left_alone(noted, replace(settings, access=ia.Access.API)) == "failed_before"
 
 
-@pytest.mark.parametrize("key", ["has_description", "photo_gone"])
-def test_a_note_is_left_as_it_is_where_a_person_was_quick(key):
-    each = written(OLD, "A boat.\n", note=NOTE)
-    assert ia.note_after(each, None if key == "photo_gone" else "Theirs.", ia.Skip(key)) == NOTE
+@pytest.mark.parametrize("text", ["Theirs.", None])
+def test_a_note_is_left_as_it_is_where_a_person_was_quick(text):
+    note, _ = ia.judged(written(OLD, "A boat.\n", note=NOTE), text)
+    assert note == NOTE
 
 
-@pytest.mark.parametrize("trouble", [None, ia.Permanent("not_kept")])
-def test_what_was_taken_back_gets_no_note(trouble):
-    assert ia.note_after(written(OLD, "", added=""), "", trouble) is None
+@pytest.mark.parametrize("text", ["", OLD])
+def test_what_was_taken_back_gets_no_note(text):
+    note, _ = ia.judged(written(OLD, "", added=""), text)
+    assert note is None
