@@ -3111,6 +3111,7 @@ PROMPT_PAUSE = 0.15  # Immich writes a preview's row 20 to 110 ms after its file
 SILENCE = 5.0  # seconds beyond the interval in which photos may arrive without an event
 RETAKE_PAUSE = 5.0  # before a failed photo may be taken again; doubles each time
 MOST_TEXTS = 10_000  # different descriptions counted at a time
+PAGE_WAIT = 0.5  # seconds after which arrivals have a turn while a page is being fetched
 PAGE_PAUSE = 60.0  # after a page could not be fetched; doubles each time
 SWEEP_INTERVAL = 3600.0
 WHOLE_SWEEP = 24  # one in so many sweeps covers the whole library
@@ -3418,20 +3419,15 @@ def wanted(photos: Iterable[Photo], run: Run, *, counts: bool = False) -> Iterat
 def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterator[Photo | None]:
     """The photos of a listing that need a description; None while a page is being fetched."""
     with closing(run.new_library()) as library, ThreadPoolExecutor(1, "listing") as pool:
-
-        def fetch(cursor: Cursor | None) -> Future[Page]:
-            page = pool.submit(fetched, library, cursor, since, run)
-            page.add_done_callback(lambda _: run.stop.rouse())
-            return page
-
+        fetch = functools.partial(fetched, library, run, since)
         texts: Counter[str] = Counter()  # rare ones are dropped once there are many
-        page: Future[Page] | None = fetch(None)  # the next one, fetched while this one is in use
+        page: Future[Page] | None = pool.submit(fetch, None)  # fetched while one is in use
         while page:
             while not page.done():
-                run.stop.nap(1.0)
+                wait([page], PAGE_WAIT)
                 yield None
             found, cursor = page.result()
-            page = fetch(cursor) if cursor else None
+            page = pool.submit(fetch, cursor) if cursor else None
             photos = list(found)
             for photo in wanted(photos, run, counts=counts):
                 pool.submit(library.close)  # the next page may be a long way off
@@ -3443,7 +3439,7 @@ def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterato
         say_repeated(texts, run.config)
 
 
-def fetched(library: Library, cursor: Cursor | None, since: datetime | None, run: Run) -> Page:
+def fetched(library: Library, run: Run, since: datetime | None, cursor: Cursor | None) -> Page:
     """Fetch a page; a service waits for it as long as it takes, a batch run ends without it."""
     service, pause = run.config.mode.monitors, PAGE_PAUSE
     page = functools.partial(library.page, cursor, since)
