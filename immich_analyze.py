@@ -939,12 +939,10 @@ def merge(photo: Photo, text: str, config: Config) -> str:
     return alone if len(BLOCK.findall(alone)) == 1 else before + after
 
 
-def unmerge(photo: Photo) -> str | None:
-    """The description without our text; None if there is nothing of ours in it."""
+def unmerge(photo: Photo) -> str:
+    """The description without our text."""
     rest, blocks = BLOCK_IN_GAP.subn("", photo.description)
-    if blocks:
-        return rest
-    return "" if rest and is_ours(photo) else None
+    return "" if is_ours(photo) and not blocks else rest
 
 
 def dig(data: object, *path: str | int) -> Any:
@@ -1039,8 +1037,7 @@ def question(photo: Photo, config: Config) -> str:
     prompt, language = config.prompt, config.description_language
     if not (config.context or language or re.search(TAG, prompt)):
         return prompt
-    told, without_ours = photo.told, unmerge(photo)
-    typed = photo if without_ours is None else replace(photo, description=without_ours)
+    told, typed = photo.told, replace(photo, description=unmerge(photo))
     ways = {"text_at": text_at, "number_at": number_at, "list_at": dig_list}
     found = {"names": names(told), "taken": taken_at(told), "file_name": file_name(told)}
     found["persons_text"] = "" if undescribed(typed, config) else typed.description
@@ -3653,7 +3650,11 @@ def store(photo: Photo, text: str, library: Library, run: Run) -> None:
 def put(
     photo: Photo, added: str, stored: str, note: Note | None, library: Library, run: Run
 ) -> bool:
-    """Write, and queue for reading back if needed; False if the description has changed."""
+    """Write, to be read back if need be, or say it in a dry run; False if the text has changed."""
+    if run.config.dry_run:
+        shown = json.dumps(stored, ensure_ascii=False)
+        log.warning("%s", t("would_undo", name=photo.name, id=photo.id, text=shown))
+        return True
     done = run.patience(lambda: library.write(photo, stored, note), VALUABLE_TRIES)
     if done and library.must_confirm:
         run.checks.add(Written(photo, added, stored, note, time.monotonic()))
@@ -3664,12 +3665,8 @@ def take_back(photo: Photo, library: Library, run: Run) -> Outcome:
     """Take back the description of one photo, if it is ours."""
     photo = run.patience(functools.partial(library.look, photo))
     left = unmerge(photo)
-    if left is None or left_alone(photo, run.config):
-        raise Skip("has_description")
-    if run.config.dry_run:
-        shown = json.dumps(left, ensure_ascii=False)
-        log.warning("%s", t("would_undo", name=photo.name, id=photo.id, text=shown))
-    elif not put(photo, "", left, None, library, run):
+    nothing = left == photo.description or left_alone(photo, run.config)
+    if nothing or not put(photo, "", left, None, library, run):
         raise Skip("has_description")
     return Outcome.UNDONE
 
