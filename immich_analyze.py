@@ -3178,19 +3178,17 @@ class Taken:
             self._in_hand.add(photo.id)
         return True
 
-    def leave(self, photo: Photo) -> None:
-        """Let go of a photo that a worker is done with."""
-        with self._lock:
-            self._in_hand.discard(photo.id)
+    def leave(self, photo: Photo, outcome: Outcome, pause: float | None = None) -> bool:
+        """Let go of a photo, for good or until a `pause` is over, which doubles each time.
 
-    def give_back(self, photo: Photo, outcome: Outcome, *, soon: bool) -> bool:
-        """Let a photo be taken again: after a growing pause if `soon`, else by the daily sweep.
-
-        True the first time that it has this outcome.
+        False if it had this outcome before, and can have it again.
         """
         with self._lock:
-            _, last, before = self._failed.get(photo.id, (0.0, 0.0, ""))
-            pause = max(RETAKE_PAUSE, 2 * last) if soon else math.inf
+            self._in_hand.discard(photo.id)
+            _, last, before = self._failed.pop(photo.id, (0.0, 0.0, ""))
+            if pause is None:
+                return True
+            pause = max(pause, 2 * last)
             self._failed[photo.id] = time.monotonic() + pause, pause, outcome
             return before != outcome
 
@@ -3686,12 +3684,11 @@ def attempt(call: Callable[[], T]) -> tuple[T | Outcome, Exception | None]:
 def conclude(photo: Photo, outcome: Outcome, error: Exception | None, run: Run) -> None:
     """Count a photo's outcome; if that may change, it is retried, but counted once a day."""
     reason = error.key if isinstance(error, AnalyzeError) else "bug" if error else ""
-    failed = outcome is Outcome.FAILED
-    run.taken.leave(photo)
+    failed, pause = outcome is Outcome.FAILED, None
     if failed or outcome is Outcome.NOT_READY or reason in MAY_COME_BACK:
-        soon = isinstance(error, Retryable | Skip)
-        if not run.taken.give_back(photo, outcome, soon=soon):
-            return
+        pause = RETAKE_PAUSE if isinstance(error, Retryable | Skip) else math.inf
+    if not run.taken.leave(photo, outcome, pause):
+        return
     if failed:
         why, bug = (t("bug"), error) if reason == "bug" else (error, None)
         log.error("%s", t("photo_failed", name=photo.name, id=photo.id, why=why), exc_info=bug)

@@ -261,6 +261,17 @@ def test_what_fails_in_passing_is_taken_again_after_pauses_that_double(hours, ap
     assert len(run.lines("late.jpg")) == 1
 
 
+def test_what_is_overwritten_after_it_failed_is_no_news_either(hours, api, immich, ollama):
+    id = api.add(picture=NEW, description="Old.")
+    immich.script("GET", f"{id}/thumbnail", *[FAILS] * 3)
+    quick = ["--overwrite-policy", "all", "--retry-delay-seconds", "0"]
+    with hours.service(api, ollama, *quick) as run:
+        run.at(10, lambda: setattr(immich.assets[id], "is_favorite", True))  # lists it anew
+        run.until(200)
+    assert run.counts == {"described": 1, "failed": 1}
+    assert len(ollama.find(*CHATS)) == 1
+
+
 # --- Pages -----------------------------------------------------------------------------------
 
 

@@ -122,8 +122,7 @@ def test_a_nap_ends_by_news_by_the_end_or_by_itself():
 
 def fails(taken: ia.Taken, number: int, *, soon: bool) -> bool:
     """Have a photo fail that somebody has; whether that is said."""
-    taken.leave(photo(number))
-    return taken.give_back(photo(number), ia.Outcome.FAILED, soon=soon)
+    return taken.leave(photo(number), ia.Outcome.FAILED, 5 if soon else math.inf)
 
 
 def test_what_failed_in_passing_may_be_taken_after_pauses_that_double(stop):
@@ -156,7 +155,7 @@ def test_what_failed_otherwise_may_be_taken_once_failures_are_forgotten(stop):
 def test_what_was_described_may_be_taken_again_but_what_somebody_has():
     taken = ia.Taken()
     assert [taken.take(photo(n)) for n in (1, 2)] == [True] * 2
-    taken.leave(photo(1))
+    taken.leave(photo(1), ia.Outcome.DESCRIBED)
     taken.forget(described=False)
     assert [taken.take(photo(n)) for n in (1, 2)] == [False] * 2
     taken.forget(described=True)
@@ -167,7 +166,7 @@ def test_a_photo_that_fails_after_it_was_left_alone_is_told_as_failed():
     taken = ia.Taken()
     taken.take(photo(1))
     outcomes = [ia.Outcome.SKIPPED, ia.Outcome.SKIPPED, ia.Outcome.FAILED, ia.Outcome.FAILED]
-    told = [taken.give_back(photo(1), outcome, soon=True) for outcome in outcomes]
+    told = [taken.leave(photo(1), outcome, 5) for outcome in outcomes]
     assert told == [True, False, True, False]
 
 
