@@ -58,7 +58,7 @@ from hashlib import blake2b, sha256
 from http.cookiejar import DefaultCookiePolicy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar, TypeVarTuple
 from urllib.parse import urlsplit, urlunsplit
 
 import configargparse
@@ -75,6 +75,7 @@ from watchdog.observers.api import BaseObserver
 __version__ = "0.1.0"
 
 T = TypeVar("T")
+Args = TypeVarTuple("Args")
 log = logging.getLogger("immich_analyze")
 
 
@@ -3255,12 +3256,12 @@ class Patience:
         self._lock = threading.Lock()
         self._since = math.inf  # when the first call of an outage failed
 
-    def __call__(self, call: Callable[[], T], tries: int = LIBRARY_TRIES) -> T:
+    def __call__(self, call: Callable[[*Args], T], *args: *Args, tries: int = LIBRARY_TRIES) -> T:
         """The result of the call; Stopped if asked to stop meanwhile."""
         began = None  # when this call first met the outage
         while True:
             try:
-                answer = call()
+                answer = call(*args)
             except self.passing as error:
                 now = time.monotonic()
                 began = now if began is None else began
@@ -3437,10 +3438,10 @@ def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterato
 def fetched(library: Library, run: Run, since: datetime | None, cursor: Cursor | None) -> Page:
     """Fetch a page; a service waits for it as long as it takes, a batch run ends without it."""
     service, pause = run.config.mode.monitors, PAGE_PAUSE
-    page = functools.partial(library.page, cursor, since)
+    tries = 1 if service else VALUABLE_TRIES
     while True:
         try:
-            return run.patience(page, 1 if service else VALUABLE_TRIES)
+            return run.patience(library.page, cursor, since, tries=tries)
         except (Retryable, Permanent, Skip) as error:
             if not service:
                 raise error.as_kind(Fatal) from error
@@ -3498,13 +3499,13 @@ class News:
         """Find what arrived since the last look; True if there was anything."""
         run = self._run
         try:
-            now = run.patience(self._library.clock, 1)
+            now = run.patience(self._library.clock, tries=1)
             if not self._mark:  # what is there already is in the backlog
                 self._mark, self._started = now, None if run.config.mode.backlog else now
                 return False
             span = PROMPT_SPAN + timedelta(seconds=self._pause) if prompt else OVERLAP
             since = (now if prompt else min(self._mark, now)) - span
-            news = run.patience(lambda: self._library.news(since, self._started), 1)
+            news = run.patience(self._library.news, since, self._started, tries=1)
         except (Retryable, Permanent, Skip) as error:
             if not self._complained:
                 log.warning("%s", t("look_failed", why=error))
@@ -3565,13 +3566,15 @@ def stream(run: Run, library: Library) -> Generator[Photo, None, None]:
 
 
 def story(photo: Photo, library: Library, ai: Ai, run: Run) -> Outcome:
-    """Take one photo from the listing to its description.
+    """Take one photo from the listing to its description, or that back.
 
     Raises Skip if it is left alone, Retryable or Permanent if it fails, and Stopped or Fatal if the
     run ends.
     """
+    if run.config.undo:
+        return take_back(photo, library, run)
     with claimed(photo, library, run) as photo:
-        photo = run.patience(functools.partial(library.with_facts, photo))
+        photo = run.patience(library.with_facts, photo)
         preview = settled(photo, library, run)
         try:
             asked = question(photo, run.config)
@@ -3587,7 +3590,7 @@ def story(photo: Photo, library: Library, ai: Ai, run: Run) -> Outcome:
 @contextmanager
 def claimed(photo: Photo, library: Library, run: Run) -> Iterator[Photo]:
     """Claim the photo, with its note, for as long as it is needed; Skip if it is left alone."""
-    photo = run.patience(lambda: library.claim(photo))
+    photo = run.patience(library.claim, photo)
     try:
         if not photo.ready:
             raise Skip("not_ready")
@@ -3608,7 +3611,7 @@ def settled(photo: Photo, library: Library, run: Run) -> bytes:
     deadline = time.monotonic() + config.file_write_timeout
     before: bytes | None = None
     while True:
-        data = run.patience(functools.partial(library.preview, photo))
+        data = run.patience(library.preview, photo)
         if data is not None and (picture_type(data)[1] or data == before):
             return data
         if time.monotonic() >= deadline:
@@ -3638,7 +3641,7 @@ def store(photo: Photo, text: str, library: Library, run: Run) -> None:
         if put(photo, text, stored, note, library, run):
             log.debug("%s (%s), written: %s", photo.name, photo.id, stored)
             return
-        before, photo = photo, run.patience(functools.partial(library.look, photo))
+        before, photo = photo, run.patience(library.look, photo)
         typed = not undescribed(photo, config) and not config.preserve_human
         if typed or (has_ours(photo) and not has_ours(before)):  # by another instance
             raise Skip("has_description")
@@ -3653,7 +3656,7 @@ def put(
         shown = json.dumps(stored, ensure_ascii=False)
         log.warning("%s", t("would_undo", name=photo.name, id=photo.id, text=shown))
         return True
-    done = run.patience(lambda: library.write(photo, stored, note), VALUABLE_TRIES)
+    done = run.patience(library.write, photo, stored, note, tries=VALUABLE_TRIES)
     if done and library.must_confirm:
         run.checks.add(Written(photo, added, stored, note, time.monotonic()))
     return done
@@ -3661,7 +3664,7 @@ def put(
 
 def take_back(photo: Photo, library: Library, run: Run) -> Outcome:
     """Take back the description of one photo, if it is ours."""
-    photo = run.patience(functools.partial(library.look, photo))
+    photo = run.patience(library.look, photo)
     left = unmerge(photo)
     nothing = left == photo.description or left_alone(photo, run.config)
     if nothing or not put(photo, "", left, None, library, run):
@@ -3669,10 +3672,10 @@ def take_back(photo: Photo, library: Library, run: Run) -> Outcome:
     return Outcome.UNDONE
 
 
-def attempt(call: Callable[[], T]) -> tuple[T | Outcome, Exception | None]:
+def attempt(call: Callable[[*Args], T], *args: *Args) -> tuple[T | Outcome, Exception | None]:
     """The outcome of a photo, and the error, if any; one that fails does not stop the others."""
     try:
-        return call(), None
+        return call(*args), None
     except (Stopped, Fatal):
         raise
     except Skip as skip:
@@ -3697,15 +3700,12 @@ def conclude(photo: Photo, outcome: Outcome, error: Exception | None, run: Run) 
 
 def work(photos: Iterable[Photo], library: Library, ai: Ai, run: Run) -> None:
     """One worker: it finishes each photo before it takes the next."""
-    way = functools.partial(story, library=library, ai=ai, run=run)
-    if run.config.undo:
-        way = functools.partial(take_back, library=library, run=run)
     with suppress(Stopped):
         for photo in photos:
-            outcome, error = attempt(functools.partial(way, photo))
+            outcome, error = attempt(story, photo, library, ai, run)
             conclude(photo, outcome, error, run)
             if notes := run.tally.proven_failures():
-                attempt(lambda: run.patience(lambda: library.remember(notes)))
+                attempt(run.patience, library.remember, notes)
 
 
 # --- Reading back what was written ---
@@ -3715,7 +3715,7 @@ def check_written(library: Library, run: Run) -> None:
     """The checker: reads back what was written until nothing is left and no worker writes."""
     with suppress(Stopped):
         while batch := run.checks.next(run.stop):
-            _, error = attempt(functools.partial(read_back, batch, library, run))
+            _, error = attempt(read_back, batch, library, run)
             for written in batch if error else ():
                 take_off(written, Outcome.FAILED, error, run)
 
@@ -3723,14 +3723,14 @@ def check_written(library: Library, run: Run) -> None:
 def read_back(batch: Sequence[Written], library: Library, run: Run) -> None:
     """Compare what Immich stored with what was written, and correct the notes."""
     age, photos = time.monotonic() - batch[0].at, [written.photo for written in batch]
-    found = run.patience(lambda: library.read_back(photos, age), VALUABLE_TRIES)
+    found = run.patience(library.read_back, photos, age, tries=VALUABLE_TRIES)
     notes, losses = [], []
     for written in batch:
         photo = written.photo
         note, trouble = judged(written, found.get(photo.id))
         if isinstance(trouble, Permanent) and len(batch) > 1:  # a search may lag
-            again = functools.partial(library.read_back, [photo], age)
-            note, trouble = judged(written, run.patience(again, VALUABLE_TRIES).get(photo.id))
+            again = run.patience(library.read_back, [photo], age, tries=VALUABLE_TRIES)
+            note, trouble = judged(written, again.get(photo.id))
         if note != written.note or (not note and not trouble):
             notes.append((photo, note))
         if run.checks.count(written, lost=isinstance(trouble, Permanent)):
@@ -3738,7 +3738,7 @@ def read_back(batch: Sequence[Written], library: Library, run: Run) -> None:
         if trouble:
             losses.append((written, trouble))
     if notes:
-        run.patience(lambda: library.remember(notes), VALUABLE_TRIES)
+        run.patience(library.remember, notes, tries=VALUABLE_TRIES)
     for written, trouble in losses:
         outcome = Outcome.FAILED if isinstance(trouble, Permanent) else Outcome.SKIPPED
         take_off(written, outcome, trouble, run)
@@ -4113,7 +4113,7 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
     if service:
         posts = (status, tally, stop)
         threading.Thread(target=keep_posted, args=posts, name="posts", daemon=True).start()
-    new_library, complete = status.waits(lambda: open_library(config))
+    new_library, complete = status.waits(open_library, config)
     if config.preflight_model_check and not config.undo:
         status.waits = at_start(longest if service else 0.0)
         with closing(Ai(config, hosts, stop)) as ai:

@@ -163,6 +163,7 @@ CONSTANT = {
     "re.compile",
     "logging.getLogger",
     "TypeVar",
+    "TypeVarTuple",
     "Dialect",
     "datetime",
     "timedelta",
