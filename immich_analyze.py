@@ -3704,8 +3704,7 @@ def work(photos: Iterable[Photo], library: Library, ai: Ai, run: Run) -> None:
         for photo in photos:
             outcome, error = attempt(story, photo, library, ai, run)
             conclude(photo, outcome, error, run)
-            if notes := run.tally.proven_failures():
-                attempt(run.patience, library.remember, notes)
+            attempt(run.patience, library.remember, run.tally.proven_failures())
 
 
 # --- Reading back what was written ---
