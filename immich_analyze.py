@@ -2970,6 +2970,7 @@ class PreviewWatch(fs.FileSystemEventHandler):
 
     def __init__(self, folder: Path, event: Callable[[], None], cooldown: float) -> None:
         self.since = math.inf  # when it began to see everything
+        self.events = 0  # how many it reported
         self._folder = folder
         self._event = event
         self._cooldown = cooldown
@@ -3011,6 +3012,7 @@ class PreviewWatch(fs.FileSystemEventHandler):
             del self._quiet[first]
         if asset_id not in self._quiet:
             self._quiet[asset_id] = now + self._cooldown
+            self.events += 1
             self._event()
 
     def missed(self) -> None:
@@ -3462,27 +3464,22 @@ class News:
         self._arrived: list[Photo] = []  # the newest is next
         self._next = 0.0  # when to look, by the monotonic clock
         self._next_prompt, self._pause = math.inf, PROMPT_PAUSE
-        self._event = threading.Event()  # set by the watch's thread
-        self._event_at = -math.inf
+        self._events, self._event_at = 0, -math.inf  # of the watch, up to the latest
         self._complained = False
         self._next_sweep = time.monotonic() + SWEEP_INTERVAL
         self._sweeps = 0
-        self._watch = library.watch(self._notice, run.config.event_cooldown)
-
-    def _notice(self) -> None:
-        self._event.set()
-        self._run.stop.rouse()
+        self._watch = library.watch(run.stop.rouse, run.config.event_cooldown)
 
     def next(self) -> Photo | None:
         """A photo that arrived, if there is one."""
         interval, now = self._run.config.api_poll_interval, time.monotonic()
-        if self._event.is_set():
-            self._event.clear()
-            self._event_at, self._pause = now, PROMPT_PAUSE
+        watch = self._watch
+        if watch and watch.events > self._events:
+            self._events, self._event_at, self._pause = watch.events, now, PROMPT_PAUSE
             self._next_prompt = min(self._next_prompt, now + PROMPT_PAUSE)
         if now >= self._next:
             self._next = now + interval
-            found, watch = self._look(prompt=False), self._watch
+            found = self._look(prompt=False)
             if found and watch and max(self._event_at, watch.since) < now - interval - SILENCE:
                 watch.missed()
         elif now >= self._next_prompt:
