@@ -3270,16 +3270,16 @@ class Patience:
                 left = began + self.longest - now
                 if left <= 0:
                     raise Fatal("library_away", why=error) from error
-                self._away(error, now)
+                self._turn(error, began)
                 self._wait(error, left)
             except AnalyzeError as error:
-                self._back(began)
+                self._turn(None, began)
                 tries -= 1
                 if tries <= 0 or not isinstance(error, Retryable):
                     raise
                 self._wait(error, math.inf)
             else:
-                self._back(began)
+                self._turn(None, began)
                 return answer
 
     def _wait(self, error: AnalyzeError, most: float) -> None:
@@ -3287,18 +3287,15 @@ class Patience:
         if self.stop.wait(pause):
             raise Stopped("stopped") from error
 
-    def _away(self, error: AnalyzeError, now: float) -> None:
-        with self._lock:
-            first, self._since, self.why = self.why is None, min(self._since, now), error
-        if first:
-            log.info("%s", t("waiting", why=error))
-
-    def _back(self, began: float | None) -> None:
+    def _turn(self, why: AnalyzeError | None, began: float | None) -> None:
         if began is None:  # a call that never waited proves nothing
             return
         with self._lock:
-            away, self._since, self.why = self.away(), math.inf, None
-        if away:
+            before, away, self.why = self.why, self.away(), why
+            self._since = min(self._since, time.monotonic()) if why else math.inf
+        if why and not before:
+            log.info("%s", t("waiting", why=why))
+        elif before and not why:
             log.info("%s", t("back", time=timedelta(seconds=round(away))))
 
     def away(self) -> float:
