@@ -3617,11 +3617,10 @@ def settled(photo: Photo, library: Library, run: Run) -> bytes:
 
 def failure_note(photo: Photo, error: AnalyzeError, config: Config) -> Note:
     """The note for a photo that failed in this run, and perhaps in earlier ones."""
-    old, model, prompt = photo.note, config.model_name, config.prompt_id
-    again = old and old.failed and (old.model, old.prompt) == (model, prompt)
-    tries = 1 + (old.tries if old and again else 0)
-    text = old.text if old else ""  # it tells whose the description is
-    return Note(model, prompt, text=text, failed=error.key, why=str(error), tries=tries)
+    old, model, prompt = photo.note or Note("", ""), config.model_name, config.prompt_id
+    tries = 1 + (old.tries if (old.model, old.prompt) == (model, prompt) else 0)
+    # the old text tells whose the description is
+    return Note(model, prompt, text=old.text, failed=error.key, why=str(error), tries=tries)
 
 
 def store(photo: Photo, text: str, library: Library, run: Run) -> None:
