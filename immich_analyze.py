@@ -3327,8 +3327,7 @@ class Checks:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._changed = threading.Condition()  # holds the lock of all that follows
         self._written: list[Written] = []  # in the order of their writes
         self._checked: Counter[tuple[str, str]] = Counter()
         self._losses: Counter[tuple[str, str]] = Counter()  # in a row
@@ -3336,26 +3335,26 @@ class Checks:
 
     def add(self, written: Written) -> None:
         """Queue a description to be read back."""
-        with self._lock:
+        with self._changed:
             self._written.append(written)
             self._changed.notify()
 
     def close(self) -> None:
         """Say that nothing more will be added."""
-        with self._lock:
+        with self._changed:
             self._closed = True
             self._changed.notify()
 
     def next(self, stop: threading.Event) -> list[Written]:
         """Wait for the next batch to read back; empty at the end, or when stopped."""
-        with self._lock:
+        with self._changed:
             self._changed.wait_for(lambda: self._written or self._closed)
             alone = [w for w in self._written if self._checked[w.library] < MOST_LOSSES][:1]
             first = (alone or self._written)[:1]
         pause = first[0].at + CHECK_PAUSE - time.monotonic() if alone else CHECK_PAUSE
         if not first or stop.wait(max(0.0, pause)):
             return []
-        with self._lock:
+        with self._changed:
             now = time.monotonic()
             due = alone or [w for w in self._written if w.at + CHECK_PAUSE <= now] or first
             self._written = [written for written in self._written if written not in due]
@@ -3363,14 +3362,14 @@ class Checks:
 
     def count(self, written: Written, *, lost: bool) -> bool:
         """Count whether a library kept a text; True if that was one loss too many."""
-        with self._lock:
+        with self._changed:
             self._checked[written.library] += 1
             self._losses[written.library] = self._losses[written.library] + 1 if lost else 0
             return self._losses[written.library] == MOST_LOSSES
 
     def check_library(self, photo: Photo) -> None:
         """Skip if the photo's library keeps no descriptions."""
-        with self._lock:
+        with self._changed:
             if self._losses[photo.source, photo.library] >= MOST_LOSSES:
                 raise Skip("library_loses", library=photo.library or "-")
 
