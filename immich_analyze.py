@@ -58,7 +58,7 @@ from hashlib import blake2b, sha256
 from http.cookiejar import DefaultCookiePolicy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar, TypeVarTuple
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, TypeVarTuple
 from urllib.parse import urlsplit, urlunsplit
 
 import configargparse
@@ -1526,38 +1526,135 @@ def text_of(found: object) -> str:
     return text if isinstance(text, str) else ""
 
 
-@dataclass(frozen=True, slots=True)
-class Manner:
-    """How a host wants to be asked, as it told by refusing another way."""
-
-    context: int = 0  # tokens; 0 = as the server has it
-    refused: frozenset[str] = frozenset()  # parts of a question
-
-
 # What stands for the picture in a question.
 PICTURE = "immich-analyze puts the picture here"
 
 
-def ollama_question(config: Config, picture: Picture, context: int) -> dict[str, Any]:
-    """Body of POST /api/chat; images are bare base64 there."""
-    message = {"role": "user", "content": picture.question, "images": [PICTURE]}
-    options = {"num_predict": config.max_tokens} | ({"num_ctx": context} if context else {})
-    options |= config.model_options
-    beside = {"keep_alive": options.pop("keep_alive")} if "keep_alive" in options else {}
-    return {"messages": [message], "options": options} | beside
+@dataclass(frozen=True)
+class Dialect:
+    """How a host is asked and what it tells: as OpenAI's API has it, if nothing else is known."""
+
+    config: Config
+    refused: frozenset[str] = frozenset()  # parts of a question, as the host told
+
+    root = "/v1"  # what its paths begin with; people often give it with the address
+    chat = "/v1/chat/completions"
+    alive = "/health"  # a path that is answered whenever the server is up
+    takes_context = False
+    headers: ClassVar[tuple[Header, ...]] = ()  # that it wants to know who asks by
+
+    def question(self, picture: Picture) -> dict[str, Any]:
+        """What to send to `chat`, besides what all servers take."""
+        image = {"url": f"data:{picture.mime};base64,{PICTURE}"}
+        text = {"type": "text", "text": picture.question}
+        content = [text, {"type": "image_url", "image_url": image}]
+        message = {"role": "user", "content": content}
+        limits = {"stream_options": {"include_usage": True}, "max_tokens": self.config.max_tokens}
+        return {"messages": [message]} | limits | self.config.model_options
+
+    def thinking(self, think: bool) -> dict[str, Any]:
+        """The switch of llama.cpp and vLLM, and the one of Ollama and others, which has no "on"."""
+        switch = {"chat_template_kwargs": {"enable_thinking": think}}
+        return switch if think else switch | {"reasoning_effort": "none"}
+
+    def sees(self, ask: Callable[..., Reply]) -> bool | None:
+        """GET /v1/models lists the models; llama.cpp answers by any name if it serves one.
+
+        Only llama.cpp tells whether a model can see: `input_modalities`, in older builds
+        `modalities` of GET /props. Ollama lists names with their tag, llama-swap no aliases.
+        """
+        model, listed = self.config.model_name, dig_list(ask("GET", "/v1/models").json(), "data")
+        models = {str(dig(entry, "id")).removesuffix(":latest"): entry for entry in listed}
+        for entry in listed:
+            names = dig_list(entry, "aliases") + dig_list(entry, "meta", "llamaswap", "aliases")
+            models |= {n: entry for n in names if isinstance(n, str) and n not in models}
+        alone = len(listed) == 1 and dig(listed, 0, "owned_by") == "llamacpp"
+        known = dig(listed, 0) if alone else models.get(model.removesuffix(":latest"))
+        if models and not known:
+            some = ", ".join(sorted(models)[:10]) + "." + nearest(model, models)
+            raise Retryable("model_not_listed", model=model, models=some)
+        modalities = dig(known, "architecture", "input_modalities")
+        if isinstance(modalities, list):
+            return "image" in modalities
+        vision = dig(ask("GET", "/props").json(), "modalities", "vision") if alone else None
+        return vision if isinstance(vision, bool) else None
+
+    def body(self, picture: Picture) -> bytes:
+        """A question as JSON, without what the host refused."""
+        config = self.config
+        question = {"model": config.model_name, "stream": True} | self.thinking(config.think)
+        question |= self.question(picture)
+        refused = {name: question.pop(name) for name in self.refused & question.keys()}
+        if "max_tokens" in refused:
+            question["max_completion_tokens"] = refused["max_tokens"]
+        # JSON's encoder would take a millisecond for the picture
+        return json.dumps(question).encode().replace(PICTURE.encode(), picture.base64)
+
+    def adapted(self, error: AnalyzeError) -> Dialect:
+        """How else to ask, by what a host said to a question; raises that if nothing else helps."""
+        config, known = self.config, patterns()
+        if lacks_context(error):
+            told = known["prompt_tokens"].search(error.words)
+            prompt = int(told[1]) if told else error.fields.get("prompt", 0)
+            tokens = -(-(prompt + config.max_tokens) // CONTEXT_STEP) * CONTEXT_STEP
+            if not (self.takes_context and prompt and tokens > config.context_length):
+                raise error
+            return replace(self, config=replace(config, context_length=tokens))
+        refused = set(known["refusable"].findall(error.words))
+        if known["streaming"].search(error.words):
+            refused |= {"stream", "stream_options"}
+        if not refused and known["thinking"].search(error.words):
+            refused = set(self.thinking(False))
+        if refused <= self.refused:
+            raise error
+        return replace(self, refused=self.refused | refused)
 
 
-def ollama_sees(ask: Callable[..., Any], model: str) -> bool | None:
-    """POST /api/show is 404 for a model that is not there; `capabilities` are newer."""
-    try:
-        capabilities = dig(ask("POST", "/api/show", json={"model": model}), "capabilities")
-    except Fatal as error:
-        if error.key == "model_missing":
-            with suppress(AnalyzeError):
-                rows = dig_list(ask("GET", "/api/tags"), "models")
-                error.fields["why"] += nearest(model, [str(dig(row, "name")) for row in rows])
-        raise
-    return "vision" in capabilities if isinstance(capabilities, list) else None
+class Ollama(Dialect):
+    """Ollama's own API; images are bare base64 there."""
+
+    root = "/api"
+    chat = "/api/chat"
+    alive = "/api/version"
+    takes_context = True
+
+    def question(self, picture: Picture) -> dict[str, Any]:
+        config, context = self.config, self.config.context_length
+        message = {"role": "user", "content": picture.question, "images": [PICTURE]}
+        options = {"num_predict": config.max_tokens} | ({"num_ctx": context} if context else {})
+        options |= config.model_options
+        beside = {"keep_alive": options.pop("keep_alive")} if "keep_alive" in options else {}
+        return {"messages": [message], "options": options} | beside
+
+    def thinking(self, think: bool) -> dict[str, Any]:
+        return {"think": think}
+
+    def sees(self, ask: Callable[..., Reply]) -> bool | None:
+        """POST /api/show is 404 for a model that is not there; `capabilities` are newer."""
+        model = self.config.model_name
+        try:
+            shown = ask("POST", "/api/show", json={"model": model}).json()
+        except Fatal as error:
+            if error.key == "model_missing":
+                with suppress(AnalyzeError):
+                    rows = dig_list(ask("GET", "/api/tags").json(), "models")
+                    error.fields["why"] += nearest(model, [str(dig(row, "name")) for row in rows])
+            raise
+        capabilities = dig(shown, "capabilities")
+        return "vision" in capabilities if isinstance(capabilities, list) else None
+
+
+class OpenRouter(Dialect):
+    """OpenRouter's API, which is like OpenAI's."""
+
+    alive = "/v1/key"
+    headers = (("HTTP-Referer", "http://localhost"), ("X-Title", "immich-analyze"))
+
+    def thinking(self, think: bool) -> dict[str, Any]:
+        return {"reasoning": {"enabled": think}}
+
+
+DIALECTS = {"ollama": Ollama, "llamacpp": Dialect, "openrouter": OpenRouter}
 
 
 def nearest(model: str, names: Iterable[str]) -> str:
@@ -1567,101 +1664,9 @@ def nearest(model: str, names: Iterable[str]) -> str:
     return " " + t("did_you_mean", name=by_base[found[0]]) if found else ""
 
 
-def openai_question(config: Config, picture: Picture, _: int) -> dict[str, Any]:
-    """Body of POST /v1/chat/completions."""
-    image = {"url": f"data:{picture.mime};base64,{PICTURE}"}
-    text = {"type": "text", "text": picture.question}
-    content = [text, {"type": "image_url", "image_url": image}]
-    message = {"role": "user", "content": content}
-    limits = {"stream_options": {"include_usage": True}, "max_tokens": config.max_tokens}
-    return {"messages": [message]} | limits | config.model_options
-
-
-def openai_thinking(think: bool) -> dict[str, Any]:
-    """The switch of llama.cpp and vLLM, and the one of Ollama and others, which has no "on"."""
-    switch = {"chat_template_kwargs": {"enable_thinking": think}}
-    return switch if think else switch | {"reasoning_effort": "none"}
-
-
-def openai_sees(ask: Callable[..., Any], model: str) -> bool | None:
-    """GET /v1/models lists the models; llama.cpp answers by any name if it serves one.
-
-    Only llama.cpp tells whether a model can see: `input_modalities`, in older builds
-    `modalities` of GET /props. Ollama lists names with their tag, llama-swap no aliases.
-    """
-    listed = dig_list(ask("GET", "/v1/models"), "data")
-    models = {str(dig(entry, "id")).removesuffix(":latest"): entry for entry in listed}
-    for entry in listed:
-        names = dig_list(entry, "aliases") + dig_list(entry, "meta", "llamaswap", "aliases")
-        models |= {name: entry for name in names if isinstance(name, str) and name not in models}
-    alone = len(listed) == 1 and dig(listed, 0, "owned_by") == "llamacpp"
-    known = dig(listed, 0) if alone else models.get(model.removesuffix(":latest"))
-    if models and not known:
-        some = ", ".join(sorted(models)[:10]) + "." + nearest(model, models)
-        raise Retryable("model_not_listed", model=model, models=some)
-    modalities = dig(known, "architecture", "input_modalities")
-    if isinstance(modalities, list):
-        return "image" in modalities
-    vision = dig(ask("GET", "/props"), "modalities", "vision") if alone else None
-    return vision if isinstance(vision, bool) else None
-
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """What one kind of model server wants and says, as OpenAI's if nothing else is known."""
-
-    root: str = "/v1"  # what its paths begin with; people often give it with the address
-    chat: str = "/v1/chat/completions"
-    question: Callable[[Config, Picture, int], dict[str, Any]] = openai_question
-    thinking: Callable[[bool], dict[str, Any]] = openai_thinking  # the switch to add to it
-    sees: Callable[[Callable[..., Any], str], bool | None] = openai_sees
-    alive: str = "/health"  # a path that is answered whenever the server is up
-    takes_context: bool = False
-    headers: tuple[Header, ...] = ()  # that it wants to know who asks by
-
-
-DIALECTS = {
-    "ollama": Dialect(
-        root="/api",
-        chat="/api/chat",
-        question=ollama_question,
-        thinking=lambda think: {"think": think},
-        sees=ollama_sees,
-        alive="/api/version",
-        takes_context=True,
-    ),
-    "llamacpp": Dialect(),
-    "openrouter": Dialect(
-        thinking=lambda think: {"reasoning": {"enabled": think}},
-        alive="/v1/key",
-        headers=(("HTTP-Referer", "http://localhost"), ("X-Title", "immich-analyze")),
-    ),
-}
-
-
 def lacks_context(error: AnalyzeError) -> bool:
     """Whether a host says that picture, prompt and answer do not fit into its context."""
     return error.key == "context_full" or bool(patterns()["no_context"].search(error.words))
-
-
-def adapted(manner: Manner, error: AnalyzeError, config: Config) -> Manner:
-    """How else to ask a host, by what it said to a question; raises that if nothing else helps."""
-    dialect, known = DIALECTS[config.interface], patterns()
-    if lacks_context(error):
-        told = known["prompt_tokens"].search(error.words)
-        prompt = int(told[1]) if told else error.fields.get("prompt", 0)
-        tokens = -(-(prompt + config.max_tokens) // CONTEXT_STEP) * CONTEXT_STEP
-        if not (dialect.takes_context and prompt and tokens > manner.context):
-            raise error
-        return replace(manner, context=tokens)
-    refused = set(known["refusable"].findall(error.words))
-    if known["streaming"].search(error.words):
-        refused |= {"stream", "stream_options"}
-    if not refused and known["thinking"].search(error.words):
-        refused = set(dialect.thinking(False))
-    if refused <= manner.refused:
-        raise error
-    return replace(manner, refused=manner.refused | refused)
 
 
 @dataclass(slots=True)
@@ -1732,7 +1737,7 @@ class Hosts:
         self._latest = 0
         self.retrying = threading.Lock()  # held by the worker that asks about a photo again
         self.moved = time.monotonic()  # when a request last began or ended
-        self.manners: dict[str, Manner] = {}  # of hosts that refused the usual one
+        self.dialects: dict[str, Dialect] = {}  # of hosts that refused the usual question
 
     @contextmanager
     def place(
@@ -2104,7 +2109,7 @@ class Ai:
 
     def __init__(self, config: Config, hosts: Hosts, stop: threading.Event) -> None:
         self._config, self._hosts, self._stop = config, hosts, stop
-        self._dialect = DIALECTS[config.interface]
+        self._dialect = DIALECTS[config.interface](config)
         key = [("Authorization", f"Bearer {config.api_key}")] if config.api_key else []
         self._session = Session([*self._dialect.headers, *key, *config.host_header])
 
@@ -2166,29 +2171,18 @@ class Ai:
         return text
 
     def _said(self, url: str, picture: Picture, number: int) -> str:
-        """The description in a host's answer, which is asked in another manner if it wants that."""
-        hosts, config = self._hosts, self._config
-        manner = hosts.manners.get(url) or Manner(config.context_length)
+        """The description in a host's answer, which is asked in another way if it wants that."""
+        hosts = self._hosts
+        dialect = hosts.dialects.get(url, self._dialect)
         while True:
-            body = {"data": self._body(picture, manner), "headers": JSON_BODY}
-            answer = Answer(url, config, functools.partial(hosts.heard, url, number))
+            body = {"data": dialect.body(picture), "headers": JSON_BODY}
+            answer = Answer(url, self._config, functools.partial(hosts.heard, url, number))
             log.debug("asking %s", public(url))
             try:
-                reply = self._call(url, "POST", self._dialect.chat, watch=answer.listen, **body)
+                reply = self._call(url, "POST", dialect.chat, watch=answer.listen, **body)
                 return answer.description(reply)
             except Retryable as error:
-                manner = hosts.manners[url] = adapted(manner, error, config)
-
-    def _body(self, picture: Picture, manner: Manner) -> bytes:
-        """What is asked, as JSON."""
-        config, dialect = self._config, self._dialect
-        question = {"model": config.model_name, "stream": True} | dialect.thinking(config.think)
-        question |= dialect.question(config, picture, manner.context)
-        refused = {name: question.pop(name) for name in manner.refused & question.keys()}
-        if "max_tokens" in refused:
-            question["max_completion_tokens"] = refused["max_tokens"]
-        # JSON's encoder would take a millisecond for the picture
-        return json.dumps(question).encode().replace(PICTURE.encode(), picture.base64)
+                dialect = hosts.dialects[url] = dialect.adapted(error)
 
     def _probe(self, url: str) -> bool:
         """Whether a host that was absent is back, by a request that costs it nothing."""
@@ -2215,12 +2209,9 @@ class Ai:
 
     def _trouble(self, url: str) -> AnalyzeError | None:
         """Why a host cannot describe photos, as far as it tells; None for one that is loading."""
-
-        def ask(method: str, path: str, **more: Any) -> Any:
-            return self._call(url, method, path, timeout=CHECK_TIMEOUT, **more).json()
-
+        ask = functools.partial(self._call, url, timeout=CHECK_TIMEOUT)
         try:
-            if self._dialect.sees(ask, self._config.model_name) is False:
+            if self._dialect.sees(ask) is False:
                 return Fatal("model_blind", url=public(url))
         except AnalyzeError as error:
             if error.key == "picture_refused":  # there is no picture yet

@@ -164,7 +164,6 @@ CONSTANT = {
     "logging.getLogger",
     "TypeVar",
     "TypeVarTuple",
-    "Dialect",
     "datetime",
     "timedelta",
     "Note",
