@@ -1939,7 +1939,7 @@ class Tries:
             if error.pause:
                 self._hosts.unavailable(url, error)
             # no try, unless it is refused alone too: then it was the picture's fault
-            if busy and self._tries() + 1 < self._most:
+            if busy and not self.enough(1):
                 self._counted += 1
         else:
             of_host = error.key in ("unreachable", "model_says_the_same")  # whatever it is shown
@@ -1972,12 +1972,9 @@ class Tries:
         if self._waits < 0:
             raise error.as_kind(Unavailable)
 
-    def _tries(self) -> float:
-        return self._counted + sum(tries for _, tries in self._open.values())
-
-    def enough(self) -> bool:
-        """Whether there are enough failures, if all of them count."""
-        return self._tries() >= self._most
+    def enough(self, more: int = 0) -> bool:
+        """Whether there are enough failures, with so many more and if all of them count."""
+        return self._counted + sum(tries for _, tries in self._open.values()) + more >= self._most
 
     def judge(self) -> bool:
         """Count the failures whose hosts are well by now; whether those are enough."""
