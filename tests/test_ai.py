@@ -188,9 +188,9 @@ NO_SWITCH = {
 }
 
 
-def plain_body(interface: str) -> dict[str, Any]:
+def plain_body(interface: str, think: bool = False) -> dict[str, Any]:
     """A question without the switch for thinking."""
-    complete = body(interface)
+    complete = body(interface, think=think)
     return {k: v for k, v in complete.items() if k not in ("think", "chat_template_kwargs")}
 
 
@@ -246,6 +246,20 @@ def test_what_a_host_refuses_is_left_out_wherever_it_names_it(make, llamacpp, na
     complete = body("llamacpp")
     rest = {key: value for key, value in complete.items() if key != name}
     assert [exchange.json for exchange in chats(llamacpp)] == [complete, rest, rest]
+
+
+def test_all_that_asks_for_thinking_is_left_out_where_a_host_names_none_of_it(make, llamacpp):
+    llamacpp.interface = "llamacpp"
+    words = '{"error": "\\"tiny-vlm\\" does not support thinking"}'
+    refusal = refuses("reasoning_effort", "chat_template_kwargs", words=words)
+    llamacpp.script("POST", CHAT["llamacpp"], refusal, forever=True)
+    argv = ["--think", "--model-options", '{"reasoning_effort": "high"}']
+    assert make(llamacpp, argv=argv).describe() == servers.told(JPEG)
+    complete = body("llamacpp", think=True) | {"reasoning_effort": "high"}
+    assert [exchange.json for exchange in chats(llamacpp)] == [
+        complete,
+        plain_body("llamacpp", think=True),
+    ]
 
 
 def test_each_of_several_that_a_host_refuses_is_left_out(make, llamacpp):
