@@ -2233,7 +2233,6 @@ class Ai:
 PAGE = 1000  # photos on one page of a listing; Immich's maximum
 IMMICH_TIMEOUT = 60.0  # if Redis hangs, Immich stores a write but answers late
 UPLOAD_TIME = timedelta(minutes=1)  # how long after its date a photo may appear in a listing
-PREVIEW_LIMIT = 64 * 2**20  # bytes
 BODY_LIMIT = 10 * 2**20  # bytes; Immich's limit for a request
 SWEEP_SPAN = timedelta(days=2)  # how long after the upload a preview may appear
 MANY = 20  # photos that may share a description by chance
@@ -2665,11 +2664,11 @@ class ApiLibrary(Library):
 
     def preview(self, photo: Photo) -> bytes | None:
         """GET /assets/{id}/thumbnail; `edited` (2.5 on) is the version that the user cropped."""
-        ask = functools.partial(self._ask, photo, "GET", "/thumbnail", limit=PREVIEW_LIMIT)
         data: bytes | None = None
         with suppress(Missing):
             for size in dict.fromkeys((self._config.thumbnail_size, "preview")):  # may be a GIF
-                data = ask(raw=True, params={"size": size, "edited": "true"})
+                params = {"size": size, "edited": "true"}
+                data = self._ask(photo, "GET", "/thumbnail", raw=True, params=params)
                 if picture_type(data)[0]:
                     break
         return data
@@ -3035,7 +3034,7 @@ def read_file(path: Path) -> bytes:
         if not path.is_file():  # opening a named pipe would block for ever
             raise Missing("preview_missing")
         with path.open("rb") as file:
-            return file.read(PREVIEW_LIMIT)
+            return file.read(REPLY_LIMIT)
     except OSError as error:
         lasting = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
         kind = Permanent if error.errno in lasting else Retryable
