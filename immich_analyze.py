@@ -2867,8 +2867,8 @@ class DbLibrary(Library):
 
     def _photo(self, row: Sequence[Any]) -> Photo:
         """The photo in a row that a statement returned."""
-        asset_id, name, description, path, note, library, told = row[:7]
-        return Photo(str(asset_id), name, description, path, True, note_in(note), library, told)
+        asset_id, name, description, path, ready, note, library, told = row[:8]
+        return Photo(str(asset_id), name, description, path, ready, note_in(note), library, told)
 
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
         """One page, ordered by id: only photos with work to do, each with its preview's path."""
@@ -2908,10 +2908,9 @@ class DbLibrary(Library):
             self.database.close()
 
     def look(self, photo: Photo) -> Photo:
-        rows = self._rows("look", id=photo.id)
-        if not rows or not rows[0][-2]:
-            raise Skip("photo_excluded")
-        return replace(self._photo(rows[0]), ready=rows[0][-1])
+        for row in self._rows("look", id=photo.id):
+            return self._photo(row)
+        raise Skip("photo_excluded")
 
     def preview(self, photo: Photo) -> bytes | None:
         """The file at `asset_file.path`; Unavailable if all are missing, as on an absent disk."""

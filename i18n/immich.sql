@@ -130,7 +130,7 @@ jsonb_build_object(
 
 -- The columns of a photo, from which the tool makes its record.
 {% macro columns(all=false) %}
-a.id, a."originalFileName", coalesce(e.description, ''), coalesce(f.path, ''),
+a.id, a."originalFileName", coalesce(e.description, ''), coalesce(f.path, ''), {{ ready() }},
 {% if notes %} m.value {% else %} NULL {% endif %},
 coalesce(a."libraryId"::text, ''), {{ facts(all) }}
 {% endmacro %}
@@ -207,7 +207,7 @@ LIMIT %(limit)s
 
 -- The same pages without texts, for when PostgreSQL cannot decode one of them.
 {% macro bare(page) %}
-SELECT id, id::text, '', '', NULL, '', '{}'::jsonb, mark FROM ({{ page }}) photos
+SELECT id, id::text, '', '', true, NULL, '', '{}'::jsonb, mark FROM ({{ page }}) photos
 {% endmacro %}
 {% set bare_listing = bare(listing) %}
 {% set bare_news = bare(news) %}
@@ -216,11 +216,11 @@ SELECT id, id::text, '', '', NULL, '', '{}'::jsonb, mark FROM ({{ page }}) photo
 SELECT count(*) {{ source() }} WHERE {{ wanted() }}
 {% endset %}
 
--- id → the columns of a photo, whether it is live, and whether it is ready.
+-- id → the columns of a photo, if it is live.
 {% set look %}
-SELECT {{ columns(all=true) }}, {{ live() }}, {{ ready() }}
+SELECT {{ columns(all=true) }}
 {{ source() }}
-WHERE a.id = %(id)s::uuid
+WHERE a.id = %(id)s::uuid AND {{ live() }}
 {% endset %}
 
 -- many → descriptions that are left alone, are not ours, and are shared by more photos than that,
