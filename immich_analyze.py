@@ -64,7 +64,6 @@ from urllib.parse import urlsplit, urlunsplit
 import configargparse
 import psycopg2.errors
 import psycopg2.extensions
-import psycopg2.extras
 import requests
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
@@ -267,6 +266,8 @@ LOG_LEVELS = {"error": 40, "warning": 30, "warn": 30, "info": 20, "debug": 10, "
 Convert = Callable[[str], Any]  # what turns an option's text into its value
 Header = tuple[str, str]  # name and value
 HEADER = r"(?!content-length|transfer-enc)([\w!#-'*+.^`|~-]+)[ \t]*:[ \t]*([!-~][\t -~]*)"
+ID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"  # of anything in Immich
+ZONES = timedelta(hours=14)  # by which a local time may differ from UTC
 NOT_UTF8 = "[\ud800-\udfff]"  # how Python reads other bytes
 
 
@@ -372,6 +373,29 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (part.strip(" \t\r\"'") for part in re.split("[,\n]", text))))
 
 
+def lines(text: str) -> tuple[str, ...]:
+    """Converter for a list of texts that may contain commas, a line each."""
+    return tuple(filter(None, map(str.strip, unicode_text(text).splitlines()))) or ("",)
+
+
+def id_in(text: str) -> str:
+    """Converter for an id of Immich's, or for a link that ends with it."""
+    if found := re.findall(ID, text.lower()):
+        return str(found[-1])
+    raise argparse.ArgumentTypeError(t("not_an_id", value=text))
+
+
+def wall_clock(text: str, *, end: bool = False) -> datetime:
+    """Converter for a photo's local time, or for a day: its beginning, or else its `end`."""
+    given = text.strip()
+    with suppress(ValueError, OverflowError):
+        found = datetime.fromisoformat(given)
+        later = found + timedelta(days=1)
+        if not found.tzinfo and found - ZONES:
+            return (later if end and len(given) <= 10 else found).replace(tzinfo=UTC)
+    raise argparse.ArgumentTypeError(t("not_a_date", value=text))
+
+
 def facts(text: str) -> tuple[str, ...]:
     """Converter for a list of facts; `all` stands for all but the coordinates."""
     known = {name: (name,) for name in FACTS} | {"all": tuple(n for n in FACTS if n != "gps")}
@@ -435,13 +459,22 @@ class Config:
     retry_failed: bool = switch()
     ignore_descriptions: tuple[str, ...] = option("TEXTS", words, action="extend")
     shard: tuple[int, int] = option("K/N", share, default="1/1")  # which, of how many
+    limit: int | None = option("N", number(1, int))  # photos to describe; a service: each day
+    photo: tuple[str, ...] = option(
+        "ID", lambda text: [*map(id_in, words(text) or [""])], action="extend"
+    )
+    album: tuple[str, ...] = option("ALBUM", lines, action="extend")  # ids, once it is open
+    taken_after: datetime | None = option("DATE", wall_clock)  # by the local clock, as if in UTC
+    taken_before: datetime | None = option("DATE", functools.partial(wall_clock, end=True))
+    favorites: bool = switch()
+    library: str | None = option("ID", id_in)  # an external one
     undo: bool = switch(action="store_true", env="")
-    dry_run: bool = switch(action="store_true", env="")
+    dry_run: bool = switch(action="store_true", env="")  # show_prompt is one, too
     prompt: str = option("TEXT", default=PROMPT, in_file=str)  # a template, if it has a TAG
     context: tuple[str, ...] = option("LIST", facts, action="extend")  # the FACTS asked for
     enrich_prompt: bool = switch()  # then they are ENRICHED at least
     description_language: str = option("LANGUAGE", language_name, default="")
-    show_prompt: str = option("ID", default="", env="")  # of a photo, or a link to it
+    show_prompt: str | None = option("ID", id_in, env="")  # of a photo
     access: Access = option(
         "ACCESS", one_of(Access), flags=("--data-access-mode", "-d"), heading="library"
     )
@@ -453,6 +486,7 @@ class Config:
     immich_header: tuple[Header, ...] = secret("HEADER", headers, action="extend")
     thumbnail_size: str = option("SIZE", one_of(SIZES), default=SIZES[0])
     api_poll_interval: float = option("S", number(0, above=True), default=10)
+    link_url: str = option("URL", web_address, shown=False)  # of Immich, for people; or ""
     wait_for_immich: bool = switch(default=True)
     wait_timeout: float = option("S", number(0), default=120)
     wait_retry_interval: float = option("S", number(0, zero=SHORTEST_PAUSE), default=5)
@@ -681,7 +715,7 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
     roots = {n: root.absolute() for n in ("immich_root", "thumbs_root") if (root := given[n])}
     moved = [root for name, root in roots.items() if root != given[name]]
     url, (database_url, named) = (options.postgres_url or "").strip(), database(environ)
-    api_url, keys = options.immich_api_url or "", options.immich_api_keys
+    api_url, keys = without_end(options.immich_api_url or "", "/api"), options.immich_api_keys
     wanted = (api_url and keys) or ((api_url or keys) and not named)
     access = options.access or (Access.API if wanted and not url else Access.DATABASE)
     if access == Access.API and not (api_url and keys):
@@ -692,19 +726,20 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
     preserve = options.preserve_human or policy is Policy.MISSING_AI
     if preserve and options.disable_ai_wrapper:
         raise Fatal("wrapper_needed")
-    if (options.undo and options.mode.monitors) or (options.dry_run and not options.undo):
-        raise Fatal("undo_alone")
-    names, _ = placeholders(options.prompt)
-    wanted = names.union(options.context, ENRICHED * options.enrich_prompt)
+    if (options.undo or options.dry_run) and options.mode.monitors:
+        raise Fatal("batch_only")
+    asked = placeholders(options.prompt)[0].union(options.context, ENRICHED * options.enrich_prompt)
     given |= roots | {
-        "context": tuple(name for name in FACTS if name in wanted),
+        "context": tuple(name for name in FACTS if name in asked),
         "policy": policy,
         "preserve_human": preserve,
         "access": access,
+        "dry_run": options.dry_run or bool(options.show_prompt),
+        "link_url": options.link_url or (api_url if access is Access.API else ""),
         "access_ambiguous": bool((url or named) and keys and not options.access),
         "notices": (*options.notices, *(AnalyzeError("root_relative", root=r) for r in moved)),
         "postgres_url": url or database_url or "host=localhost user=postgres dbname=immich",
-        "immich_api_url": api_url and without_end(api_url, "/api") + "/api",
+        "immich_api_url": api_url and api_url + "/api",
         "api_key": (options.api_key or "").strip(),
         "hosts": options.hosts or (USUAL_HOSTS.get(options.interface, "http://localhost:11434"),),
         "file_check_interval": options.file_check_interval / 1000,
@@ -981,8 +1016,17 @@ def number_at(data: object, *path: str | int) -> float:
 def taken_at(told: object) -> datetime | None:
     """When a photo was taken, by the local clock; None where it is not known."""
     with suppress(ValueError):
-        return datetime.fromisoformat(str(dig(told, "localDateTime")))
+        return datetime.fromisoformat(str(dig(told, "localDateTime"))).replace(tzinfo=UTC)
     return None
+
+
+def taken_in_time(told: object, config: Config) -> bool:
+    """Whether a photo was taken within the time that the settings name, if they do."""
+    first, end = config.taken_after, config.taken_before
+    if not (first or end):
+        return True
+    taken = taken_at(told)
+    return bool(taken and (not first or taken >= first) and (not end or taken < end))
 
 
 def age_at(born: object, taken: datetime | None) -> str:
@@ -2236,9 +2280,8 @@ UPLOAD_TIME = timedelta(minutes=1)  # how long after its date a photo may appear
 BODY_LIMIT = 10 * 2**20  # bytes; Immich's limit for a request
 SWEEP_SPAN = timedelta(days=2)  # how long after the upload a preview may appear
 MANY = 20  # photos that may share a description by chance
-NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")
+NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")  # the last one to write
 
-Tables = Mapping[str, set[str]]  # each with its columns
 Cursor = Any  # a position in a listing; opaque to all but the library that made it
 Page = tuple[Iterable[Photo], Cursor | None]  # and the next cursor; None at the end
 Opened = tuple[Callable[[], "Library"], Callable[[], bool]]  # factory; whether it reaches all
@@ -2336,7 +2379,7 @@ class Account:
     number: int  # of the key among those in the settings, from 0
     user_id: str = ""  # "" until it is known; some keys may not ask for it
     strangers: set[str] = field(default_factory=set)  # ids of partners who share their photos
-    groups: Mapping[str, Mapping[str, Sequence[Any]]] | None = None  # by kind and photo, once read
+    groups: Mapping[str, Mapping[str, Sequence[Any]]] | None = None  # by photo and kind, once read
     refused: Fatal | None = None  # why the key is no longer used
 
 
@@ -2345,7 +2388,7 @@ class Server:
     """What is known of one Immich server, shared by all threads that talk to it."""
 
     version: tuple[int, ...] = (0, 0, 0)  # may rise: each call of `clock` updates it
-    accounts: Mapping[str, Account] = field(default_factory=dict)  # by Photo.source
+    accounts: dict[str, Account] = field(default_factory=dict)  # by Photo.source
     groups: Sequence[str] = ()  # those of GROUPS that a listing reads in full
 
 
@@ -2364,9 +2407,6 @@ class Walk:
     quiet: int = 0  # consecutive pages without a new photo
 
 
-MILLISECOND = timedelta(milliseconds=1)  # responses have these, the database microseconds
-
-
 def moment(text: object) -> datetime | None:
     """A date from Immich; None for one that Python cannot represent."""
     try:
@@ -2383,12 +2423,25 @@ def onward(walk: Walk, listed: Mapping[str, datetime], more: bool, stable: bool)
     """
     quiet = 0 if listed.keys() - walk.seen.keys() else walk.quiet + 1
     seen = {**walk.seen, **listed}
-    bound = min(listed.values(), default=FAR_FUTURE) + MILLISECOND
+    # responses have milliseconds, the database microseconds
+    bound = min(listed.values(), default=FAR_FUTURE) + timedelta(milliseconds=1)
     within = more and walk.before and bound >= walk.before  # still the same millisecond
     if within or (walk.page > 1 and not stable and quiet < 4 * walk.page):
         return replace(walk, page=walk.page + 1 if within else 1, seen=seen, quiet=quiet)
     again = {asset_id: date for asset_id, date in seen.items() if date <= bound}
     return Walk(walk.part, bound, seen=again) if more else None
+
+
+def chosen(config: Config) -> list[dict[str, Any]]:
+    """The filters of the searches that together list what the settings choose."""
+    # several albums in one search would mean photos that are in all of them
+    common: dict[str, Any] = {"isFavorite": True} if config.favorites else {}
+    common |= {"libraryId": config.library} if config.library else {}
+    common |= {"takenAfter": iso(config.taken_after - ZONES)} if config.taken_after else {}
+    common |= {"takenBefore": iso(config.taken_before + ZONES)} if config.taken_before else {}
+    photos = [{"id": photo} for photo in config.photo] or [{}]
+    albums = [{"albumIds": [album]} for album in config.album] or [{}]
+    return [common | photo | album for photo in photos for album in albums]
 
 
 class ApiLibrary(Library):
@@ -2402,8 +2455,9 @@ class ApiLibrary(Library):
     def __init__(self, config: Config, server: Server) -> None:
         self._config, self._server, self._accounts = config, server, server.accounts
         self._session = Session(config.immich_header)
-        users = server.accounts.values()
-        self._parts = [(account, v) for account in users for v in ("timeline", "archive")]
+        users, groups = server.accounts.values(), chosen(config)
+        seen = ("timeline", "archive")
+        self._parts = [(account, v, group) for account in users for v in seen for group in groups]
 
     def read_version(self) -> Reply:
         """GET /server/version, which needs no key and also works during maintenance."""
@@ -2459,20 +2513,22 @@ class ApiLibrary(Library):
         self, account: Account, method: str, path: str, *, raw: bool = False, **options: Any
     ) -> Any:
         """The response's JSON, or its bytes if `raw`; Skip once the key has been refused."""
+        if account.refused:
+            raise account.refused.as_kind(Skip)
         try:
-            if not account.refused:
-                with blame(functools.partial(self.permissions, account.key)):
-                    reply = self._send(account.key, method, path, **options)
-                    return reply.body if raw else reply.json()
+            with blame(functools.partial(self.permissions, account.key)):
+                reply = self._send(account.key, method, path, **options)
+                return reply.body if raw else reply.json()
         except Fatal as error:
             if error.key not in ("immich_key_refused", "immich_permission_missing"):
                 raise
-            first, account.refused = not account.refused, error
+            first = not account.refused
+            account.refused = Fatal("key_refused", number=account.number + 1, why=error)
             if all(other.refused for other in self._accounts.values()):
                 raise
             if first:
-                log.error("%s", t("key_refused", number=account.number + 1, why=error))
-        raise Skip("key_refused", number=account.number + 1, why=account.refused)
+                log.error("%s", account.refused)
+            raise account.refused.as_kind(Skip) from error
 
     def _ask(self, photo: Photo, method: str, path: str = "", **options: Any) -> Any:
         """Send a request about one photo, with its owner's key."""
@@ -2496,15 +2552,13 @@ class ApiLibrary(Library):
 
     def _page(self, walk: Walk, query: dict[str, Any]) -> Page:
         """One page of photos, and the next cursor."""
-        account, visibility = self._parts[walk.part]
-        query = query | self._filter(visibility) | {"withExif": True}
+        account, visibility, group = self._parts[walk.part]
+        query = query | self._filter(visibility) | group | {"withExif": True}
         query |= {"withPeople": True} if "people" in self._config.context else {}
         items, step = self._step(account, walk, query)
         # built lazily, while the next page is fetched, unless it takes requests to find the owner
         made = iter if account.user_id else list
-        note = UNREAD if self.keeps_notes() else None
-        found = ((item, self._photo(item, account, note)) for item in items)
-        photos = made(photo for item, photo in found if photo and self._owns(account, item))
+        photos = made(filter(None, (self._photo(item, account) for item in items)))
         if step is None and walk.part + 1 < len(self._parts):
             step = Walk(walk.part + 1)
         return photos, step
@@ -2534,14 +2588,14 @@ class ApiLibrary(Library):
             return {"type": "IMAGE", "visibility": visibility}
         return {"type": "IMAGE", "isArchived": visibility == "archive", "isVisible": True}
 
-    def _photo(self, item: Any, account: Account, note: Note | None = None) -> Photo | None:
-        """The photo in an item of a response; None for one that is not to be listed."""
+    def _photo(self, item: Any, account: Account) -> Photo | None:
+        """The photo in an item of a response; None for one that this user is not to be shown."""
         hidden = item.get("type") != "IMAGE" or item.get("visibility") in ("hidden", "locked")
-        if hidden or True in (item.get("isTrashed"), item.get("isOffline")):
+        hidden = hidden or True in (item.get("isTrashed"), item.get("isOffline"))
+        if hidden or not taken_in_time(item, self._config) or not self._owns(account, item):
             return None
         if account.groups is None:
             account.groups = self._groups(account)
-        groups = {kind: photos.get(item["id"], []) for kind, photos in account.groups.items()}
         description = dig(item, "exifInfo", "description")
         return Photo(
             id=item["id"],
@@ -2549,9 +2603,9 @@ class ApiLibrary(Library):
             description=description if isinstance(description, str) else "",
             source=str(account.number),
             ready=bool(item.get("thumbhash")),  # null until the preview is made
-            note=note,
+            note=UNREAD if self.keeps_notes() else None,
             library=str(item.get("libraryId") or ""),
-            told={**item, **groups} if self._config.context else {},
+            told={**item, **account.groups.get(item["id"], {})} if self._config.context else {},
         )
 
     def _owns(self, account: Account, item: dict[str, Any]) -> bool:
@@ -2561,8 +2615,8 @@ class ApiLibrary(Library):
         per owner tells, as only the owner may update a photo.
         """
         owner: Any = item.get("ownerId")
-        if self._config.show_prompt and not account.user_id:
-            return True  # as nothing is written then
+        if self._config.dry_run and not account.user_id:
+            return True
         if not account.user_id and owner not in account.strangers:
             path = f"/assets/{item['id']}"
             try:
@@ -2577,20 +2631,32 @@ class ApiLibrary(Library):
                     account.strangers.add(owner)
         return bool(owner) and owner == account.user_id
 
-    def _groups(self, account: Account) -> dict[str, dict[str, list[Any]]]:
-        """A user's albums and tags by photo, by one search for each album and tag."""
-        groups: dict[str, dict[str, list[Any]]] = {}
+    def _groups(self, account: Account) -> Mapping[str, Mapping[str, Sequence[Any]]]:
+        """A user's albums and tags by photo and kind, by one search for each album and tag."""
+        groups = defaultdict[str, Any](functools.partial(defaultdict, list))
         for kind in self._server.groups:
-            photos = groups[kind] = defaultdict[str, list[Any]](list)
-            paths = [f"/{kind}"]
-            if kind == "albums" and self._server.version < (3, 0, 0):
-                paths.append("/albums?shared=true")
-            listed = [one for path in paths for one in dig_list(self._call(account, "GET", path))]
-            for group_id, group in {str(dig(one, "id")): one for one in listed}.items():
-                told = dig(group, "albumName") if kind == "albums" else group
+            for group_id, told in self.listed_groups(account, kind).items():
                 for photo_id in self._members(account, {GROUPS[kind][1]: [group_id]}):
-                    photos[photo_id].append(told)
+                    groups[photo_id][kind].append(told)
         return groups
+
+    def listed_groups(self, account: Account, kind: str) -> dict[str, Any]:
+        """GET /albums, by id the names of a user's own and of those shared, or GET /tags."""
+        paths = [f"/{kind}"]
+        if kind == "albums" and self._server.version < (3, 0, 0):
+            paths.append("/albums?shared=true")
+        listed = [one for path in paths for one in dig_list(self._call(account, "GET", path))]
+        told = {str(dig(one, "id")): one for one in listed}
+        return {n: text_at(o, "albumName") for n, o in told.items()} if kind == "albums" else told
+
+    def has_album(self, album: str) -> bool:
+        """Whether one of the users can see an album; else searches for its photos are refused."""
+        body = {"albumIds": [album], "size": 1}
+        for account in self._accounts.values():
+            with suppress(Skip):
+                self._call(account, "POST", "/search/metadata", json=body)
+                return True
+        return False
 
     def _members(self, account: Account, query: dict[str, Any]) -> Iterator[str]:
         """The ids of the photos in a group, including some of other users."""
@@ -2603,10 +2669,12 @@ class ApiLibrary(Library):
 
     def total(self) -> int:
         """POST /search/statistics, which needs asset.statistics."""
+        if self._config.photo:
+            return len(self._config.photo)
         # not by _call, which would retire a key that lacks this right but can do the work
         ask = functools.partial(self._send, method="POST", path="/search/statistics")
-        answers = [ask(account.key, json=self._filter(v)).json() for account, v in self._parts]
-        return int(sum(number_at(answer, "total") for answer in answers))
+        answers = [ask(user.key, json=self._filter(v) | group) for user, v, group in self._parts]
+        return int(sum(number_at(answer.json(), "total") for answer in answers))
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
         """Photos updated since then, as Immich updates a photo when it makes the preview."""
@@ -2647,9 +2715,8 @@ class ApiLibrary(Library):
         return replace(photo, note=note_in(dig(told, "value")))
 
     def look(self, photo: Photo) -> Photo:
-        item, account = self._read(photo), self._accounts[photo.source]
-        found = self._photo(item, account)
-        if not found or not self._owns(account, item):
+        found = self._photo(self._read(photo), self._accounts[photo.source])
+        if not found:
             raise Skip("photo_excluded")
         return self.claim(found)
 
@@ -2707,12 +2774,32 @@ class ApiLibrary(Library):
         self._session.close()
 
 
+def with_album_ids(
+    config: Config, known: Iterable[tuple[str, ...]], exists: Callable[[str], bool]
+) -> Config:
+    """The settings with ids for albums; Fatal unless each is exactly one of the known.
+
+    `known` has each album's id and its names, the one to show first.
+    """
+    found: list[str] = []
+    for album in config.album:
+        same = re.findall(ID, album.lower())[-1:] or [n for n, *names in known if album in names]
+        if len(same) != 1 or not exists(same[0]):
+            shown = ", ".join(sorted(name for _, name, *_ in known))
+            raise Fatal("unknown_album", album=album, albums=shown or "-")
+        found += same
+    return replace(config, album=tuple(dict.fromkeys(found)))
+
+
 def open_api(config: Config) -> Opened:
     """Check Immich's address and each key; keys that are refused are left out."""
     renews = config.policy is Policy.OUTDATED
+    named = not all(re.search(ID, album.lower()) for album in config.album)
     groups = [n for n in config.context if n == "albums" or (n == "tags" and renews)]
     server = Server(groups=groups)
-    needed = (*NEEDED_PERMISSIONS, *(GROUPS[name][0] for name in groups))
+    needed = [*NEEDED_PERMISSIONS, *(GROUPS[n][0] for n in {*groups, *["albums"] * named})]
+    if config.dry_run:
+        needed.remove("asset.update")
     accounts: dict[str, Account] = {}  # by user, as two keys may belong to one
     with closing(ApiLibrary(config, server)) as library:
         library.read_version()
@@ -2723,36 +2810,37 @@ def open_api(config: Config) -> Opened:
             except Unexpected:  # says nothing about the key
                 raise
             except Fatal as error:
-                account.refused = error
+                account.refused = Fatal("key_refused", number=number + 1, why=error)
             accounts.setdefault(account.user_id or key, account)
-    users = accounts.values()
-    server.accounts = {str(one.number): one for one in users if not one.refused}
-    for account in users:
-        if account.refused:
-            trouble = Fatal("key_refused", number=account.number + 1, why=account.refused)
+        users = accounts.values()
+        server.accounts |= {str(one.number): one for one in users if not one.refused}
+        for trouble in (one.refused for one in users if one.refused):
             if not server.accounts:
                 raise trouble
             log.error("%s", trouble)
-    if renews and server.version < (2, 5, 0):
-        raise Fatal("notes_needed")
-    if "albums" in groups and server.version < (1, 135, 0):
-        groups.remove("albums")
-        log.warning("%s", t("no_albums"))
-    return lambda: ApiLibrary(config, server), lambda: not any(one.refused for one in users)
+        if renews and server.version < (2, 5, 0):
+            raise Fatal("notes_needed")
+        if "albums" in groups and server.version < (1, 135, 0):
+            groups.remove("albums")
+            log.warning("%s", t("no_albums"))
+        if config.album and server.version < (1, 135, 0):  # its searches ignore albums
+            raise Fatal("albums_too_old")
+        asked = server.accounts.values() if named else ()
+        known = {album for user in asked for album in library.listed_groups(user, "albums").items()}
+        found = with_album_ids(config, known, library.has_album)
+    return lambda: ApiLibrary(found, server), lambda: not any(one.refused for one in users)
 
 
-def statements(tables: Tables, config: Config) -> dict[str, Any]:
-    """The SQL of immich.sql, by name, for these tables; Unexpected if they are not Immich's."""
-    described, context = config.policy is not Policy.NONE, config.context
-    ignored = expression(config.ignore_descriptions) if config.ignore_descriptions else ""
-    given = {"tables": tables, "described": described, "ignored": ignored, "context": context}
+def statements(tables: Mapping[str, set[str]], config: Config) -> dict[str, Any]:
+    """The SQL of immich.sql for tables with these columns; Unexpected if they are not Immich's."""
+    ignored = expression(config.ignore_descriptions)
+    given = {"tables": tables, "config": config, "ignored": ignored}
     named: dict[str, Any] = vars(template(data_file("immich.sql")).make_module(given))
     if not tables.keys() >= {*named["needed"]}:
         raise Unexpected("no_immich_tables")
     return named
 
 
-BEFORE_ALL_IDS = "00000000-0000-0000-0000-000000000000"
 REOPEN_AFTER = 3600.0  # seconds; by then, an upgrade of Immich may have changed its tables
 # Defaults, which the setting overrides; a lost connection is noticed within a minute.
 CONNECTION = (
@@ -2761,22 +2849,31 @@ CONNECTION = (
 )
 
 
-class Database:
-    """One connection, opened on first use, and reopened every hour and after it was lost."""
+class DbLibrary(Library):
+    """Immich's own tables, 1.132 to 3.3, on PostgreSQL 14 and newer.
 
+    Its connection is opened on first use, and reopened every hour and after it was lost. A
+    description is changed only together with its note, and only if it still is as listed.
+    """
+
+    must_confirm = False
     chosen: Mapping[str, Any]  # statements for the tables that this connection found
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, most_workers: int = 1) -> None:
         self._config = config
+        self._given = {one.name: getattr(config, one.name) for one in fields(config)} | {"key": KEY}
         self._connection: psycopg2.extensions.connection | None = None
         self._opened = 0.0
+        self._root = config.thumbs_root or config.immich_root
+        self._thumbs = "" if config.thumbs_root else "thumbs"
+        self.most_workers = most_workers
 
     def rows(self, name: str, **parameters: object) -> list[tuple[Any, ...]]:
         """Run a statement in a transaction of its own; return its rows, if any."""
         kept = self._connection is not None  # from an earlier call, so it may be dead
         try:
             with sql(), self._open().cursor() as cursor:
-                cursor.execute(self.chosen[name], parameters | {"key": KEY})
+                cursor.execute(self.chosen[name], self._given | parameters)
                 return cursor.fetchall() if cursor.description else [()] * cursor.rowcount
         except (Unavailable, Unexpected) as error:  # the tables may have changed
             self.close()
@@ -2801,35 +2898,14 @@ class Database:
         self._connection, self._opened = new, now
         return new
 
-    def close(self) -> None:
-        """Close the connection; may be called twice."""
-        if self._connection:
-            self._connection.close()
-        self._connection = None
-
-
-class DbLibrary(Library):
-    """Immich's own tables, 1.132 to 3.3, on PostgreSQL 14 and newer.
-
-    A description is changed only together with its note, and only if it still is as listed.
-    """
-
-    must_confirm = False
-
-    def __init__(self, config: Config, most_workers: int = 1) -> None:
-        self.database = Database(config)
-        self._root = config.thumbs_root or config.immich_root
-        self._thumbs = "" if config.thumbs_root else "thumbs"
-        self.most_workers = most_workers
-
     def _rows(self, name: str, note: Note | None = None, **values: object) -> list[tuple[Any, ...]]:
-        stored = psycopg2.extras.Json(note.value(datetime.now(UTC))) if note else None
+        stored = json.dumps(note.value(datetime.now(UTC))) if note else None
         with blame(self.check):
-            return self.database.rows(name, note=stored, **values)
+            return self.rows(name, note=stored, **values)
 
     def check(self) -> None:
         """Unexpected if the database is read-only, or none of a few previews is in the folder."""
-        [(read_only, samples)] = self.database.rows("check")
+        [(read_only, samples)] = self.rows("check")
         if read_only == "on":
             self.close()  # another connection may take writes
             raise Unexpected("database_read_only")
@@ -2871,8 +2947,8 @@ class DbLibrary(Library):
         return Photo(str(asset_id), name, description, path, ready, note_in(note), library, told)
 
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
-        """One page, ordered by id: only photos with work to do, each with its preview's path."""
-        return self._listed("listing", since=since, after=cursor or BEFORE_ALL_IDS)
+        """One page, by id or the newest first: only photos with work to do."""
+        return self._listed("listing", since=since, after=cursor)
 
     def total(self) -> int:
         return int(self._rows("count")[0][0])
@@ -2880,10 +2956,11 @@ class DbLibrary(Library):
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
         """New preview rows, ordered by `asset_file."updateId"`: only photos with work to do."""
         uploaded = started and started - SWEEP_SPAN  # as previews made anew appear, too
-        photos: list[Photo] = []
-        mark: str | None = BEFORE_ALL_IDS
+        listed = functools.partial(self._listed, "news", since=since, uploaded=uploaded)
+        page, mark = listed(after=None)
+        photos = [*page]
         while mark:
-            page, mark = self._listed("news", since=since, uploaded=uploaded, after=mark)
+            page, mark = listed(after=mark)
             photos += page
         return photos
 
@@ -2905,12 +2982,13 @@ class DbLibrary(Library):
         try:
             self._rows("release", id=photo.id)
         except AnalyzeError:
-            self.database.close()
+            self.close()
 
     def look(self, photo: Photo) -> Photo:
-        for row in self._rows("look", id=photo.id):
-            return self._photo(row)
-        raise Skip("photo_excluded")
+        rows = self._rows("look", id=photo.id)
+        if not rows:
+            raise Skip("photo_excluded")
+        return self._photo(rows[0])
 
     def preview(self, photo: Photo) -> bytes | None:
         """The file at `asset_file.path`; Unavailable if all are missing, as on an absent disk."""
@@ -2940,7 +3018,9 @@ class DbLibrary(Library):
                 self._rows("remember", id=photo.id, note=note)
 
     def close(self) -> None:
-        self.database.close()
+        if self._connection:
+            self._connection.close()
+        self._connection = None
 
 
 PREVIEW_NAME = re.compile(r"([0-9a-f]{8}(-[0-9a-f]{4,12}){4})[-_]preview(_edited)?\.(jpe?g|webp)")
@@ -2955,7 +3035,6 @@ class PreviewWatch(fs.FileSystemEventHandler):
     """
 
     def __init__(self, folder: Path, event: Callable[[], None], cooldown: float) -> None:
-        self.since = math.inf  # when it began to see everything
         self.events = 0  # how many it reported
         self._folder = folder
         self._event = event
@@ -2968,7 +3047,8 @@ class PreviewWatch(fs.FileSystemEventHandler):
     def _renew(self) -> None:
         """Start in a thread of its own, as a large library has 65,536 folders to walk through."""
         self.close()
-        self.since, self._renewed = math.inf, time.monotonic()
+        self.since = math.inf  # when it began to see everything
+        self._renewed = time.monotonic()
         threading.Thread(target=self._begin, name="watch", daemon=True).start()
 
     def _begin(self) -> None:
@@ -3042,27 +3122,30 @@ def read_file(path: Path) -> bytes:
 
 def open_database(config: Config) -> Opened:
     """Check the connection, the tables, the rights and the folder of previews."""
-    with closing(DbLibrary(config)) as library, closing(Database(config)) as other:
-        database = library.database
-        spare, chosen = database.rows("spare")[0][0], database.chosen
-        if missing := database.rows("grants", undo=config.undo):
+    with closing(DbLibrary(config)) as library, closing(DbLibrary(config)) as other:
+        found, spare = config, library.rows("spare")[0][0]
+        if missing := library.rows("grants"):
             raise Fatal("grants_missing", grants="; ".join(grant for (grant,) in missing))
         library.check()
+        if config.album:
+            known = library.rows("known_albums")
+            found = with_album_ids(config, known, {album for album, *_ in known}.__contains__)
         lock = os.urandom(8).hex()
         with suppress(Unavailable):  # without a second connection, it cannot be tested
-            taken = [each.rows("claim", id=lock) for each in (database, other) * 10]
-            if taken != [[(True,)], [(False,)]] * 10:  # a busy pooler may get it right by chance
+            taken = [each.rows("claim", id=lock) for each in (library, other) * 10]
+            # a busy pooler may get it right by chance; a dry run claims nothing
+            if taken != [[(True,)], [(config.dry_run,)]] * 10:
                 raise Fatal("pooled_by_transaction")
         with suppress(Permanent):
-            say_repeated(dict(database.rows("repeated", many=MANY)), config)
-    if config.policy is Policy.OUTDATED and not chosen["notes"]:
+            say_repeated(dict(library.rows("repeated", many=MANY)), config)
+    if config.policy is Policy.OUTDATED and not library.chosen["notes"]:
         raise Fatal("notes_needed")
-    if not chosen["locks"]:
+    if not library.chosen["locks"]:
         log.warning("%s", t("no_lock"))
     most = max(1, spare * 3 // 4 - 1)  # a quarter is for other programs, two for the stream
     if most < 2 * config.max_concurrent:
         log.warning("%s", t("few_connections", free=spare + 1, number=most))
-    return lambda: DbLibrary(config, most), lambda: True
+    return lambda: DbLibrary(found, most), lambda: True
 
 
 def say_repeated(texts: Mapping[str, int], config: Config) -> None:
@@ -3074,11 +3157,22 @@ def say_repeated(texts: Mapping[str, int], config: Config) -> None:
         log.info("%s", t("same_description", texts=", ".join(shown[:3])))
 
 
+def find(photo_id: str, library: Library, config: Config) -> Photo:
+    """The photo with an id, with whichever key that works; Fatal if it cannot be described."""
+    for source in range(max(1, len(config.immich_api_keys))):
+        with suppress(Skip, Permanent, LookupError):  # LookupError: two keys of one user
+            return library.look(Photo(photo_id, "", "", str(source)))
+    raise Fatal("unknown_photo", photo=photo_id)
+
+
 def open_library(config: Config) -> Opened:
     """Check the library; return what makes one per worker, and what tells if all is reached."""
-    opener = open_api if config.access is Access.API else open_database
     try:
-        return opener(config)
+        opened = open_api(config) if config.access is Access.API else open_database(config)
+        with closing(opened[0]()) as library:
+            for photo_id in config.photo:
+                find(photo_id, library, config)
+        return opened
     except (Retryable, Permanent, Missing, Skip) as error:
         raise error.as_kind(Unavailable if isinstance(error, Retryable) else Unexpected) from error
 
@@ -3200,6 +3294,7 @@ class Tally:
         self.reasons: Counter[tuple[Outcome, str]] = Counter()  # the same by message key
         self.total: int | None = None  # photos in the backlog, if known
         self.listed = 0  # how many of these so far
+        self.most: float = math.inf  # photos to describe
         self.began = self.moved = time.monotonic()  # when the stream or a photo last made progress
 
     def add(self, outcome: Outcome, reason: str = "", number: int = 1) -> None:
@@ -3372,6 +3467,7 @@ class Run:
     new_library: Callable[[], Library]
     checks: Checks = field(default_factory=Checks)
     taken: Taken = field(default_factory=Taken)
+    show: Callable[[Photo, str, Config], None] = lambda *_: None  # what a photo would get
 
 
 # --- Which photo is next ---
@@ -3629,10 +3725,9 @@ def store(photo: Photo, text: str, library: Library, run: Run) -> None:
 def put(
     photo: Photo, added: str, stored: str, note: Note | None, library: Library, run: Run
 ) -> bool:
-    """Write, to be read back if need be, or say it in a dry run; False if the text has changed."""
+    """Write, to be read back if need be, or show it in a dry run; False if the text has changed."""
     if run.config.dry_run:
-        shown = json.dumps(stored, ensure_ascii=False)
-        log.warning("%s", t("would_undo", name=photo.name, id=photo.id, text=shown))
+        run.show(photo, stored, run.config)
         return True
     done = run.patience(library.write, photo, stored, note, tries=VALUABLE_TRIES)
     if done and library.must_confirm:
@@ -3682,7 +3777,8 @@ def work(photos: Iterable[Photo], library: Library, ai: Ai, run: Run) -> None:
         for photo in photos:
             outcome, error = attempt(story, photo, library, ai, run)
             conclude(photo, outcome, error, run)
-            attempt(run.patience, library.remember, run.tally.proven_failures())
+            if not run.config.dry_run:
+                attempt(run.patience, library.remember, run.tally.proven_failures())
 
 
 # --- Reading back what was written ---
@@ -3883,7 +3979,7 @@ def show_progress(tally: Tally, over: threading.Event) -> None:
             last = over.wait(1.0)
             left_out = tally.counts[Outcome.SKIPPED] + tally.counts[Outcome.NOT_READY]
             bar.n = tally.counts.total() - left_out
-            bar.total = max(0, (tally.total or 0) - left_out)
+            bar.total = min(max(0, (tally.total or 0) - left_out), tally.most)
             shown = bar.format_dict
             ends, narrow = 0 < bar.total >= bar.n, 0 < (shown["ncols"] or 0) < 60
             bar.bar_format = ENDLESS if not ends else NARROW if narrow else WIDE
@@ -4030,7 +4126,29 @@ def keep_posted(status: Status, tally: Tally, stop: Stop) -> None:
     notify("STOPPING=1")
 
 
-def in_turn(photos: Iterator[Photo], turn: threading.Lock, *idle: Library) -> Iterator[Photo]:
+def limited(photos: Iterator[Photo], busy: set[int], run: Run) -> Generator[Photo, None, None]:
+    """The photos of a stream until `--limit` are described; a service goes on the next day."""
+    counts, day, before = run.tally.counts, None, 0
+    while not run.stop.is_set():
+        today = datetime.now(UTC).astimezone().date()
+        done = counts[Outcome.DESCRIBED] + counts[Outcome.UNDONE]
+        if run.config.mode.monitors and day != today:
+            day, before = today, done
+        left = run.tally.most + before - done
+        if left > len(busy):
+            if not (photo := next(photos, None)):
+                return
+            yield photo
+        elif left <= 0 and not run.config.mode.monitors:
+            return
+        else:  # one of those that are being described may fail
+            run.tally.moved = time.monotonic()
+            run.stop.nap(1.0)
+
+
+def in_turn(
+    photos: Iterator[Photo], turn: threading.Lock, busy: set[int], *idle: Library
+) -> Iterator[Photo]:
     """One worker's share of a stream; it holds `turn` while it waits for the next photo."""
     while True:
         if not turn.acquire(timeout=IDLE):
@@ -4039,20 +4157,23 @@ def in_turn(photos: Iterator[Photo], turn: threading.Lock, *idle: Library) -> It
             turn.acquire()
         try:
             photo = next(photos, None)
+            busy.add(threading.get_ident())
         finally:
             turn.release()
         if not photo:
             return
         yield photo
+        busy.discard(threading.get_ident())
 
 
 def describe_library(run: Run) -> None:
     """Describe what is there and what arrives, with as many workers as the settings ask for."""
     config, tally = run.config, run.tally
+    tally.most = config.limit or (10 if config.dry_run and not config.undo else math.inf)
 
     def worker() -> None:
         with closing(run.new_library()) as library, closing(Ai(config, run.hosts, run.stop)) as ai:
-            work(in_turn(photos, turn, library), library, ai, run)
+            work(in_turn(photos, turn, busy, library), library, ai, run)
 
     def checker() -> None:
         with closing(run.new_library()) as library:
@@ -4068,7 +4189,9 @@ def describe_library(run: Run) -> None:
             over, pool = threading.Event(), stack.enter_context(ThreadPoolExecutor(1, "progress"))
             pool.submit(show_progress, tally, over)
             stack.callback(over.set)
-        photos, turn = stack.enter_context(closing(stream(run, library))), threading.Lock()
+        found = stack.enter_context(closing(stream(run, library)))
+        turn, busy = threading.Lock(), set[int]()  # threads of workers that have a photo
+        photos = stack.enter_context(closing(limited(found, busy, run)))
         # two workers for each place at a host, so that a photo that waits does not hold up others
         workers = [worker] * min(2 * config.max_concurrent, library.most_workers)
         run_all(workers, [checker] if library.must_confirm else [], run)
@@ -4099,21 +4222,29 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
     status.ready = True
     if service:
         log.info("%s", t("ready"))
-    describe_library(Run(config, stop, hosts, status.waits, tally, new_library))
+    describe_library(Run(config, stop, hosts, status.waits, tally, new_library, show=show_text))
     return complete()
 
 
-def show_prompt(config: Config) -> int:
+def show_text(photo: Photo, text: str, config: Config) -> None:
+    """Print the description that a photo would get; to undo one is rather a note for the log."""
+    if config.undo:
+        shown = json.dumps(text, ensure_ascii=False)
+        log.warning("%s", t("would_undo", name=photo.name, id=photo.id, text=shown))
+        return
+    place = f"{public(config.link_url)}/photos/{photo.id}" if config.link_url else photo.id
+    said = f"{one_line(photo.name)}\n{place}\n\n{text}\n"
+    with suppress(OSError):  # nobody may read it any more
+        tqdm.write(re.sub(rf"(?!\n){UNSAFE}", "\ufffd", said), file=sys.stdout)
+
+
+def show_prompt(photo_id: str, config: Config) -> int:
     """Print what would be asked about one photo, without asking a model or writing anything."""
-    ids = re.findall("[0-9a-f-]{36}", config.show_prompt.lower())
     new_library, _ = open_library(config)
     with closing(new_library()) as library:
-        for source in range(max(1, len(config.immich_api_keys))):
-            with suppress(Skip, Permanent, LookupError):  # LookupError: two keys of one user
-                photo = library.with_facts(library.look(Photo(ids[-1], "", "", str(source))))
-                sys.stdout.write(question(photo, config) + "\n")
-                return 0
-    raise Fatal("unknown_photo", photo=config.show_prompt)
+        photo = library.with_facts(find(photo_id, library, config))
+        sys.stdout.write(question(photo, config) + "\n")
+    return 0
 
 
 def sum_up(config: Config, tally: Tally, code: int) -> None:
@@ -4131,7 +4262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - closed by the caller
     sys.stdout = sys.stdout or sys.stderr
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # for letters that the locale lacks
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # for any letter, at once
     stop, tally = Stop(), Tally()
     signals = Signals(stop)
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -4146,9 +4277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.healthcheck:
             return ask_health(config)
         if config.show_prompt:
-            return show_prompt(config)
+            return show_prompt(config.show_prompt, config)
         if config.undo:
-            tally = Tally("tally_dry_run" if config.dry_run else "tally_undo")
+            tally = Tally("tally_would_undo" if config.dry_run else "tally_undo")
+        elif config.dry_run:
+            tally = Tally("tally_dry_run")
         signals.grace, signals.sum_up = config.grace, functools.partial(sum_up, config, tally)
         complete = serve(config, stop, tally)
         code = 0 if complete and not tally.counts[Outcome.FAILED] else 1

@@ -5,9 +5,9 @@
 -- Parameters are written as psycopg2 expects, %(id)s; any other % is doubled. These comments are
 -- not sent to the server, as only the contents of macros and statements are.
 --
--- The template is given `tables`, each with its columns; `described`, whether photos that have a
--- description are wanted, too; `ignored`, a regular expression for descriptions that count as none,
--- or ""; and `context`, the names of the facts to read.
+-- The template is given `tables`, each with its columns; `config`, the settings, which are also
+-- parameters of each statement; and `ignored`, a regular expression for the descriptions that count
+-- as none.
 
 
 -- ------------------------------------------------------------------------------
@@ -32,8 +32,10 @@
 -- The tables with the facts to read; the one with text in photos exists from 2.2 on.
 {% set known_by = {'people': ['person', face], 'albums': [album, in_album, of_album],
                    'tags': [tag, 'tag_asset'], 'text': ['asset_ocr']} %}
-{% set facts_from = known_by.items() | selectattr(0, 'in', context) | map('last') | sum(start=[])
-                    | select('in', tables) | list %}
+{% set user = 'user' if 'user' in tables else 'users' %}
+{% set chosen_by = [album, in_album, of_album, user] * (config.album | length > 0) %}
+{% set facts_from = chosen_by + (known_by.items() | selectattr(0, 'in', config.context) | map('last') | sum(start=[])
+                    | select('in', tables) | list) %}
 
 -- 1.133 on; before, there is only "isVisible".
 {% set visibility = 'visibility' in tables.get(asset, ()) %}
@@ -46,6 +48,9 @@
 
 -- 2.5 on: photos have notes. Their table is older, but held only Immich's own before.
 {% set notes = 'isEdited' in tables.get(asset, ()) %}
+
+-- Whether anything is to be written.
+{% set writes = not config.dry_run %}
 
 
 -- ------------------------------------------------------------------------------
@@ -108,7 +113,7 @@ WHERE o."assetId" = a.id {% if 'isVisible' in tables['asset_ocr'] %} AND o."isVi
 
 -- All facts, or only those for listings, which leave out the text in photos because it is long.
 {% macro facts(all) %}
-{% if context %}
+{% if config.context %}
 jsonb_build_object(
     'originalFileName', a."originalFileName",
     'localDateTime', a."localDateTime" AT TIME ZONE 'UTC',
@@ -118,9 +123,9 @@ jsonb_build_object(
         'make', e.make, 'model', e.model, 'lensModel', e."lensModel", 'iso', e.iso,
         'exposureTime', e."exposureTime", 'fNumber', e."fNumber", 'focalLength', e."focalLength"
     )
-    {% if 'people' in context %}, 'people', ({{ people() }}) {% endif %}
-    {% if 'albums' in context %}, 'albums', ({{ albums() }}) {% endif %}
-    {% if 'tags' in context %}, 'tags', ({{ tags() }}) {% endif %}
+    {% if 'people' in config.context %}, 'people', ({{ people() }}) {% endif %}
+    {% if 'albums' in config.context %}, 'albums', ({{ albums() }}) {% endif %}
+    {% if 'tags' in config.context %}, 'tags', ({{ tags() }}) {% endif %}
     {% if all and 'asset_ocr' in facts_from %}, 'ocr', ({{ text() }}) {% endif %}
 )
 {% else %}
@@ -155,18 +160,32 @@ AND a.type = 'IMAGE'
 
 -- The policy allows this description to be replaced.
 {% macro replaceable() %}
-{% if described %}
+{% if config.policy != 'none' %}
 true
-{% elif ignored %}
+{% elif config.ignore_descriptions %}
 ({{ empty() }} OR e.description ~ $re${{ ignored | replace('%', '%%') }}$re$)
 {% else %}
 {{ empty() }}
 {% endif %}
 {% endmacro %}
 
+-- The settings choose the photo.
+{% macro chosen() %}
+true
+{% if config.photo %} AND a.id IN %(photo)s {% endif %}
+{% if config.album %}
+AND EXISTS (SELECT FROM {{ in_album }} i
+            WHERE i."asset{{ s }}Id" = a.id AND i."album{{ s }}Id" IN %(album)s)
+{% endif %}
+{% if config.taken_after %} AND a."localDateTime" >= %(taken_after)s {% endif %}
+{% if config.taken_before %} AND a."localDateTime" < %(taken_before)s {% endif %}
+{% if config.favorites %} AND a."isFavorite" {% endif %}
+{% if config.library %} AND a."libraryId" = %(library)s {% endif %}
+{% endmacro %}
+
 -- The photos to describe.
 {% macro wanted() %}
-{{ live() }} AND {{ ready() }} AND {{ replaceable() }}
+{{ live() }} AND {{ ready() }} AND {{ replaceable() }} AND {{ chosen() }}
 {% endmacro %}
 
 
@@ -174,17 +193,29 @@ true
 -- Which photos there are
 -- ------------------------------------------------------------------------------
 
--- since, after, limit → the columns of a photo, and its id as the cursor for the next page.
--- The condition is repeated for each table, so that each is read from there by its primary key.
+-- since, after, limit → the columns of a photo, and its id as the cursor for the next page; after
+-- is NULL for the first one. The condition is repeated for each table, so that each is read from
+-- there by its primary key. If only some photos are to be described, the newest come first; the
+-- cursor is then the date and the id.
+{% set some = config.limit or config.dry_run %}
+{% macro after() %} coalesce(%(after)s, '00000000-0000-0000-0000-000000000000')::uuid {% endmacro %}
+{% macro newest() %}
+to_char(a."fileCreatedAt" AT TIME ZONE 'UTC', 'YYYYMMDDHH24MISSUS') || a.id
+{% endmacro %}
 {% set listing %}
-SELECT {{ columns() }}, a.id AS mark
+SELECT {{ columns() }}, {{ newest() if some else 'a.id' }} AS mark
 {{ source() }}
 WHERE {{ wanted() }}
   AND (%(since)s IS NULL OR a."createdAt" >= %(since)s)
-  AND a.id > %(after)s::uuid
-  AND e."assetId" > %(after)s::uuid
-  AND j."assetId" > %(after)s::uuid
+{% if some %}
+  AND (%(after)s IS NULL OR {{ newest() }} < %(after)s)
+ORDER BY {{ newest() }} DESC
+{% else %}
+  AND a.id > {{ after() }}
+  AND e."assetId" > {{ after() }}
+  AND j."assetId" > {{ after() }}
 ORDER BY a.id
+{% endif %}
 LIMIT %(limit)s
 {% endset %}
 
@@ -299,10 +330,10 @@ SELECT id FROM written
 -- id → whether we got the photo's advisory lock, which ends with the connection. Its key is two
 -- numbers, as Immich's own locks have one; the first number marks the lock as ours.
 {% set claim %}
-SELECT pg_try_advisory_lock(1229802817, hashtext(%(id)s))
+SELECT {% if writes %} pg_try_advisory_lock(1229802817, hashtext(%(id)s)) {% else %} true {% endif %}
 {% endset %}
 {% set release %}
-SELECT pg_advisory_unlock(1229802817, hashtext(%(id)s))
+SELECT {% if writes %} pg_advisory_unlock(1229802817, hashtext(%(id)s)) {% else %} true {% endif %}
 {% endset %}
 
 {% set clock %}
@@ -311,7 +342,7 @@ SELECT clock_timestamp()
 
 -- Whether the server is read-only, and the paths of some previews, to check the folder.
 {% set check %}
-SELECT current_setting('transaction_read_only'),
+SELECT {% if writes %} current_setting('transaction_read_only') {% else %} 'off' {% endif %},
     ARRAY(SELECT path FROM {{ file }} WHERE type = 'preview' LIMIT 50)
 {% endset %}
 
@@ -328,23 +359,35 @@ WHERE datid IS NOT NULL AND rolname = session_user AND d.datname = current_datab
 GROUP BY rolconnlimit, datconnlimit
 {% endset %}
 
--- undo → the GRANTs that are missing. For --undo, a trigger inserts a row for each deleted note.
+-- The albums: the id, the name, and the name after that of the owner, and after their address.
+{% set known_albums %}
+SELECT b.id::text, u.name || ':' || b."albumName", u.email || ':' || b."albumName", b."albumName"
+FROM {{ album }} b
+JOIN "{{ user }}" u ON u.id = {% if 'ownerId' in tables.get(album, ()) %} b."ownerId" {% else %} (
+    SELECT "userId" FROM {{ of_album }} WHERE "albumId" = b.id AND role = 'owner'
+) {% endif %}
+WHERE b."deletedAt" IS NULL
+{% endset %}
+
+-- The GRANTs that are missing. For --undo, a trigger inserts a row for each deleted note.
 {% macro quoted(names) %} ARRAY['{{ names | join("', '") }}'] {% endmacro %}
 {% set grants %}
 SELECT format('GRANT SELECT ON %%I TO %%I', name, current_user)
 FROM unnest({{ quoted(needed + facts_from) }}) name
 WHERE NOT has_any_column_privilege(name, 'SELECT')
+{% if writes %}
 UNION ALL
 SELECT format('GRANT UPDATE (%%I) ON {{ exif }} TO %%I', name, current_user)
 FROM unnest({{ quoted(['description'] + ['lockedProperties'] * locks) }}) name
 WHERE NOT has_column_privilege('{{ exif }}', name, 'UPDATE')
+{% endif %}
 {% if notes %}
 UNION ALL
 SELECT format('GRANT %%s ON asset_metadata TO %%I', name, current_user)
-FROM unnest({{ quoted(['SELECT', 'INSERT', 'UPDATE', 'DELETE']) }}) name
+FROM unnest({{ quoted(['SELECT'] + ['INSERT', 'UPDATE', 'DELETE'] * writes) }}) name
 WHERE NOT has_table_privilege('asset_metadata', name)
 UNION ALL
 SELECT format('GRANT INSERT ON asset_metadata_audit TO %%I', current_user)
-WHERE %(undo)s AND NOT has_table_privilege(to_regclass('asset_metadata_audit'), 'INSERT')
+WHERE {{ config.undo and writes }} AND NOT has_table_privilege(to_regclass('asset_metadata_audit'), 'INSERT')
 {% endif %}
 {% endset %}

@@ -850,6 +850,15 @@ class PhotoLibrary:
         parts = psycopg2.extensions.parse_dsn(self.uri)
         return libpq_uri(parts | {"user": name, "password": password})
 
+    def reading_role(self, name: str, password: str) -> str:
+        """Make a role that can only read what describing reads; return its URI."""
+        self.run(f'CREATE ROLE "{name}" LOGIN PASSWORD %s', password)
+        self._roles.append(name)
+        read = "{asset}, {exif}, {file}, {status}, asset_metadata"
+        self.run(f'GRANT SELECT ON {read} TO "{name}"')
+        parts = psycopg2.extensions.parse_dsn(self.uri)
+        return libpq_uri(parts | {"user": name, "password": password})
+
 
 # --- the demonstration ----------------------------------------------------------------------------
 

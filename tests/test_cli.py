@@ -338,7 +338,7 @@ def test_the_pace_is_told_by_the_minute_or_the_hour(photos, seconds, told):
 
 
 @pytest.mark.parametrize("language", ia.LANGUAGES)
-@pytest.mark.parametrize("form", ["tally", "tally_undo", "tally_dry_run"])
+@pytest.mark.parametrize("form", ["tally", "tally_undo", "tally_would_undo", "tally_dry_run"])
 def test_the_sum_fits_eighty_columns(command, monkeypatch, language, form):
     ia.use_language(language)
     tally = ia.Tally(form)

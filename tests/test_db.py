@@ -65,13 +65,13 @@ def over_tcp():
 def statements(monkeypatch):
     """Counts the statements of all libraries."""
     seen = []
-    rows = ia.Database.rows
+    rows = ia.DbLibrary.rows
 
     def counted(self, name, **parameters):
         seen.append(name)
         return rows(self, name, **parameters)
 
-    monkeypatch.setattr(ia.Database, "rows", counted)
+    monkeypatch.setattr(ia.DbLibrary, "rows", counted)
     return seen
 
 
@@ -123,7 +123,7 @@ def without_privileges():
 
 def on_its_connection(tool, statement):
     """What this gives where the tool runs its own statements."""
-    with tool.database._connection.cursor() as cursor:
+    with tool._connection.cursor() as cursor:
         cursor.execute(statement)
         return cursor.fetchall() if cursor.description else []
 

@@ -602,7 +602,7 @@ def test_by_the_command_line_undo_needs_no_model_and_a_dry_run_only_tells(librar
     done = command(*argv, "--dry-run")
     assert done.returncode == 0
     *lines, last = done.stderr.splitlines()
-    assert last.startswith(sum_of("tally_dry_run"))
+    assert last.startswith(sum_of("tally_would_undo"))
     assert len(lines) == len(TAKEN)
     for name, (_, _, left) in TAKEN.items():
         [line] = [line for line in lines if ids[name] in line]
@@ -618,7 +618,7 @@ def test_by_the_command_line_undo_needs_no_model_and_a_dry_run_only_tells(librar
 
 
 @pytest.mark.parametrize(
-    ("flags", "form"), [([], "tally_undo"), (["--dry-run"], "tally_dry_run")], ids=str
+    ("flags", "form"), [([], "tally_undo"), (["--dry-run"], "tally_would_undo")], ids=str
 )
 def test_what_was_taken_back_is_counted_also_without_a_terminal(library, command, flags, form):
     fill_with_texts(library)
@@ -706,9 +706,9 @@ def test_without_notes_a_failure_is_just_tried_again(old_library, ollama, run):
     [
         ("-p --disable-ai-wrapper", "wrapper_needed"),
         ("-O missing-ai --disable-ai-wrapper", "wrapper_needed"),
-        ("--undo -m", "undo_alone"),
-        ("--undo -c", "undo_alone"),
-        ("--dry-run", "undo_alone"),
+        ("--undo -m", "batch_only"),
+        ("--undo -c", "batch_only"),
+        ("--dry-run -c", "batch_only"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(command, flags, key):

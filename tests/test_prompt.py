@@ -249,10 +249,11 @@ def test_the_question_is_shown_and_nothing_is_asked_or_written(library, ollama, 
         done = command(*argv, "--show-prompt", named)
         asked = "Look.\n\nWrite the description in this language: Russian.\n"
         assert (done.returncode, done.stdout, done.stderr) == (0, asked, "")
-    for strange in (id[:-1] + ("1" if id[-1] == "0" else "0"), "x/y"):
-        done = command(*argv, "--show-prompt", strange)
-        unknown = ia.t("unknown_photo", photo=strange)
-        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{unknown}\n")
+    strange = id[:-1] + ("1" if id[-1] == "0" else "0")
+    no_id = f"--show-prompt: {ia.t('not_an_id', value='x/y')}"
+    for named, why in ((strange, ia.t("unknown_photo", photo=strange)), ("x/y", no_id)):
+        done = command(*argv, "--show-prompt", named)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{why}\n")
     assert ollama.find(*CHATS) == []
     assert library.state() == before
     assert library.writes() == []

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import logging
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +90,15 @@ DEFAULTS = {
     "prompt": PROMPT,
     "context": (),
     "description_language": "",
-    "show_prompt": "",
+    "show_prompt": None,
+    "limit": None,
+    "photo": (),
+    "album": (),
+    "taken_after": None,
+    "taken_before": None,
+    "favorites": False,
+    "library": None,
+    "link_url": "",
     "think": False,
     "max_tokens": 4096,
     "context_length": 0,
@@ -146,6 +155,8 @@ def whole(flag: str, field: str) -> Option:
 
 
 ONE, TWO = "http://one:1", "http://two:2"
+ID, ID2 = ("0123abcd-0000-4000-8000-00000000000" + end for end in "12")
+LINK = f"https://photos.example.org/photos/{ID2.upper()}"
 PAIR, OTHER_PAIR = (("X-One", "1: a"),), (("cookie", "b=c; d"),)
 OPTIONS = [
     Option(
@@ -161,6 +172,24 @@ OPTIONS = [
         *("_cuva, A  b*,_cuva", ("_cuva", "A  b*"), "*", ("*",)),
     ),
     Option("--shard", "IMMICH_ANALYZE_SHARD", "shard", "2/5", (2, 5), "3/3", (3, 3)),
+    whole("--limit", "limit"),
+    Option("--photo", "IMMICH_ANALYZE_PHOTO", "photo", f"{ID}, {LINK}", (ID, ID2), ID2, (ID2,)),
+    Option(
+        *("--album", "IMMICH_ANALYZE_ALBUM", "album"),
+        *("Home, 2019", ("Home, 2019",), "bob:Sea", ("bob:Sea",)),
+    ),
+    Option(
+        *("--taken-after", "IMMICH_ANALYZE_TAKEN_AFTER", "taken_after"),
+        *("2020-01-31", datetime(2020, 1, 31, tzinfo=UTC)),
+        *("2020-01-31 17:30", datetime(2020, 1, 31, 17, 30, tzinfo=UTC)),
+    ),
+    Option(
+        *("--taken-before", "IMMICH_ANALYZE_TAKEN_BEFORE", "taken_before"),
+        *("2020-01-31", datetime(2020, 2, 1, tzinfo=UTC)),
+        *("2020-01-31T17:30:05", datetime(2020, 1, 31, 17, 30, 5, tzinfo=UTC)),
+    ),
+    Option("--library", "IMMICH_ANALYZE_LIBRARY", "library", ID, ID, LINK, ID2),
+    Option("--link-url", "IMMICH_ANALYZE_LINK_URL", "link_url", ONE, ONE, f"{TWO}/", TWO),
     Option(
         *("--data-access-mode", "IMMICH_ANALYZE_DATA_ACCESS_MODE", "access"),
         *("immich-api", ia.Access.API, "database", ia.Access.DATABASE, API),
@@ -284,6 +313,7 @@ SWITCHES = [
     ("preserve-human", "preserve_human", True, False),
     ("disable-ai-wrapper", "preserve_human", False, False),  # the default, said aloud
     ("retry-failed", "retry_failed", True, False),
+    ("favorites", "favorites", True, False),
     ("enrich-prompt", "context", ia.ENRICHED, ()),
     ("think", "think", True, False),
     ("wait-for-immich", "wait_for_immich", True, False),
@@ -989,10 +1019,10 @@ def test_a_wrong_setting_is_told_in_the_persons_language(refused, argv, more, na
         (["-O", "missing-ai", "--disable-ai-wrapper"], {}, "wrapper_needed", {}),
         (["-p"], {"IMMICH_ANALYZE_DISABLE_AI_WRAPPER": "yes"}, "wrapper_needed", {}),
         (["-p"], {"file": "disable-ai-wrapper"}, "wrapper_needed", {}),
-        (["--undo", "-m"], {}, "undo_alone", {}),
-        (["--undo", "-c"], {}, "undo_alone", {}),
-        (["--undo"], {"IMMICH_ANALYZE_MODE": "combined"}, "undo_alone", {}),
-        (["--dry-run"], {}, "undo_alone", {}),
+        (["--undo", "-m"], {}, "batch_only", {}),
+        (["--undo", "-c"], {}, "batch_only", {}),
+        (["--undo"], {"IMMICH_ANALYZE_MODE": "combined"}, "batch_only", {}),
+        (["--dry-run", "-c"], {}, "batch_only", {}),
         (["--api-key", f"{SECRET} x"], {}, "bad_key", {"option": "--api-key"}),
         (["--api-key", f"{SECRET}\r\nx"], {}, "bad_key", {"option": "--api-key"}),
         (["--api-key", f"{SECRET}ключ"], {}, "bad_key", {"option": "--api-key"}),
@@ -1058,7 +1088,7 @@ def test_a_config_does_not_show_its_secrets(config, argv, environ):
 
 @pytest.mark.parametrize(("argv", "environ"), WITH_SECRETS)
 @pytest.mark.parametrize(
-    "wrong", [["--timeout", "x"], ["--nonsense"], ["--dry-run"], ["--immich-header", "x"]]
+    "wrong", [["--timeout", "x"], ["--nonsense"], ["--undo", "-c"], ["--immich-header", "x"]]
 )
 def test_another_mistake_does_not_show_them_either(refused, argv, environ, wrong):
     refused(*argv, *wrong, **environ)

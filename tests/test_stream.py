@@ -100,7 +100,7 @@ def test_shares_are_disjoint_and_together_all(stop):
 
 def test_those_who_share_a_stream_get_each_photo_once():
     photos, turn = iter([photo(n) for n in range(4)]), threading.Lock()
-    one, other = ia.in_turn(photos, turn), ia.in_turn(photos, turn)
+    one, other = (ia.in_turn(photos, turn, set()) for _ in range(2))
     assert [next(one), next(other), next(other), next(one)] == [photo(n) for n in range(4)]
     assert list(one) == list(other) == []
 
@@ -185,7 +185,7 @@ def test_what_was_taken_is_kept_in_eight_bytes_each():
     [
         ("tally", "Described: 2. Skipped: 1. No preview: 1. Failed: 1."),
         ("tally_undo", "Taken back: 1. Skipped: 1. Failed: 1."),
-        ("tally_dry_run", "Would be taken back: 1. Skipped: 1. Failed: 1."),
+        ("tally_would_undo", "Would be taken back: 1. Skipped: 1. Failed: 1."),
     ],
 )
 def test_a_tally_tells_what_a_run_is_for(form, said):

@@ -1,0 +1,371 @@
+"""Which photos a run describes (--limit, --album …), and --dry-run, which writes nothing."""
+
+import random
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import facts
+import pytest
+import sandbox
+import servers
+from facts import Album
+from hours import with_health
+from servers import FakeKey
+from test_facts import api
+from worlds import (
+    CHATS,
+    NO_PAUSE,
+    ApiWorld,
+    SqlWorld,
+    World,
+    answer_by_picture,
+    asking,
+    failure_notes,
+    fill,
+)
+
+import immich_analyze as ia
+
+LIBRARY = facts.own_id("an external library")
+NOBODY = facts.own_id("no such thing")
+RELEASES = [*(("api", v) for v in ("1.132.3", "1.135.3", "2.7.5", "3.1.0", "3.3.5"))]
+RELEASES += [("database", version) for version in sandbox.VERSIONS]
+
+
+@pytest.fixture
+def readable() -> Iterator[ApiWorld]:
+    """A library behind a key that may list albums."""
+    with api("3.1.0") as server:
+        yield ApiWorld(server)
+    server.check()
+
+
+@pytest.fixture(params=RELEASES, ids="-".join)
+def any_library(request: Any, photos: Any, postgres: sandbox.Postgres) -> Iterator[World]:
+    """A library of each generation, behind either way of access."""
+    access, version = request.param
+    if access == "database":
+        yield SqlWorld(photos(version), postgres)
+        return
+    with api(version) as server:
+        yield ApiWorld(server)
+    server.check()
+
+
+def described(library: World) -> set[str]:
+    """The photos that got a text."""
+    return {id for id, text in library.texts().items() if text}
+
+
+# --- Filters -----------------------------------------------------------------------------------
+
+ALBUMS = ("Summer", "Home, 2019", "Empty of these")
+DAYS = ["2019-12-31T23:30", "2020-01-01T00:00", "2020-01-01T12:00", "2020-01-02T00:00"]
+FILTERS: list[tuple[list[str], Any]] = [
+    ([], lambda photo: True),
+    (["--album", "Summer"], lambda photo: "Summer" in photo["albums"]),
+    (["--album", "Summer", "--album", "Home, 2019"], lambda photo: photo["albums"]),
+    (["--favorites"], lambda photo: photo["favorite"]),
+    (["--library", LIBRARY], lambda photo: photo["library"]),
+    (["--taken-after", "2020-01-01"], lambda photo: photo["taken"] >= "2020-01-01"),
+    (["--taken-after", "2020-01-01T12:00"], lambda photo: photo["taken"] >= "2020-01-01T12"),
+    (["--taken-before", "2020-01-01"], lambda photo: photo["taken"] < "2020-01-02"),
+    (["--taken-before", "2020-01-01 12:00"], lambda photo: photo["taken"] < "2020-01-01T12"),
+    (
+        ["--album=Summer", "--favorites", "--taken-after=2020-01-01", "--taken-before=2020-01-01"],
+        lambda photo: (
+            "Summer" in photo["albums"] and photo["favorite"] and "2020-01-01" in photo["taken"]
+        ),
+    ),
+]
+
+
+def fill_at_random(library: World) -> dict[str, dict[str, Any]]:
+    """Put in photos that differ in all that can be asked for; what each was put in with."""
+    rng, known = random.Random(12), {}
+    for album in ALBUMS:
+        library.add_album(Album(album, "alice", id=facts.own_id("alice", album)))
+    for number in range(24):
+        photo = {
+            "albums": rng.sample(ALBUMS[:2], rng.randint(0, 2)),
+            "favorite": rng.random() < 0.7,
+            "library": rng.choice([None, LIBRARY]),
+            "taken": rng.choice(DAYS),
+            "visibility": rng.choice(["timeline", "archive"]),
+        }
+        picture = servers.own_picture(number)
+        known[library.add(picture=picture, owner="alice", **photo)] = photo
+    return known
+
+
+@pytest.mark.parametrize(
+    ("argv", "chosen"), FILTERS, ids=[" ".join(f[0]) or "all" for f in FILTERS]
+)
+def test_only_what_all_filters_choose_is_described(hours, choosable, ollama, argv, chosen):
+    known = fill_at_random(choosable)
+    with hours.batch(choosable, ollama, *argv) as run:
+        pass
+    wanted = {id for id, photo in known.items() if chosen(photo)}
+    assert (run.code, described(choosable)) == (0, wanted)
+    assert len(ollama.find(*CHATS)) == len(wanted) > 0
+
+    with hours.batch(choosable, ollama, "--undo", *argv) as run:
+        pass
+    assert (run.code, described(choosable)) == (0, set())
+
+
+@pytest.fixture(params=["api", "database"])
+def choosable(request: Any) -> World:
+    """Each of the two, where albums can be listed."""
+    return request.getfixturevalue({"api": "readable"}.get(request.param, request.param))
+
+
+def test_every_generation_lists_what_is_chosen(hours, any_library, ollama):
+    known = fill_at_random(any_library)
+    old = isinstance(any_library, ApiWorld) and any_library.server.version < (1, 135)
+    argv = ["--favorites", "--library", LIBRARY, "--taken-before", "2020-01-01"]
+    argv += [] if old else ["--album", "Summer"]
+    with hours.batch(any_library, ollama, *argv, "--limit", "1000") as run:
+        pass
+    wanted = {
+        id
+        for id, photo in known.items()
+        if photo["favorite"] and photo["library"] and photo["taken"] < "2020-01-02"
+        if old or "Summer" in photo["albums"]
+    }
+    assert (run.code, described(any_library)) == (0, wanted)
+    assert wanted
+
+
+def test_a_service_describes_only_what_is_chosen(hours, choosable, ollama):
+    options = ["--favorites", "--taken-after", "2020-01-01"]
+    old = choosable.add(picture=servers.own_picture(0), favorite=True, taken="2020-02-02T10:00")
+    with hours.service(choosable, ollama, *options) as run:
+        run.until(60)
+        more = {"taken": "2020-01-01T00:00"}
+        new = choosable.add(picture=servers.own_picture(1), favorite=True, **more)
+        choosable.add(picture=servers.own_picture(2), **more)
+        choosable.add(picture=servers.own_picture(3), favorite=True, taken="2019-12-31T23:59")
+        run.until(3 * 3600)
+    assert described(choosable) == {old, new}
+
+
+def test_photos_are_named_by_id_or_link(command, library, ollama):
+    ids = [library.add(picture=servers.own_picture(n)) for n in range(5)]
+    link = f"https://photos.example.org/albums/{NOBODY}/photos/{ids[1].upper()}"
+    done = command(*library.argv, *asking(ollama), "--photo", f"{ids[0]},{link}", "--photo", ids[3])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert described(library) == {ids[0], ids[1], ids[3]}
+
+
+def test_a_photo_that_is_named_still_obeys_the_policy(command, library, ollama):
+    id = library.add(picture=servers.own_picture(0), description="By a person.")
+    assert command(*library.argv, *asking(ollama), "--photo", id).returncode == 0
+    assert library.texts() == {id: "By a person."}
+    done = command(*library.argv, *asking(ollama), "--photo", id, "-O", "all")
+    assert done.returncode == 0
+    assert library.texts() == {id: servers.told(servers.own_picture(0))}
+
+
+def test_a_photo_or_album_that_is_not_there_ends_the_run(command, choosable, ollama):
+    known = choosable.add(picture=servers.own_picture(0), owner="alice", albums=["Summer"])
+    trashed = choosable.add(picture=servers.own_picture(1), trashed=True)
+    argv, seen = [*choosable.argv, *asking(ollama)], "Summer"
+    for id in (NOBODY, trashed):
+        done = command(*argv, "--photo", known, "--photo", id)
+        assert (done.returncode, done.stderr) == (2, ia.t("unknown_photo", photo=id) + "\n")
+    for album in ("Winter", "summer", NOBODY, f"https://photos.example.org/albums/{NOBODY}"):
+        done = command(*argv, "--album", "Summer", "--album", album)
+        assert done.returncode == 2
+        assert f"one album {album};" in done.stderr
+        assert seen in done.stderr
+    assert ollama.find(*CHATS) == []
+
+
+def test_an_album_name_that_two_albums_have_is_refused(command, choosable, ollama):
+    for id in "12":
+        choosable.add_album(Album("Summer", "alice", id=facts.own_id("album", id)))
+    argv = [*choosable.argv, *asking(ollama)]
+    assert command(*argv, "--album", "Summer").returncode == 2
+    assert command(*argv, "--album", facts.own_id("album", "1")).returncode == 0
+
+
+def test_an_album_id_needs_no_right_to_list_albums(command, api, immich, ollama):
+    inside = api.add(picture=servers.own_picture(0), albums=[Album("Summer", id=LIBRARY)])
+    api.add(picture=servers.own_picture(1))
+    done = command(*api.argv, *asking(ollama), "--album", LIBRARY)
+    assert (done.returncode, described(api)) == (0, {inside})
+    done = command(*api.argv, *asking(ollama), "--album", "Summer")
+    assert (done.returncode, immich.find("GET", "/api/albums")) == (2, [])
+    assert ia.t("immich_permission_missing", permission="album.read") in done.stderr
+
+
+def test_of_a_shared_album_only_photos_of_the_own_user_are_described(hours, readable, ollama):
+    shared = Album("Party", "bob", shared=["alice"])
+    theirs = readable.add(picture=servers.own_picture(0), owner="bob", albums=[shared])
+    ours = readable.add(picture=servers.own_picture(1), owner="alice", albums=[shared])
+    with hours.batch(readable, ollama, "--album", "Party") as run:
+        pass
+    assert (run.code, described(readable)) == (0, {ours})
+    assert theirs not in described(readable)
+
+
+def test_the_owner_tells_albums_of_one_name_apart_in_the_database(command, database, ollama):
+    ids = {
+        owner: database.add(picture=servers.own_picture(n), owner=owner, albums=["Summer"])
+        for n, owner in enumerate(("alice", "bob"))
+    }
+    argv = [*database.argv, *asking(ollama)]
+    done = command(*argv, "--album", "Summer")
+    assert done.returncode == 2
+    assert "alice:Summer, bob:Summer" in done.stderr
+    assert command(*argv, "--album", "bob:Summer").returncode == 0
+    assert described(database) == {ids["bob"]}
+    assert command(*argv, "--album", "alice@example.org:Summer").returncode == 0
+    assert described(database) == {*ids.values()}
+
+
+def test_all_rights_that_albums_need_in_the_database_are_named_at_once(command, database, ollama):
+    inside = database.add(picture=servers.own_picture(0), albums=[Album("Summer", id=LIBRARY)])
+    tables = ("album", "album_asset", "album_user", "user")
+    for role, read in (("describes", ()), ("reads_albums", tables)):
+        uri = database.photos.restricted_role(role, "its secret", *read)
+        argv = ["--postgres-url", uri, "--immich-root", str(database.photos.root)]
+        done = command(*argv, *asking(ollama), "--album", LIBRARY)
+        assert done.returncode == (0 if read else 2)
+        grants = re.findall(r'GRANT SELECT ON "?(\w+)"? TO', done.stderr)
+        assert sorted(grants) == ([] if read else sorted(tables))
+    assert described(database) == {inside}
+
+
+def test_releases_that_ignore_albums_are_not_asked_for_them(command, ollama):
+    with api("1.132.3") as server:
+        world = ApiWorld(server)
+        world.add(picture=servers.own_picture(0))
+        done = command(*world.argv, *asking(ollama), "--album", LIBRARY)
+        assert (done.returncode, done.stderr) == (2, ia.t("albums_too_old") + "\n")
+        assert described(world) == set()
+    server.check()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--photo x",
+        "--photo=",
+        "--library Family",
+        "--taken-after yesterday",
+        "--taken-before 2020-02-30",
+        "--taken-after 2020-01-01T10:00Z",
+        "--taken-before 9999-12-31",
+        "--limit 0",
+        "--dry-run -c",
+    ],
+)
+def test_nonsense_is_refused_at_once(command, api, ollama, argv):
+    done = command(*api.argv, *asking(ollama), *argv.split())
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert api.server.exchanges == []
+
+
+# --- The limit ---------------------------------------------------------------------------------
+
+
+def test_a_limit_takes_the_newest_and_counts_only_what_was_described(hours, library, ollama):
+    days = random.Random(3).sample(range(1, 29), 20)
+    ids = {
+        day: library.add(picture=servers.own_picture(day), taken=f"2024-05-{day:02}T10:00")
+        for day in days
+    }
+    newest = sorted(ids, reverse=True)
+    library.describe(ids[newest[0]], "By a person.")
+    answer_by_picture(ollama, {servers.own_picture(newest[1]): "..."})
+    with hours.batch(library, ollama, "--limit", "5", "--max-concurrent", "3", *NO_PAUSE) as run:
+        pass
+    wanted = {ids[day] for day in newest[2:7]}
+    assert described(library) - {ids[newest[0]]} == wanted
+    assert (run.counts["described"], run.counts["failed"]) == (5, 1)
+    with hours.batch(library, ollama, "--limit", "100") as run:
+        pass
+    assert described(library) == {*ids.values()} - {ids[newest[1]]}
+
+
+def test_few_photos_of_many_take_few_requests(hours, immich, api, ollama):
+    for number in range(3000):
+        taken = f"2020-{number % 12 + 1:02}-{number % 28 + 1:02}T10:00"
+        api.add(picture=servers.own_picture(number % 20), taken=taken)
+    with hours.batch(api, ollama, "--dry-run", "--limit", "3") as run:
+        pass
+    assert run.counts == {"described": 3}
+    assert len(immich.find("POST", "/search/metadata")) <= 3
+    assert len(immich.exchanges) <= 2 + 3 + 2 + 3 * 3  # start, listing, progress, the photos
+
+
+def test_a_service_describes_its_limit_each_day(hours, library, ollama):
+    fill(library, 8)
+    now, day = hours.now().astimezone(), 24 * 3600.0
+    midnight = day - (now - now.replace(hour=0, minute=0, second=0)).total_seconds()
+    with hours.service(library, ollama, "--limit", "3", *with_health()) as run:
+        for moment, number in ((-60, 3), (60, 6), (day - 60, 6), (day + 60, 8)):
+            run.until(midnight + moment)
+            assert len(described(library)) == number
+            assert run.health()[1]["status"] == "ok"
+        library.add(picture=servers.own_picture(30))
+        run.until(midnight + day + 180)
+        assert len(described(library)) == 9
+        library.add(picture=servers.own_picture(31))
+        run.until(midnight + 2 * day - 60)
+        assert len(described(library)) == 9
+        run.until(midnight + 2 * day + 120)
+        assert len(described(library)) == 10
+
+
+# --- Nothing is written ------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_and_writes_nothing(command, library, ollama):
+    wanted = fill(library, 12)
+    failing = library.add("broken.jpg", picture=b"\xff\xd8\xff no picture \xff\xd9")
+    before, notes = library.state(), library.notes()
+    done = command(*library.argv, *asking(ollama), "--dry-run", "--limit", "50")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        ia.t("tally_dry_run", described=12, skipped=0, not_ready=0, failed=1)
+    )
+    for id, text in wanted.items():
+        place = f"{library.server.url}/photos/{id}" if isinstance(library, ApiWorld) else id
+        assert f"photo.jpg\n{place}\n\n{text}\n\n" in done.stdout
+    assert (library.state(), library.notes(), library.writes()) == (before, notes, [])
+    assert failing not in failure_notes(library)
+
+    library.add(
+        "\x1b[2J\nevil.jpg", picture=servers.own_picture(40), description="\x1b[0mOurs.\nYes."
+    )
+    done = command(
+        *library.argv,
+        *asking(ollama),
+        "--dry-run",
+        "--link-url",
+        "photos.me/",
+        "-p",
+        "-O",
+        "missing-ai",
+    )
+    assert done.stdout.count("http://photos.me/photos/") == 10
+    assert "\n\ufffd[2J evil.jpg\n" in done.stdout
+    assert "\ufffd[0mOurs.\nYes.\n\n[AI]\n" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_a_dry_run_needs_no_right_to_write(command, immich, api, database, ollama):
+    immich.keys[immich.key] = FakeKey("alice", ("asset.read", "asset.view"))
+    uri = database.photos.reading_role("reads", "its secret")
+    sql = ["--postgres-url", uri, "--immich-root", str(database.photos.root)]
+    for world, argv in ((api, api.argv), (database, sql)):
+        fill(world, 3)
+        done = command(*argv, *asking(ollama), "--dry-run")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.count("photo.jpg\n") == 3
+        assert command(*argv, *asking(ollama)).returncode == 2
+    assert not [x for x in immich.exchanges if x.method == "PUT"]
