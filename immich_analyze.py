@@ -190,7 +190,6 @@ class Stopped(AnalyzeError):
     """The tool was asked to stop while it waited."""
 
 
-# What verdicts.toml names.
 KINDS: dict[str, type[AnalyzeError]] = {
     kind.__name__: kind
     for kind in (Retryable, Unavailable, Permanent, Missing, Skip, Fatal, Unexpected)
@@ -266,8 +265,8 @@ LOG_LEVELS = {"error": 40, "warning": 30, "warn": 30, "info": 20, "debug": 10, "
 Convert = Callable[[str], Any]  # what turns an option's text into its value
 Header = tuple[str, str]  # name and value
 HEADER = r"(?!content-length|transfer-enc)([\w!#-'*+.^`|~-]+)[ \t]*:[ \t]*([!-~][\t -~]*)"
-ID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"  # of anything in Immich
-ZONES = timedelta(hours=14)  # by which a local time may differ from UTC
+ID = "(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"  # the form of every id in Immich
+ZONES = timedelta(hours=14)  # the most by which a local time differs from UTC
 NOT_UTF8 = "[\ud800-\udfff]"  # how Python reads other bytes
 
 
@@ -373,26 +372,33 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (part.strip(" \t\r\"'") for part in re.split("[,\n]", text))))
 
 
-def lines(text: str) -> tuple[str, ...]:
-    """Converter for a list of texts that may contain commas, a line each."""
-    return tuple(filter(None, map(str.strip, unicode_text(text).splitlines()))) or ("",)
+def ids_in(text: str) -> list[str]:
+    """The ids in the path of a link, or the one that a text is."""
+    parts = re.split("[?#]", text.lower().strip())[0].split("/")
+    return [part for part in parts if re.fullmatch(ID, part)]
 
 
 def id_in(text: str) -> str:
-    """Converter for an id of Immich's, or for a link that ends with it."""
-    if found := re.findall(ID, text.lower()):
-        return str(found[-1])
+    """Converter for an Immich id, or for a link, whose last id counts."""
+    if found := ids_in(text):
+        return found[-1]
     raise argparse.ArgumentTypeError(t("not_an_id", value=text))
 
 
+def albums(text: str) -> list[str]:
+    """Converter for albums, one per line: names, ids, or links, whose first id is the album's."""
+    lines = filter(None, map(str.strip, unicode_text(text).splitlines()))
+    return [(ids_in(line) or [unicodedata.normalize("NFC", line)])[0] for line in lines] or [""]
+
+
 def wall_clock(text: str, *, end: bool = False) -> datetime:
-    """Converter for a photo's local time, or for a day: its beginning, or else its `end`."""
-    given = text.strip()
+    """Converter for a local time, or for a day: its beginning or, with `end`, the next one's."""
     with suppress(ValueError, OverflowError):
-        found = datetime.fromisoformat(given)
+        found = datetime.fromisoformat(text.strip())
         later = found + timedelta(days=1)
         if not found.tzinfo and found - ZONES:
-            return (later if end and len(given) <= 10 else found).replace(tzinfo=UTC)
+            whole = end and not re.search(r"\d[T ]\d", text)
+            return (later if whole else found).replace(tzinfo=UTC)
     raise argparse.ArgumentTypeError(t("not_a_date", value=text))
 
 
@@ -463,13 +469,13 @@ class Config:
     photo: tuple[str, ...] = option(
         "ID", lambda text: [*map(id_in, words(text) or [""])], action="extend"
     )
-    album: tuple[str, ...] = option("ALBUM", lines, action="extend")  # ids, once it is open
+    album: tuple[str, ...] = option("ALBUM", albums, action="extend")  # ids, once it is open
     taken_after: datetime | None = option("DATE", wall_clock)  # by the local clock, as if in UTC
     taken_before: datetime | None = option("DATE", functools.partial(wall_clock, end=True))
     favorites: bool = switch()
     library: str | None = option("ID", id_in)  # an external one
     undo: bool = switch(action="store_true", env="")
-    dry_run: bool = switch(action="store_true", env="")  # show_prompt is one, too
+    dry_run: bool = switch()  # also true with show_prompt
     prompt: str = option("TEXT", default=PROMPT, in_file=str)  # a template, if it has a TAG
     context: tuple[str, ...] = option("LIST", facts, action="extend")  # the FACTS asked for
     enrich_prompt: bool = switch()  # then they are ENRICHED at least
@@ -1020,12 +1026,10 @@ def taken_at(told: object) -> datetime | None:
     return None
 
 
-def taken_in_time(told: object, config: Config) -> bool:
-    """Whether a photo was taken within the time that the settings name, if they do."""
+def in_period(told: object, config: Config) -> bool:
+    """Whether a photo was taken in the period that the settings give, if any."""
     first, end = config.taken_after, config.taken_before
-    if not (first or end):
-        return True
-    taken = taken_at(told)
+    taken = taken_at(told) if first or end else FAR_FUTURE
     return bool(taken and (not first or taken >= first) and (not end or taken < end))
 
 
@@ -1481,8 +1485,8 @@ def retry_after(reply: Reply) -> float:
 def verdict(server: str, told: str, **fields: Any) -> AnalyzeError:
     """The error for what a server said: the first row of its table in verdicts.toml that fits."""
     rows = toml("verdicts.toml")[server].items()
-    found, row = next((match, row) for start, row in rows if (match := re.match(start, told)))
-    kind, key, *hints = row
+    fitting = ((match, row) for start, row in rows if (match := re.match(start, told)))
+    found, (kind, key, *hints) = next(fitting)
     fields["why"] = " ".join([*map(t, hints), fields["why"]]).strip()
     return KINDS[kind](key, **fields | found.groupdict())
 
@@ -2558,7 +2562,8 @@ class ApiLibrary(Library):
         items, step = self._step(account, walk, query)
         # built lazily, while the next page is fetched, unless it takes requests to find the owner
         made = iter if account.user_id else list
-        photos = made(filter(None, (self._photo(item, account) for item in items)))
+        found = (self._photo(item, account) for item in items if in_period(item, self._config))
+        photos = made(filter(None, found))
         if step is None and walk.part + 1 < len(self._parts):
             step = Walk(walk.part + 1)
         return photos, step
@@ -2589,10 +2594,10 @@ class ApiLibrary(Library):
         return {"type": "IMAGE", "isArchived": visibility == "archive", "isVisible": True}
 
     def _photo(self, item: Any, account: Account) -> Photo | None:
-        """The photo in an item of a response; None for one that this user is not to be shown."""
+        """The photo in an item of a response; None for one that this user may not describe."""
         hidden = item.get("type") != "IMAGE" or item.get("visibility") in ("hidden", "locked")
         hidden = hidden or True in (item.get("isTrashed"), item.get("isOffline"))
-        if hidden or not taken_in_time(item, self._config) or not self._owns(account, item):
+        if hidden or not self._owns(account, item):
             return None
         if account.groups is None:
             account.groups = self._groups(account)
@@ -2641,7 +2646,7 @@ class ApiLibrary(Library):
         return groups
 
     def listed_groups(self, account: Account, kind: str) -> dict[str, Any]:
-        """GET /albums, by id the names of a user's own and of those shared, or GET /tags."""
+        """GET /tags, or the names of a user's own and shared albums by GET /albums, by id."""
         paths = [f"/{kind}"]
         if kind == "albums" and self._server.version < (3, 0, 0):
             paths.append("/albums?shared=true")
@@ -2649,14 +2654,17 @@ class ApiLibrary(Library):
         told = {str(dig(one, "id")): one for one in listed}
         return {n: text_at(o, "albumName") for n, o in told.items()} if kind == "albums" else told
 
-    def has_album(self, album: str) -> bool:
-        """Whether one of the users can see an album; else searches for its photos are refused."""
-        body = {"albumIds": [album], "size": 1}
+    def known_albums(self, ids: Sequence[str], *, named: bool) -> list[tuple[str, str]]:
+        """Id and name of each album in `ids` that a user sees; of all albums if `named`."""
+        known: list[tuple[str, str]] = []
         for account in self._accounts.values():
-            with suppress(Skip):
-                self._call(account, "POST", "/search/metadata", json=body)
-                return True
-        return False
+            for album in ids:  # searches for the photos of one that is not seen are refused
+                with suppress(Skip, Permanent):
+                    body = {"albumIds": [album], "size": 1}
+                    self._call(account, "POST", "/search/metadata", json=body)
+                    known.append((album, album))
+            known += self.listed_groups(account, "albums").items() if named else ()
+        return known
 
     def _members(self, account: Account, query: dict[str, Any]) -> Iterator[str]:
         """The ids of the photos in a group, including some of other users."""
@@ -2774,19 +2782,17 @@ class ApiLibrary(Library):
         self._session.close()
 
 
-def with_album_ids(
-    config: Config, known: Iterable[tuple[str, ...]], exists: Callable[[str], bool]
-) -> Config:
-    """The settings with ids for albums; Fatal unless each is exactly one of the known.
+def with_album_ids(config: Config, known: Sequence[tuple[str, ...]]) -> Config:
+    """The settings with ids for albums; Fatal unless each stands for exactly one of `known`.
 
     `known` has each album's id and its names, the one to show first.
     """
     found: list[str] = []
     for album in config.album:
-        same = re.findall(ID, album.lower())[-1:] or [n for n, *names in known if album in names]
-        if len(same) != 1 or not exists(same[0]):
-            shown = ", ".join(sorted(name for _, name, *_ in known))
-            raise Fatal("unknown_album", album=album, albums=shown or "-")
+        same = {one[0] for one in known if album in (unicodedata.normalize("NFC", n) for n in one)}
+        if len(same) != 1:
+            shown = sorted({f"{name} ({n})" for n, name, *_ in known if n in same or not same})
+            raise Fatal("unknown_album", album=album, albums=", ".join(shown) or "-")
         found += same
     return replace(config, album=tuple(dict.fromkeys(found)))
 
@@ -2794,10 +2800,11 @@ def with_album_ids(
 def open_api(config: Config) -> Opened:
     """Check Immich's address and each key; keys that are refused are left out."""
     renews = config.policy is Policy.OUTDATED
-    named = not all(re.search(ID, album.lower()) for album in config.album)
+    by_id = [album for album in config.album if re.fullmatch(ID, album)]
+    named = len(by_id) < len(config.album)
     groups = [n for n in config.context if n == "albums" or (n == "tags" and renews)]
     server = Server(groups=groups)
-    needed = [*NEEDED_PERMISSIONS, *(GROUPS[n][0] for n in {*groups, *["albums"] * named})]
+    needed = [*NEEDED_PERMISSIONS, *(GROUPS[n][0] for n in sorted({*groups, *["albums"] * named}))]
     if config.dry_run:
         needed.remove("asset.update")
     accounts: dict[str, Account] = {}  # by user, as two keys may belong to one
@@ -2825,10 +2832,8 @@ def open_api(config: Config) -> Opened:
             log.warning("%s", t("no_albums"))
         if config.album and server.version < (1, 135, 0):  # its searches ignore albums
             raise Fatal("albums_too_old")
-        asked = server.accounts.values() if named else ()
-        known = {album for user in asked for album in library.listed_groups(user, "albums").items()}
-        found = with_album_ids(config, known, library.has_album)
-    return lambda: ApiLibrary(found, server), lambda: not any(one.refused for one in users)
+        config = with_album_ids(config, library.known_albums(by_id, named=named))
+    return lambda: ApiLibrary(config, server), lambda: not any(one.refused for one in users)
 
 
 def statements(tables: Mapping[str, set[str]], config: Config) -> dict[str, Any]:
@@ -2857,7 +2862,7 @@ class DbLibrary(Library):
     """
 
     must_confirm = False
-    chosen: Mapping[str, Any]  # statements for the tables that this connection found
+    statements: Mapping[str, Any]  # statements for the tables that this connection found
 
     def __init__(self, config: Config, most_workers: int = 1) -> None:
         self._config = config
@@ -2873,7 +2878,7 @@ class DbLibrary(Library):
         kept = self._connection is not None  # from an earlier call, so it may be dead
         try:
             with sql(), self._open().cursor() as cursor:
-                cursor.execute(self.chosen[name], self._given | parameters)
+                cursor.execute(self.statements[name], self._given | parameters)
                 return cursor.fetchall() if cursor.description else [()] * cursor.rowcount
         except (Unavailable, Unexpected) as error:  # the tables may have changed
             self.close()
@@ -2894,7 +2899,7 @@ class DbLibrary(Library):
         with new.cursor() as cursor:
             cursor.execute(data_file("connection.sql"))
             tables = {name: set(columns) for name, columns in cursor}
-        self.chosen = statements(tables, self._config)
+        self.statements = statements(tables, self._config)
         self._connection, self._opened = new, now
         return new
 
@@ -2935,9 +2940,9 @@ class DbLibrary(Library):
     def _listed(self, name: str, **bounds: Any) -> Page:
         """A page; with bare ids if a row cannot be decoded, so that its photo fails alone."""
         try:
-            rows = self._rows(name, limit=PAGE, **bounds)
+            rows = self._rows(name, page=PAGE, **bounds)
         except Permanent:
-            rows = self._rows(f"bare_{name}", limit=PAGE, **bounds)
+            rows = self._rows(f"bare_{name}", page=PAGE, **bounds)
         mark = rows[-1][-1] if len(rows) == PAGE else None
         return [self._photo(row) for row in rows], mark
 
@@ -3123,13 +3128,11 @@ def read_file(path: Path) -> bytes:
 def open_database(config: Config) -> Opened:
     """Check the connection, the tables, the rights and the folder of previews."""
     with closing(DbLibrary(config)) as library, closing(DbLibrary(config)) as other:
-        found, spare = config, library.rows("spare")[0][0]
+        spare = library.rows("spare")[0][0]
         if missing := library.rows("grants"):
             raise Fatal("grants_missing", grants="; ".join(grant for (grant,) in missing))
         library.check()
-        if config.album:
-            known = library.rows("known_albums")
-            found = with_album_ids(config, known, {album for album, *_ in known}.__contains__)
+        config = with_album_ids(config, library.rows("known_albums") if config.album else ())
         lock = os.urandom(8).hex()
         with suppress(Unavailable):  # without a second connection, it cannot be tested
             taken = [each.rows("claim", id=lock) for each in (library, other) * 10]
@@ -3138,14 +3141,14 @@ def open_database(config: Config) -> Opened:
                 raise Fatal("pooled_by_transaction")
         with suppress(Permanent):
             say_repeated(dict(library.rows("repeated", many=MANY)), config)
-    if config.policy is Policy.OUTDATED and not library.chosen["notes"]:
+    if config.policy is Policy.OUTDATED and not library.statements["notes"]:
         raise Fatal("notes_needed")
-    if not library.chosen["locks"]:
+    if not library.statements["locks"]:
         log.warning("%s", t("no_lock"))
     most = max(1, spare * 3 // 4 - 1)  # a quarter is for other programs, two for the stream
     if most < 2 * config.max_concurrent:
         log.warning("%s", t("few_connections", free=spare + 1, number=most))
-    return lambda: DbLibrary(found, most), lambda: True
+    return lambda: DbLibrary(config, most), lambda: True
 
 
 def say_repeated(texts: Mapping[str, int], config: Config) -> None:
@@ -3158,7 +3161,7 @@ def say_repeated(texts: Mapping[str, int], config: Config) -> None:
 
 
 def find(photo_id: str, library: Library, config: Config) -> Photo:
-    """The photo with an id, with whichever key that works; Fatal if it cannot be described."""
+    """The photo with an id, by whichever key can read it; Fatal if it cannot be described."""
     for source in range(max(1, len(config.immich_api_keys))):
         with suppress(Skip, Permanent, LookupError):  # LookupError: two keys of one user
             return library.look(Photo(photo_id, "", "", str(source)))
@@ -4031,18 +4034,12 @@ class Status:
             "version": __version__,
             "away": self.waits.away() if self.ready else 0.0,
             "hosts": hosts,
-            "model_hosts": {public(host.url): condition(host) for host in hosts},
             "left": None if tally.total is None else max(0, tally.total - tally.listed),
             "tally": tally,
             "now": time.monotonic(),
             "public": public,
             "json": functools.partial(json.dumps, ensure_ascii=False),
         }
-
-
-def condition(host: Host) -> str:
-    """The state of a model host, in a word."""
-    return "struck off" if host.struck_off else "unavailable" if host.why else "ok"
 
 
 PAGES = {  # at the health port: template and content type
@@ -4127,15 +4124,16 @@ def keep_posted(status: Status, tally: Tally, stop: Stop) -> None:
 
 
 def limited(photos: Iterator[Photo], busy: set[int], run: Run) -> Generator[Photo, None, None]:
-    """The photos of a stream until `--limit` are described; a service goes on the next day."""
-    counts, day, before = run.tally.counts, None, 0
+    """The photos of a stream until `--limit` of them are described; a service has a limit a day."""
+    day, before = None, 0
     while not run.stop.is_set():
-        today = datetime.now(UTC).astimezone().date()
-        done = counts[Outcome.DESCRIBED] + counts[Outcome.UNDONE]
+        # who is busy comes first: a story that ends now may count twice, but never not at all
+        working, today = len(busy), datetime.now(UTC).astimezone().date()
+        done = sum(run.tally.counts[outcome] for outcome in (Outcome.DESCRIBED, Outcome.UNDONE))
         if run.config.mode.monitors and day != today:
             day, before = today, done
         left = run.tally.most + before - done
-        if left > len(busy):
+        if left > working:
             if not (photo := next(photos, None)):
                 return
             yield photo
@@ -4227,14 +4225,14 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
 
 
 def show_text(photo: Photo, text: str, config: Config) -> None:
-    """Print the description that a photo would get; to undo one is rather a note for the log."""
+    """Print the description that a photo would get; for `--undo`, log what would be left."""
     if config.undo:
         shown = json.dumps(text, ensure_ascii=False)
         log.warning("%s", t("would_undo", name=photo.name, id=photo.id, text=shown))
         return
     place = f"{public(config.link_url)}/photos/{photo.id}" if config.link_url else photo.id
     said = f"{one_line(photo.name)}\n{place}\n\n{text}\n"
-    with suppress(OSError):  # nobody may read it any more
+    with suppress(OSError):  # the reader may be gone
         tqdm.write(re.sub(rf"(?!\n){UNSAFE}", "\ufffd", said), file=sys.stdout)
 
 
@@ -4243,6 +4241,7 @@ def show_prompt(photo_id: str, config: Config) -> int:
     new_library, _ = open_library(config)
     with closing(new_library()) as library:
         photo = library.with_facts(find(photo_id, library, config))
+    with suppress(OSError):  # the reader may be gone
         sys.stdout.write(question(photo, config) + "\n")
     return 0
 

@@ -34,7 +34,7 @@
                    'tags': [tag, 'tag_asset'], 'text': ['asset_ocr']} %}
 {% set user = 'user' if 'user' in tables else 'users' %}
 {% set chosen_by = [album, in_album, of_album, user] * (config.album | length > 0) %}
-{% set facts_from = chosen_by + (known_by.items() | selectattr(0, 'in', config.context) | map('last') | sum(start=[])
+{% set also_read = chosen_by + (known_by.items() | selectattr(0, 'in', config.context) | map('last') | sum(start=[])
                     | select('in', tables) | list) %}
 
 -- 1.133 on; before, there is only "isVisible".
@@ -126,7 +126,7 @@ jsonb_build_object(
     {% if 'people' in config.context %}, 'people', ({{ people() }}) {% endif %}
     {% if 'albums' in config.context %}, 'albums', ({{ albums() }}) {% endif %}
     {% if 'tags' in config.context %}, 'tags', ({{ tags() }}) {% endif %}
-    {% if all and 'asset_ocr' in facts_from %}, 'ocr', ({{ text() }}) {% endif %}
+    {% if all and 'asset_ocr' in also_read %}, 'ocr', ({{ text() }}) {% endif %}
 )
 {% else %}
 '{}'::jsonb
@@ -169,7 +169,7 @@ true
 {% endif %}
 {% endmacro %}
 
--- The settings choose the photo.
+-- The photo is among those that the settings choose.
 {% macro chosen() %}
 true
 {% if config.photo %} AND a.id IN %(photo)s {% endif %}
@@ -193,33 +193,32 @@ AND EXISTS (SELECT FROM {{ in_album }} i
 -- Which photos there are
 -- ------------------------------------------------------------------------------
 
--- since, after, limit → the columns of a photo, and its id as the cursor for the next page; after
+-- since, after, page → the columns of a photo, and its id as the cursor for the next page; after
 -- is NULL for the first one. The condition is repeated for each table, so that each is read from
 -- there by its primary key. If only some photos are to be described, the newest come first; the
 -- cursor is then the date and the id.
-{% set some = config.limit or config.dry_run %}
+{% set newest_first = config.limit or config.dry_run %}
 {% macro after() %} coalesce(%(after)s, '00000000-0000-0000-0000-000000000000')::uuid {% endmacro %}
-{% macro newest() %}
-to_char(a."fileCreatedAt" AT TIME ZONE 'UTC', 'YYYYMMDDHH24MISSUS') || a.id
-{% endmacro %}
+{% macro newest() %} a."fileCreatedAt"::text || ',' || a.id {% endmacro %}
 {% set listing %}
-SELECT {{ columns() }}, {{ newest() if some else 'a.id' }} AS mark
+SELECT {{ columns() }}, {{ newest() if newest_first else 'a.id' }} AS mark
 {{ source() }}
 WHERE {{ wanted() }}
   AND (%(since)s IS NULL OR a."createdAt" >= %(since)s)
-{% if some %}
-  AND (%(after)s IS NULL OR {{ newest() }} < %(after)s)
-ORDER BY {{ newest() }} DESC
+{% if newest_first %}
+  AND (%(after)s IS NULL OR (a."fileCreatedAt", a.id)
+       < (split_part(%(after)s, ',', 1)::timestamptz, split_part(%(after)s, ',', 2)::uuid))
+ORDER BY a."fileCreatedAt" DESC, a.id DESC
 {% else %}
   AND a.id > {{ after() }}
   AND e."assetId" > {{ after() }}
   AND j."assetId" > {{ after() }}
 ORDER BY a.id
 {% endif %}
-LIMIT %(limit)s
+LIMIT %(page)s
 {% endset %}
 
--- since, uploaded, after, limit → the same for previews made since then, oldest first.
+-- since, uploaded, after, page → the same for previews made since then, oldest first.
 -- "updateId" is a version 7 UUID, which begins with its time in milliseconds.
 {% set news %}
 SELECT {{ columns() }}, n."updateId" AS mark
@@ -233,7 +232,7 @@ WHERE {{ wanted() }}
           || repeat('0', 20))::uuid
   )
 ORDER BY n."updateId"
-LIMIT %(limit)s
+LIMIT %(page)s
 {% endset %}
 
 -- The same pages without texts, for when PostgreSQL cannot decode one of them.
@@ -359,7 +358,7 @@ WHERE datid IS NOT NULL AND rolname = session_user AND d.datname = current_datab
 GROUP BY rolconnlimit, datconnlimit
 {% endset %}
 
--- The albums: the id, the name, and the name after that of the owner, and after their address.
+-- Of each album the id, OWNER:NAME by the owner's name, the same by their e-mail address, and NAME.
 {% set known_albums %}
 SELECT b.id::text, u.name || ':' || b."albumName", u.email || ':' || b."albumName", b."albumName"
 FROM {{ album }} b
@@ -372,8 +371,9 @@ WHERE b."deletedAt" IS NULL
 -- The GRANTs that are missing. For --undo, a trigger inserts a row for each deleted note.
 {% macro quoted(names) %} ARRAY['{{ names | join("', '") }}'] {% endmacro %}
 {% set grants %}
-SELECT format('GRANT SELECT ON %%I TO %%I', name, current_user)
-FROM unnest({{ quoted(needed + facts_from) }}) name
+SELECT format('GRANT SELECT%%s ON %%I TO %%I', CASE name WHEN '{{ user }}' THEN ' (id, name, email)' END,
+              name, current_user)
+FROM unnest({{ quoted(needed + also_read) }}) name
 WHERE NOT has_any_column_privilege(name, 'SELECT')
 {% if writes %}
 UNION ALL

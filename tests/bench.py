@@ -89,7 +89,7 @@ import psycopg2, sys
 cursor = psycopg2.connect(sys.argv[1]).cursor()
 after = "00000000-0000-0000-0000-000000000000"
 while after:
-    values = {"key": sys.argv[3], "since": None, "after": after, "limit": 1000}
+    values = {"key": sys.argv[3], "since": None, "after": after, "page": 1000}
     cursor.execute(sys.argv[2], values)
     rows = cursor.fetchall()
     after = rows[-1][0] if len(rows) == 1000 else None
@@ -165,7 +165,7 @@ def describe(row):
 
 cursor = psycopg2.connect(uri).cursor()
 after = "00000000-0000-0000-0000-000000000000"
-first = {"key": key, "since": None, "after": after, "limit": 1000}
+first = {"key": key, "since": None, "after": after, "page": 1000}
 cursor.execute(listing, first)
 with concurrent.futures.ThreadPoolExecutor(6) as pool:
     list(pool.map(describe, cursor.fetchall()))

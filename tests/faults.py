@@ -225,8 +225,8 @@ class WatchedImmich(FakeImmich):
 
     def serve(self, exchange: servers.Exchange) -> Reply | None:
         reply = super().serve(exchange)
-        if exchange.method == "PUT":
-            self.answering.wait()
+        if (exchange.operation and exchange.operation.name) == "updateAsset":
+            self.answering.wait()  # for the queue that writes files; notes are not written there
         return reply
 
 

@@ -11,8 +11,8 @@ import sandbox
 import servers
 from facts import Album
 from hours import with_health
-from servers import FakeKey
-from test_facts import api
+from servers import FakeImmich, FakeKey
+from test_facts import READABLE, api
 from worlds import (
     CHATS,
     NO_PAUSE,
@@ -175,11 +175,15 @@ def test_a_photo_or_album_that_is_not_there_ends_the_run(command, choosable, oll
     for id in (NOBODY, trashed):
         done = command(*argv, "--photo", known, "--photo", id)
         assert (done.returncode, done.stderr) == (2, ia.t("unknown_photo", photo=id) + "\n")
-    for album in ("Winter", "summer", NOBODY, f"https://photos.example.org/albums/{NOBODY}"):
+    link = f"https://photos.example.org/albums/{NOBODY}?at={known}"
+    no_uuid = "00000000-0000-0000-0000-000000000001"
+    for album in ("Winter", "summer", NOBODY, link, f"https://x/albums/{NOBODY}/photos/{known}"):
         done = command(*argv, "--album", "Summer", "--album", album)
         assert done.returncode == 2
-        assert f"one album {album};" in done.stderr
+        assert (NOBODY if NOBODY in album else album) in done.stderr
         assert seen in done.stderr
+    if isinstance(choosable, SqlWorld):  # the fake would not let the tool ask for it
+        assert no_uuid in command(*argv, "--album", no_uuid).stderr
     assert ollama.find(*CHATS) == []
 
 
@@ -219,7 +223,7 @@ def test_the_owner_tells_albums_of_one_name_apart_in_the_database(command, datab
     argv = [*database.argv, *asking(ollama)]
     done = command(*argv, "--album", "Summer")
     assert done.returncode == 2
-    assert "alice:Summer, bob:Summer" in done.stderr
+    assert re.search(r": alice:Summer \([0-9a-f-]{36}\), bob:Summer \([0-9a-f-]{36}\)", done.stderr)
     assert command(*argv, "--album", "bob:Summer").returncode == 0
     assert described(database) == {ids["bob"]}
     assert command(*argv, "--album", "alice@example.org:Summer").returncode == 0
@@ -234,8 +238,9 @@ def test_all_rights_that_albums_need_in_the_database_are_named_at_once(command, 
         argv = ["--postgres-url", uri, "--immich-root", str(database.photos.root)]
         done = command(*argv, *asking(ollama), "--album", LIBRARY)
         assert done.returncode == (0 if read else 2)
-        grants = re.findall(r'GRANT SELECT ON "?(\w+)"? TO', done.stderr)
-        assert sorted(grants) == ([] if read else sorted(tables))
+        grants = re.findall(r'GRANT SELECT( \([a-z, ]+\))? ON "?(\w+)"? TO', done.stderr)
+        wanted = [(" (id, name, email)" * (table == "user"), table) for table in tables]
+        assert sorted(grants) == ([] if read else sorted(wanted))
     assert described(database) == {inside}
 
 
@@ -353,7 +358,7 @@ def test_a_dry_run_prints_and_writes_nothing(command, library, ollama):
         "missing-ai",
     )
     assert done.stdout.count("http://photos.me/photos/") == 10
-    assert "\n\ufffd[2J evil.jpg\n" in done.stdout
+    assert "\ufffd[2J evil.jpg\n" in done.stdout
     assert "\ufffd[0mOurs.\nYes.\n\n[AI]\n" in done.stdout
     assert "\x1b" not in done.stdout
 
@@ -369,3 +374,145 @@ def test_a_dry_run_needs_no_right_to_write(command, immich, api, database, ollam
         assert done.stdout.count("photo.jpg\n") == 3
         assert command(*argv, *asking(ollama)).returncode == 2
     assert not [x for x in immich.exchanges if x.method == "PUT"]
+
+
+# --- Odd ways to name what is meant --------------------------------------------------------------
+
+
+def test_albums_are_named_in_a_variable_one_per_line(command, choosable, ollama):
+    wanted = {
+        choosable.add(picture=servers.own_picture(n), owner="alice", albums=[name])
+        for n, name in enumerate(["Summer", "Home, 2019", "Mu\u0308ller"])
+    }
+    choosable.add(picture=servers.own_picture(9), owner="alice", albums=["Winter"])
+    argv, names = [*choosable.argv, *asking(ollama)], " Summer \n\nHome, 2019\nM\u00fcller"
+    assert command(*argv, IMMICH_ANALYZE_ALBUM=names).returncode == 0
+    assert described(choosable) == wanted
+    assert command(*argv, "--album", "").returncode == 2
+
+
+def test_a_link_names_the_album_that_is_open(command, choosable, ollama):
+    album, other = (facts.own_id("album", n) for n in "12")
+    inside = choosable.add(
+        picture=servers.own_picture(0), owner="alice", albums=[Album("Summer", "alice", id=album)]
+    )
+    choosable.add(
+        picture=servers.own_picture(1), owner="alice", albums=[Album("Winter", "alice", id=other)]
+    )
+    for link in (f"albums/{album}?at={other}", f"albums/{album.upper()}/photos/{inside}/"):
+        argv = [*choosable.argv, *asking(ollama), "-O", "all"]
+        assert command(*argv, "--album", f"https://h/{link}").returncode == 0
+        assert described(choosable) == {inside}
+        choosable.describe(inside, "")
+    query = (
+        f"https://h/search/photos/{inside}?query=%7B%22personIds%22:[%22{other}%22]%7D&x=/{other}"
+    )
+    assert command(*argv, "--photo", query).returncode == 0
+    assert described(choosable) == {inside}
+
+
+def test_a_named_photo_outside_the_period_is_no_unknown_one(command, library, ollama):
+    old, new = (
+        library.add(picture=servers.own_picture(n), taken=f"{2020 + n}-06-01T12:00") for n in (0, 1)
+    )
+    argv = [*library.argv, *asking(ollama), "--taken-after", "2021-01-01"]
+    assert command(*argv, "--photo", f"{old},{new}").returncode == 0
+    assert described(library) == {new}
+    assert command(*argv, "--show-prompt", old).returncode == 0
+
+
+def test_each_key_finds_what_its_user_can_see(command, ollama):
+    keys = {name: FakeKey(user, READABLE) for name, user in (("a", "alice"), ("b", "bob"))}
+    with FakeImmich("3.1.0", keys) as server:
+        world = ApiWorld(server)
+        party = Album("Party", "bob")
+        world.add(picture=servers.own_picture(0), owner="alice")
+        his = world.add(picture=servers.own_picture(1), owner="bob", albums=[party])
+        argv = ["--immich-api-url", server.url, "--immich-api-keys", "a,b", *asking(ollama)]
+        for chosen in (["--album", "Party"], ["--album", party.id], ["--photo", his]):
+            assert command(*argv, "-O", "all", *chosen).returncode == 0
+            assert described(world) == {his}
+            world.describe(his, "")
+    server.check()
+
+
+def test_searches_name_the_period_widened_by_the_clocks_of_the_world(command, immich, api, ollama):
+    taken = ["--taken-after", "2020-01-01", "--taken-before", "2020-01-31"]
+    assert command(*api.argv, *asking(ollama), *taken).returncode == 0
+    searches = immich.find("POST", "/search/metadata")
+    bounds = {(x.json["takenAfter"], x.json["takenBefore"]) for x in searches}
+    assert bounds == {("2019-12-31T10:00:00.000Z", "2020-02-01T14:00:00.000Z")}
+
+
+def test_albums_that_were_deleted_or_are_shared_do_not_count_as_further_ones(
+    command, database, ollama
+):
+    shared = Album("Summer", "alice", shared=["bob"])
+    inside = database.add(picture=servers.own_picture(0), owner="alice", albums=[shared])
+    database.add(picture=servers.own_picture(1), owner="bob")
+    gone = database.add_album(Album("Summer", "bob"))
+    database.photos.run('UPDATE album SET "deletedAt" = now() WHERE id = %s', gone)
+    assert command(*database.argv, *asking(ollama), "--album", "Summer").returncode == 0
+    assert described(database) == {inside}
+
+
+# --- More about the limit, and about trying -----------------------------------------------------
+
+
+def test_no_more_are_asked_about_than_the_limit_allows(hours, library, ollama):
+    fill(library, 12)
+    hours.pace(ollama, seconds=60)
+    with hours.batch(library, ollama, "--limit", "3", "--max-concurrent", "4") as run:
+        pass
+    assert len(described(library)) == len(ollama.find(*CHATS)) == run.counts["described"] == 3
+
+
+def test_the_limit_holds_for_undo_as_well(hours, library, ollama):
+    fill(library, 5)
+    with hours.batch(library, ollama):
+        pass
+    with hours.batch(library, ollama, "--undo", "--limit", "2") as run:
+        pass
+    assert run.counts["undone"] == 2
+    assert len(described(library)) == 3
+
+
+def test_a_service_that_rests_at_its_limit_can_be_stopped(hours, library, ollama):
+    fill(library, 3)
+    with hours.service(library, ollama, "--limit", "1") as run:
+        run.until(3600)
+    assert run.time < 3700
+    assert len(described(library)) == 1
+
+
+def test_of_two_photos_of_a_day_the_later_one_is_the_newest(command, library, ollama):
+    early, late = (
+        library.add(picture=servers.own_picture(n), taken=f"2020-06-01T1{n}:00") for n in (0, 1)
+    )
+    argv = [*library.argv, *asking(ollama), "--limit", "1"]
+    assert command(*argv).returncode == 0
+    assert described(library) == {late}
+    assert command(*argv).returncode == 0
+    assert described(library) == {late, early}
+
+
+def test_a_dry_run_of_undo_lists_all_of_ours_with_rights_to_read(command, database, ollama):
+    fill(database, 12)
+    assert command(*database.argv, *asking(ollama)).returncode == 0
+    uri = database.photos.reading_role("reads", "its secret")
+    readonly = f"{database.photos.uri}&options=-c%20default_transaction_read_only%3Don"
+    for address in (uri, readonly):
+        argv = ["--postgres-url", address, "--immich-root", str(database.photos.root)]
+        done = command(*argv, "--undo", IMMICH_ANALYZE_DRY_RUN="true")
+        assert (done.returncode, done.stdout) == (0, "")
+        assert done.stderr.count(ia.t("would_undo", name="photo.jpg", id="", text="")[:9]) == 12
+        assert command(*argv, *asking(ollama), "-O", "all", "--dry-run").returncode == 0
+    assert len(described(database)) == 12
+
+
+def test_a_secret_in_the_address_for_links_is_not_printed(command, api, ollama):
+    fill(api, 1)
+    link = ["--link-url", "http://user:s3cret@photos.me"]
+    done = command(*api.argv, *asking(ollama), "--dry-run", *link)
+    assert "http://photos.me/photos/" in done.stdout
+    assert "s3cret" not in done.stdout + done.stderr

@@ -314,6 +314,7 @@ SWITCHES = [
     ("disable-ai-wrapper", "preserve_human", False, False),  # the default, said aloud
     ("retry-failed", "retry_failed", True, False),
     ("favorites", "favorites", True, False),
+    ("dry-run", "dry_run", True, False),
     ("enrich-prompt", "context", ia.ENRICHED, ()),
     ("think", "think", True, False),
     ("wait-for-immich", "wait_for_immich", True, False),
@@ -426,7 +427,7 @@ def test_an_empty_variable_counts_as_unset(config, empty):
     assert config(environ=dict.fromkeys(variables(), empty)) == config()
 
 
-ONLY_FLAGS = ("help", "version", "config", "monitor", "combined", "healthcheck", "undo", "dry_run")
+ONLY_FLAGS = ("help", "version", "config", "monitor", "combined", "healthcheck", "undo")
 ONLY_FLAGS += ("show_prompt",)
 
 

@@ -965,3 +965,34 @@ def test_a_server_that_crashes_in_the_middle_of_a_statement_is_waited_for():
     """psycopg2 has no class of its own for it, and PostgreSQL had no time for a code."""
     with pytest.raises(ia.Unavailable), ia.sql():
         raise psycopg2.DatabaseError("error with status PGRES_TUPLES_OK and no message")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        *((code, ia.Unexpected) for code in ("0A000", "25006", "28000", "3D000", "42P01")),
+        *((code, ia.Unavailable) for code in ("08006", "26000", "27000", "34000", "40P01")),
+        *((code, ia.Unavailable) for code in ("53300", "57P01", "58030", "HV000")),
+        *((code, ia.Retryable) for code in ("55P03", "57014", "P0001", "XX001")),
+        *((code, ia.Permanent) for code in ("22021", "22P02")),
+    ],
+)
+def test_the_code_of_a_database_error_says_who_is_to_blame(code, kind):
+    assert type(ia.verdict("database", f"{code} some words", why="some words")) is kind
+
+
+@pytest.mark.parametrize(
+    ("server", "said", "verdict"),
+    [
+        ("immich", "407 \n", ("Unexpected", "immich_wrong")),
+        ("immich", "600 \n", ("Retryable", "immich_failed")),
+        ("model_host", "600 \n", ("Retryable", "host_failed")),
+        ("model_host", "200 Server busy, please try again\n", ("Unavailable", "host_busy")),
+        ("model_host", "400 \nThe plain HTTP request was sent to", ("Fatal", "https_needed")),
+        ("model_host", "400 \nclient sent an HTTP request to an HTTPS", ("Fatal", "https_needed")),
+    ],
+)
+def test_each_row_of_the_verdicts_is_needed(server, said, verdict):
+    fields = dict.fromkeys(("url", "status", "why", "words", "said"), "")
+    error = ia.verdict(server, said, **fields)
+    assert (type(error).__name__, error.key) == verdict
