@@ -307,7 +307,7 @@ def parameters(text: str) -> dict[str, Any]:
 
 
 def one_of(names: Iterable[str], **values: Any) -> Convert:
-    """Converter for one of a few words, in any case; `values` are what words stand for, if told."""
+    """Converter for one of a few words, in any case; `values` says what some stand for."""
     known = {str(name): name for name in names} | values
 
     def convert(text: str) -> Any:
@@ -1181,7 +1181,7 @@ def plain_picture(size: tuple[int, int], colour: str = "gray") -> Picture:
 def patterns() -> dict[str, re.Pattern[str]]:
     """What models and servers say, and the like, by the names in patterns.toml."""
     texts: dict[str, str] = {}
-    for name, text in toml("patterns.toml").items():  # contains those above it
+    for name, text in toml("patterns.toml").items():  # may name those above it
         texts[name] = re.sub(r"\{([a-z_]+)\}", lambda part: f"(?:{texts[part[1]]}\n)", text)
     return {name: re.compile(text, re.VERBOSE) for name, text in texts.items()}
 
@@ -1589,7 +1589,7 @@ class Dialect:
     chat = "/v1/chat/completions"
     alive = "/health"  # a path that is answered whenever the server is up
     takes_context = False
-    headers: ClassVar[tuple[Header, ...]] = ()  # that it wants to know who asks by
+    headers: ClassVar[tuple[Header, ...]] = ()  # which tell it who asks
 
     def question(self, picture: Picture) -> dict[str, Any]:
         """What to send to `chat`, besides what all servers take."""
@@ -1639,7 +1639,7 @@ class Dialect:
         return json.dumps(question).encode().replace(PICTURE.encode(), picture.base64)
 
     def adapted(self, error: AnalyzeError) -> Dialect:
-        """How else to ask, by what a host said to a question; raises that if nothing else helps."""
+        """How else to ask, by what a host said; re-raises the error if there is no other way."""
         config, known = self.config, patterns()
         if lacks_context(error):
             told = known["prompt_tokens"].search(error.words)
@@ -1706,7 +1706,7 @@ DIALECTS = {"ollama": Ollama, "llamacpp": Dialect, "openrouter": OpenRouter}
 
 
 def nearest(model: str, names: Iterable[str]) -> str:
-    """A question whether the name like it was meant, tags aside; "" if there is none."""
+    """“Did you mean …?” for a similar name, tags aside; "" if there is none."""
     by_base = {name.lower().partition(":")[0]: name for name in names}
     found = difflib.get_close_matches(model.lower().partition(":")[0], by_base, 1)
     return " " + t("did_you_mean", name=by_base[found[0]]) if found else ""
@@ -2021,7 +2021,7 @@ class Tries:
             raise error.as_kind(Unavailable)
 
     def enough(self, more: int = 0) -> bool:
-        """Whether there are enough failures, with so many more and if all of them count."""
+        """Whether the failures would be enough, with `more` of them and if all counted."""
         return self._counted + sum(tries for _, tries in self._open.values()) + more >= self._most
 
     def judge(self) -> bool:
@@ -2459,9 +2459,9 @@ class ApiLibrary(Library):
     def __init__(self, config: Config, server: Server) -> None:
         self._config, self._server, self._accounts = config, server, server.accounts
         self._session = Session(config.immich_header)
-        users, groups = server.accounts.values(), chosen(config)
-        seen = ("timeline", "archive")
-        self._parts = [(account, v, group) for account in users for v in seen for group in groups]
+        users, filters = server.accounts.values(), chosen(config)
+        visible = ("timeline", "archive")
+        self._parts = [(user, v, given) for user in users for v in visible for given in filters]
 
     def read_version(self) -> Reply:
         """GET /server/version, which needs no key and also works during maintenance."""
@@ -2556,8 +2556,8 @@ class ApiLibrary(Library):
 
     def _page(self, walk: Walk, query: dict[str, Any]) -> Page:
         """One page of photos, and the next cursor."""
-        account, visibility, group = self._parts[walk.part]
-        query = query | self._filter(visibility) | group | {"withExif": True}
+        account, visibility, given = self._parts[walk.part]
+        query = query | self._filter(visibility) | given | {"withExif": True}
         query |= {"withPeople": True} if "people" in self._config.context else {}
         items, step = self._step(account, walk, query)
         # built lazily, while the next page is fetched, unless it takes requests to find the owner
@@ -2681,7 +2681,7 @@ class ApiLibrary(Library):
             return len(self._config.photo)
         # not by _call, which would retire a key that lacks this right but can do the work
         ask = functools.partial(self._send, method="POST", path="/search/statistics")
-        answers = [ask(user.key, json=self._filter(v) | group) for user, v, group in self._parts]
+        answers = [ask(user.key, json=self._filter(v) | given) for user, v, given in self._parts]
         return int(sum(number_at(answer.json(), "total") for answer in answers))
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:

@@ -19,7 +19,7 @@ import pytest
 import sandbox
 import servers
 from hours import Hours
-from worlds import ApiWorld, SqlWorld, World
+from worlds import ApiWorld, SqlWorld, World, readable_immich
 
 import immich_analyze as ia
 
@@ -293,3 +293,19 @@ def database(photos: Callable[..., Any], postgres: sandbox.Postgres) -> SqlWorld
 def library(request: pytest.FixtureRequest) -> World:
     """Each of the two."""
     return request.getfixturevalue(request.param)
+
+
+RELEASES = [*(("api", v) for v in ("1.132.3", "1.135.3", "2.7.5", "3.1.0", "3.3.5"))]
+RELEASES += [("database", version) for version in sandbox.VERSIONS]
+
+
+@pytest.fixture(params=RELEASES, ids="-".join)
+def any_library(request: Any, photos: Any, postgres: sandbox.Postgres) -> Iterator[World]:
+    """A library of each generation, behind either way of access."""
+    access, version = request.param
+    if access == "database":
+        yield SqlWorld(photos(version), postgres)
+        return
+    with readable_immich(version, partners=True) as server:
+        yield ApiWorld(server)
+    server.check()

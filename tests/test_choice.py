@@ -2,20 +2,20 @@
 
 import random
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import facts
 import pytest
-import sandbox
 import servers
 from facts import Album
 from hours import with_health
 from servers import FakeImmich, FakeKey
-from test_facts import READABLE, api
 from worlds import (
     CHATS,
     NO_PAUSE,
+    READABLE,
     ApiWorld,
     SqlWorld,
     World,
@@ -23,32 +23,19 @@ from worlds import (
     asking,
     failure_notes,
     fill,
+    readable_immich,
 )
 
 import immich_analyze as ia
 
 LIBRARY = facts.own_id("an external library")
 NOBODY = facts.own_id("no such thing")
-RELEASES = [*(("api", v) for v in ("1.132.3", "1.135.3", "2.7.5", "3.1.0", "3.3.5"))]
-RELEASES += [("database", version) for version in sandbox.VERSIONS]
 
 
 @pytest.fixture
 def readable() -> Iterator[ApiWorld]:
     """A library behind a key that may list albums."""
-    with api("3.1.0") as server:
-        yield ApiWorld(server)
-    server.check()
-
-
-@pytest.fixture(params=RELEASES, ids="-".join)
-def any_library(request: Any, photos: Any, postgres: sandbox.Postgres) -> Iterator[World]:
-    """A library of each generation, behind either way of access."""
-    access, version = request.param
-    if access == "database":
-        yield SqlWorld(photos(version), postgres)
-        return
-    with api(version) as server:
+    with readable_immich("3.1.0") as server:
         yield ApiWorld(server)
     server.check()
 
@@ -245,7 +232,7 @@ def test_all_rights_that_albums_need_in_the_database_are_named_at_once(command, 
 
 
 def test_releases_that_ignore_albums_are_not_asked_for_them(command, ollama):
-    with api("1.132.3") as server:
+    with readable_immich("1.132.3") as server:
         world = ApiWorld(server)
         world.add(picture=servers.own_picture(0))
         done = command(*world.argv, *asking(ollama), "--album", LIBRARY)
@@ -307,6 +294,17 @@ def test_few_photos_of_many_take_few_requests(hours, immich, api, ollama):
     assert len(immich.exchanges) <= 2 + 3 + 2 + 3 * 3  # start, listing, progress, the photos
 
 
+@pytest.fixture
+def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This machine's clock is that of Tokyo."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("tokyo")
 def test_a_service_describes_its_limit_each_day(hours, library, ollama):
     fill(library, 8)
     now, day = hours.now().astimezone(), 24 * 3600.0
@@ -382,10 +380,11 @@ def test_a_dry_run_needs_no_right_to_write(command, immich, api, database, ollam
 def test_albums_are_named_in_a_variable_one_per_line(command, choosable, ollama):
     wanted = {
         choosable.add(picture=servers.own_picture(n), owner="alice", albums=[name])
-        for n, name in enumerate(["Summer", "Home, 2019", "Mu\u0308ller"])
+        for n, name in enumerate(["Summer", "Home, 2019", "Mu\u0308ller", "Ko\u00e4la"])
     }
     choosable.add(picture=servers.own_picture(9), owner="alice", albums=["Winter"])
-    argv, names = [*choosable.argv, *asking(ollama)], " Summer \n\nHome, 2019\nM\u00fcller"
+    argv = [*choosable.argv, *asking(ollama)]
+    names = " Summer \n\nHome, 2019\nM\u00fcller\nKoa\u0308la"
     assert command(*argv, IMMICH_ANALYZE_ALBUM=names).returncode == 0
     assert described(choosable) == wanted
     assert command(*argv, "--album", "").returncode == 2

@@ -14,7 +14,7 @@ import servers
 from facts import Album, Line, Person
 from hours import Hours
 from servers import FakeImmich, FakeOllama
-from worlds import CHATS, ApiWorld, SqlWorld, World, asking, shown
+from worlds import CHATS, ApiWorld, SqlWorld, World, asking, readable_immich, shown
 
 import immich_analyze as ia
 
@@ -272,30 +272,7 @@ def test_the_order_of_names_does_not_change_what_a_note_calls_them(config):
 # --- In whole libraries, of all generations ----------------------------------------------------
 
 ALL = "people,place,gps,date,albums,tags,camera,file,text"
-READABLE = ("asset.read", "asset.view", "asset.update", "album.read", "tag.read")
 CITIES = (("Warnemünde", "Mecklenburg-Vorpommern", "Germany"), ("Oslo", "", "Norway"))
-
-
-def api(version: str, *, partners: bool = False) -> FakeImmich:
-    """A server whose one key may read albums and tags."""
-    keys = {"key": servers.FakeKey("alice", READABLE)}
-    return FakeImmich(version, keys, partners={"alice": ["bob"]} if partners else {})
-
-
-RELEASES = [*(("api", v) for v in ("1.132.3", "1.135.3", "2.7.5", "3.1.0", "3.3.5"))]
-RELEASES += [("database", version) for version in sandbox.VERSIONS]
-
-
-@pytest.fixture(params=RELEASES, ids="-".join)
-def any_library(request: Any, photos: Any, postgres: sandbox.Postgres) -> Iterator[World]:
-    """A library of each generation, behind either way of access."""
-    access, version = request.param
-    if access == "database":
-        yield SqlWorld(photos(version), postgres)
-        return
-    with api(version, partners=True) as server:
-        yield ApiWorld(server)
-    server.check()
 
 
 def questions(model: FakeOllama) -> dict[bytes, str]:
@@ -401,7 +378,7 @@ def two_users(request: Any, photos: Any, postgres: sandbox.Postgres) -> Iterator
     if request.param == "database":
         yield SqlWorld(photos(), postgres)
         return
-    with api("3.3.5", partners=True) as server:  # where one person has several names
+    with readable_immich("3.3.5", partners=True) as server:  # where one person has several names
         yield ApiWorld(server)
     server.check()
 
@@ -516,7 +493,7 @@ def test_photos_of_one_date_stay_in_their_album(
     hours: Hours, ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ia, "PAGE", 5)
-    with api("2.7.5") as server:  # which shuffles them from page to page
+    with readable_immich("2.7.5") as server:  # which shuffles them from page to page
         for number in range(12):
             picture = servers.own_picture(number)
             ApiWorld(server).add(picture=picture, taken=TAKEN_ON, albums=["Scans"])
@@ -592,7 +569,7 @@ def test_albums_cost_one_search_each_and_text_and_tags_one_request_a_photo(
 ) -> None:
     numbers = []
     for options in ([], ["--context", "albums,text,tags"]):
-        with api("3.1.0") as server:
+        with readable_immich("3.1.0") as server:
             world = ApiWorld(server)
             for number in range(4):
                 albums = ["Summer", "Winter"][: number % 2 + 1]
@@ -644,7 +621,7 @@ def test_a_grant_that_is_missing_is_named_at_the_start(
 def test_before_1_135_a_line_says_that_albums_are_not_known(
     hours: Hours, ollama: FakeOllama
 ) -> None:
-    with api("1.132.3") as server:
+    with readable_immich("1.132.3") as server:
         world = ApiWorld(server)
         world.add(picture=servers.picture(), albums=["Summer"])
         with hours.batch(world, ollama, "--context", "albums") as run:

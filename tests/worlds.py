@@ -247,6 +247,13 @@ class SqlWorld:
 
 
 World = ApiWorld | SqlWorld
+READABLE = ("asset.read", "asset.view", "asset.update", "album.read", "tag.read")
+
+
+def readable_immich(version: str, *, partners: bool = False) -> FakeImmich:
+    """A server whose one key may read albums and tags."""
+    keys = {"key": servers.FakeKey("alice", READABLE)}
+    return FakeImmich(version, keys, partners={"alice": ["bob"]} if partners else {})
 
 
 def differences(before: State, after: State) -> State:
