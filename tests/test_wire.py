@@ -984,6 +984,7 @@ def test_the_code_of_a_database_error_says_who_is_to_blame(code, kind):
 @pytest.mark.parametrize(
     ("server", "said", "verdict"),
     [
+        ("database", "22021 \n", ("Permanent", "row_not_utf8")),
         ("immich", "407 \n", ("Unexpected", "immich_wrong")),
         ("immich", "600 \n", ("Retryable", "immich_failed")),
         ("model_host", "600 \n", ("Retryable", "host_failed")),
