@@ -190,6 +190,7 @@ class Stopped(AnalyzeError):
     """The tool was asked to stop while it waited."""
 
 
+# The classes by the names that verdicts.toml has for them.
 KINDS: dict[str, type[AnalyzeError]] = {
     kind.__name__: kind
     for kind in (Retryable, Unavailable, Permanent, Missing, Skip, Fatal, Unexpected)
