@@ -80,7 +80,6 @@ log = logging.getLogger("immich_analyze")
 
 # ------------------------------------------------------------------------------
 # 1 Messages: texts for people, in their language. Knows no key's text.
-# ------------------------------------------------------------------------------
 
 LANGUAGES = ("en", "ru")
 DATA_FOLDERS = ("i18n", "immich_analyze_i18n")  # in a checkout; once installed
@@ -137,7 +136,6 @@ def t(key: str, **fields: object) -> str:
 
 # ------------------------------------------------------------------------------
 # 2 Errors: the class says who is to blame, and so what happens next. They carry keys, not text.
-# ------------------------------------------------------------------------------
 
 
 class AnalyzeError(Exception):
@@ -199,7 +197,6 @@ KINDS: dict[str, type[AnalyzeError]] = {
 
 # ------------------------------------------------------------------------------
 # 3 Settings: flags, environment and file become one frozen record. Opens no other files.
-# ------------------------------------------------------------------------------
 
 
 class Mode(StrEnum):
@@ -825,7 +822,6 @@ def database(environ: Mapping[str, str]) -> tuple[str, bool]:
 
 # ------------------------------------------------------------------------------
 # 4 Records and text: what flows, and pure functions on it. No I/O.
-# ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -1313,7 +1309,6 @@ def description_in(answer: object, language: str = "") -> str:
 
 # ------------------------------------------------------------------------------
 # 5 Wire: only it handles exceptions of requests and psycopg2. It says who is to blame; no retries.
-# ------------------------------------------------------------------------------
 
 CONNECT_TIMEOUT = 10.0
 LONGEST_TIMEOUT = 2e6  # sockets count milliseconds in 31 bits
@@ -1425,42 +1420,18 @@ def http(
                 if watch and response.ok:
                     watch(piece)
             reply = Reply(shown, response.status_code, response.headers, bytes(body))
-    except requests.exceptions.InvalidHeader as error:  # in a broken response
-        raise Retryable("connection_cut", url=shown) from error
-    except ValueError as error:  # a URL that requests or urllib3 cannot parse
-        raise Fatal("not_an_address", value=shown) from error
-    except OSError as error:  # everything else that requests raises
-        raise connection_error(error, shown, timeout, silent=bool(watch) and not body) from error
+    except (OSError, ValueError) as error:  # all that requests and urllib3 raise
+        told = f"{'silent' if watch and not body else 'heard'} {type(error).__name__} {error}"
+        fields = {"url": shown, "value": shown, "seconds": f"{timeout:g}"}
+        raise verdict("connection", told, why=innermost(error), **fields) from error
     if 200 <= reply.status < 300:
         return reply
     if 300 <= reply.status < 400:
-        raise redirected(url, shown, reply.headers.get("Location", ""))
+        location = reply.headers.get("Location", "")
+        kept = urlsplit(public(location)).path.endswith(urlsplit(url).path)
+        told = f"{'kept' if kept else 'other'} {location}"
+        raise verdict("redirect", told, url=shown, target=public(location), why="")
     raise http_error(server, reply)
-
-
-def redirected(url: str, shown: str, location: str) -> AnalyzeError:
-    """The error for a redirect. A server that moved keeps the path; a login page has its own."""
-    target = public(location)
-    moved = urlsplit(target).path.endswith(urlsplit(url).path)
-    login = not moved and re.search(r"//[^/?]*(/?\?|/.)", location)
-    return Unexpected("login_page" if login else "redirected", url=shown, target=target)
-
-
-def connection_error(error: OSError, shown: str, timeout: float, *, silent: bool) -> AnalyzeError:
-    """Unavailable if no connection was made; Retryable if it was cut, maybe due to the picture."""
-    if not isinstance(error, requests.exceptions.RequestException):
-        return Fatal("tls_failed", url=shown, why=error)  # REQUESTS_CA_BUNDLE names no file
-    if isinstance(error, requests.exceptions.SSLError):
-        kind = Unavailable if "EOF" in str(error) else Unexpected  # EOF: the server hung up
-        return kind("tls_failed", url=shown, why=innermost(error))
-    cause = error.args[0] if error.args else None
-    if isinstance(error, requests.exceptions.ConnectTimeout) or hasattr(cause, "reason"):
-        return Unavailable("unreachable", url=shown, why=innermost(error))
-    if isinstance(error, requests.exceptions.ReadTimeout) or "timed out" in str(error):
-        silent |= isinstance(error, requests.exceptions.ReadTimeout)  # headers alone are no answer
-        key = "timed_out" if silent else "timed_out_reading"
-        return Retryable(key, url=shown, seconds=f"{timeout:g}")
-    return Retryable("connection_cut", url=shown)
 
 
 def innermost(error: BaseException) -> str:
@@ -1539,7 +1510,6 @@ def postgres_url(url: str) -> str:
 
 # ------------------------------------------------------------------------------
 # 6 AI: who describes. Knows nothing of Immich.
-# ------------------------------------------------------------------------------
 
 ANSWER_LIMIT = 4 * 2**20  # bytes, and for long answers
 TOKEN_LIMIT = 2**10  # bytes a token, with all that a server says with it
@@ -2277,7 +2247,6 @@ class Ai:
 # ------------------------------------------------------------------------------
 # 7 Library: where photos come from and descriptions go. Two implementations of one
 #   protocol; each worker has its own instance. Knows nothing of the AI.
-# ------------------------------------------------------------------------------
 
 PAGE = 1000  # photos on one page of a listing; Immich's maximum
 IMMICH_TIMEOUT = 60.0  # if Redis hangs, Immich stores a write but answers late
@@ -3183,7 +3152,6 @@ def open_library(config: Config) -> Opened:
 
 # ------------------------------------------------------------------------------
 # 8 Pipeline: which photo is next, and what happens to it. Knows no HTTP, no SQL, no signals.
-# ------------------------------------------------------------------------------
 
 LIBRARY_TRIES = 3  # for a call that fails while the library is up; an outage costs none
 VALUABLE_TRIES = 12  # for a write, whose text took minutes to make, and for a page
@@ -3871,7 +3839,6 @@ def run_all(
 
 # ------------------------------------------------------------------------------
 # 9 Process: signals, output, health, main. The only place that reads the environment.
-# ------------------------------------------------------------------------------
 
 
 class Signals:
