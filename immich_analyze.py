@@ -58,7 +58,7 @@ from hashlib import blake2b, sha256
 from http.cookiejar import DefaultCookiePolicy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, TypeVarTuple
+from typing import Any, NoReturn, Protocol, TypeVar, TypeVarTuple
 from urllib.parse import urlsplit, urlunsplit
 
 import configargparse
@@ -101,6 +101,12 @@ def toml(name: str) -> dict[str, Any]:
     import tomllib  # here, as each start would wait for it
 
     return tomllib.loads(data_file(name))
+
+
+def server_kind(interface: str) -> dict[str, Any]:
+    """What dialects.toml says of a kind of server."""
+    rows = toml("dialects.toml")
+    return dict(rows["llamacpp"] | rows[interface])  # which most others follow
 
 
 @functools.cache
@@ -245,7 +251,6 @@ FACTS = (*ENRICHED, "gps", "albums", "text", "description")
 PLACEHOLDERS = (*FACTS, "context", "language")
 TAG = "{[{%#]"  # how a placeholder, a statement or a comment of a template begins
 INTERFACES = ("ollama", "llamacpp", "openrouter")
-USUAL_HOSTS = {"openrouter": "https://openrouter.ai/api"}  # else on this machine
 SIZES = ("preview", "thumbnail", "fullsize")  # of a picture, as Immich calls them
 SHORTEST_PAUSE = 0.5  # seconds, where 0 is asked for
 CONFIG_FILES = ("/etc/immich-analyze.conf", "~/.config/immich-analyze.conf")
@@ -745,7 +750,7 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         "postgres_url": url or database_url or "host=localhost user=postgres dbname=immich",
         "immich_api_url": api_url and api_url + "/api",
         "api_key": (options.api_key or "").strip(),
-        "hosts": options.hosts or (USUAL_HOSTS.get(options.interface, "http://localhost:11434"),),
+        "hosts": options.hosts or (server_kind(options.interface)["host"],),
         "file_check_interval": options.file_check_interval / 1000,
     }
     for name in ("immich_api_keys", "api_key"):
@@ -1551,32 +1556,36 @@ PICTURE = "immich-analyze puts the picture here"
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a host is asked and what it tells: as OpenAI's API has it, if nothing else is known."""
+    """How a host is asked, by dialects.toml, and what it tells of the model."""
 
     config: Config
     refused: frozenset[str] = frozenset()  # parts of a question, as the host told
 
-    root = "/v1"  # what its paths begin with; people often give it with the address
-    chat = "/v1/chat/completions"
-    alive = "/health"  # a path that is answered whenever the server is up
-    takes_context = False
-    headers: ClassVar[tuple[Header, ...]] = ()  # which tell it who asks
+    @property
+    def server(self) -> dict[str, Any]:
+        """What dialects.toml says of this kind of server."""
+        return server_kind(self.config.interface)
 
-    def question(self, picture: Picture) -> dict[str, Any]:
-        """What to send to `chat`, besides what all servers take."""
-        image = {"url": f"data:{picture.mime};base64,{PICTURE}"}
-        text = {"type": "text", "text": picture.question}
-        content = [text, {"type": "image_url", "image_url": image}]
-        message = {"role": "user", "content": content}
-        limits = {"stream_options": {"include_usage": True}, "max_tokens": self.config.max_tokens}
-        return {"messages": [message]} | limits | self.config.model_options
+    def _filled_in(self, name: str, **given: object) -> dict[str, Any]:
+        made = template(self.server[name]).render(given, config=self.config)
+        return dict(json.loads(made))
 
-    def thinking(self, think: bool) -> dict[str, Any]:
-        """The switch of llama.cpp and vLLM, and the one of Ollama and others, which has no "on"."""
-        switch = {"chat_template_kwargs": {"enable_thinking": think}}
-        return switch if think else switch | {"reasoning_effort": "none"}
+    def body(self, picture: Picture) -> bytes:
+        """A question as JSON, without what the host refused."""
+        given = {"text": picture.question, "mime": picture.mime, "picture": PICTURE}
+        question = self._filled_in("question", **given)
+        question = self._filled_in("thinking", think=self.config.think) | question
+        refused = {name: question.pop(name) for name in self.refused & question.keys()}
+        if "max_tokens" in refused:
+            question["max_completion_tokens"] = refused["max_tokens"]
+        # JSON's encoder would take a millisecond for the picture
+        return json.dumps(question).encode().replace(PICTURE.encode(), picture.base64)
 
     def sees(self, ask: Callable[..., Reply]) -> bool | None:
+        """Whether the model takes pictures, where the server tells; an error if it is not there."""
+        return self._shown(ask) if "show" in self.server else self._listed(ask)
+
+    def _listed(self, ask: Callable[..., Reply]) -> bool | None:
         """GET /v1/models lists the models; llama.cpp answers by any name if it serves one.
 
         Only llama.cpp tells whether a model can see: `input_modalities`, in older builds
@@ -1598,61 +1607,11 @@ class Dialect:
         vision = dig(ask("GET", "/props").json(), "modalities", "vision") if alone else None
         return vision if isinstance(vision, bool) else None
 
-    def body(self, picture: Picture) -> bytes:
-        """A question as JSON, without what the host refused."""
-        config = self.config
-        question = {"model": config.model_name, "stream": True} | self.thinking(config.think)
-        question |= self.question(picture)
-        refused = {name: question.pop(name) for name in self.refused & question.keys()}
-        if "max_tokens" in refused:
-            question["max_completion_tokens"] = refused["max_tokens"]
-        # JSON's encoder would take a millisecond for the picture
-        return json.dumps(question).encode().replace(PICTURE.encode(), picture.base64)
-
-    def adapted(self, error: AnalyzeError) -> Dialect:
-        """How else to ask, by what a host said; re-raises the error if there is no other way."""
-        config, known = self.config, patterns()
-        if lacks_context(error):
-            told = known["prompt_tokens"].search(error.words)
-            prompt = int(told[1]) if told else error.fields.get("prompt", 0)
-            tokens = -(-(prompt + config.max_tokens) // CONTEXT_STEP) * CONTEXT_STEP
-            if not (self.takes_context and prompt and tokens > config.context_length):
-                raise error
-            return replace(self, config=replace(config, context_length=tokens))
-        refused = set(known["refusable"].findall(error.words))
-        if known["streaming"].search(error.words):
-            refused |= {"stream", "stream_options"}
-        if not refused and known["thinking"].search(error.words):
-            refused = set(self.thinking(False))
-        if refused <= self.refused:
-            raise error
-        return replace(self, refused=self.refused | refused)
-
-
-class Ollama(Dialect):
-    """Ollama's own API; images are bare base64 there."""
-
-    root = "/api"
-    chat = "/api/chat"
-    alive = "/api/version"
-    takes_context = True
-
-    def question(self, picture: Picture) -> dict[str, Any]:
-        config, context = self.config, self.config.context_length
-        message = {"role": "user", "content": picture.question, "images": [PICTURE]}
-        options = {"num_predict": config.max_tokens} | ({"num_ctx": context} if context else {})
-        options |= config.model_options
-        beside = {"keep_alive": options.pop("keep_alive")} if "keep_alive" in options else {}
-        return {"messages": [message], "options": options} | beside
-
-    def thinking(self, think: bool) -> dict[str, Any]:
-        return {"think": think}
-
-    def sees(self, ask: Callable[..., Reply]) -> bool | None:
+    def _shown(self, ask: Callable[..., Reply]) -> bool | None:
         """POST /api/show is 404 for a model that is not there; `capabilities` are newer."""
         model = self.config.model_name
         try:
-            shown = ask("POST", "/api/show", json={"model": model}).json()
+            shown = ask("POST", self.server["show"], json={"model": model}).json()
         except Fatal as error:
             if error.key == "model_missing":
                 with suppress(AnalyzeError):
@@ -1662,18 +1621,24 @@ class Ollama(Dialect):
         capabilities = dig(shown, "capabilities")
         return "vision" in capabilities if isinstance(capabilities, list) else None
 
-
-class OpenRouter(Dialect):
-    """OpenRouter's API, which is like OpenAI's."""
-
-    alive = "/v1/key"
-    headers = (("HTTP-Referer", "http://localhost"), ("X-Title", "immich-analyze"))
-
-    def thinking(self, think: bool) -> dict[str, Any]:
-        return {"reasoning": {"enabled": think}}
-
-
-DIALECTS = {"ollama": Ollama, "llamacpp": Dialect, "openrouter": OpenRouter}
+    def adapted(self, error: AnalyzeError) -> Dialect:
+        """How else to ask, by what a host said; re-raises the error if there is no other way."""
+        config, known = self.config, patterns()
+        if lacks_context(error):
+            told = known["prompt_tokens"].search(error.words)
+            prompt = int(told[1]) if told else error.fields.get("prompt", 0)
+            tokens = -(-(prompt + config.max_tokens) // CONTEXT_STEP) * CONTEXT_STEP
+            if not (self.server["takes_context"] and prompt and tokens > config.context_length):
+                raise error
+            return replace(self, config=replace(config, context_length=tokens))
+        refused = set(known["refusable"].findall(error.words))
+        if known["streaming"].search(error.words):
+            refused |= {"stream", "stream_options"}
+        if not refused and known["thinking"].search(error.words):
+            refused = set(self._filled_in("thinking", think=False))
+        if refused <= self.refused:
+            raise error
+        return replace(self, refused=self.refused | refused)
 
 
 def nearest(model: str, names: Iterable[str]) -> str:
@@ -2125,9 +2090,10 @@ class Ai:
 
     def __init__(self, config: Config, hosts: Hosts, stop: threading.Event) -> None:
         self._config, self._hosts, self._stop = config, hosts, stop
-        self._dialect = DIALECTS[config.interface](config)
+        self._dialect = Dialect(config)
         key = [("Authorization", f"Bearer {config.api_key}")] if config.api_key else []
-        self._session = Session([*self._dialect.headers, *key, *config.host_header])
+        usual = self._dialect.server["headers"].items()
+        self._session = Session([*usual, *key, *config.host_header])
 
     def describe(self, picture: Picture, check: Callable[[], None]) -> str:
         """Have a picture described by a host that is well; waits for one.
@@ -2195,7 +2161,7 @@ class Ai:
             answer = Answer(url, self._config, functools.partial(hosts.heard, url, number))
             log.debug("asking %s", public(url))
             try:
-                reply = self._call(url, "POST", dialect.chat, watch=answer.listen, **body)
+                reply = self._call(url, "POST", dialect.server["chat"], watch=answer.listen, **body)
                 return answer.description(reply)
             except Retryable as error:
                 dialect = hosts.dialects[url] = dialect.adapted(error)
@@ -2203,7 +2169,7 @@ class Ai:
     def _probe(self, url: str) -> bool:
         """Whether a host that was absent is back, by a request that costs it nothing."""
         try:
-            self._call(url, "GET", self._dialect.alive, timeout=PROBE_TIMEOUT)
+            self._call(url, "GET", self._dialect.server["alive"], timeout=PROBE_TIMEOUT)
         except AnalyzeError as error:  # it may be there, though it says no more
             return not isinstance(error, Retryable) or error.key == "host_failed"
         return True
@@ -2211,7 +2177,7 @@ class Ai:
     def _call(self, url: str, method: str, path: str, **options: Any) -> Reply:
         options["limit"] = max(ANSWER_LIMIT, TOKEN_LIMIT * self._config.max_tokens)
         options.setdefault("timeout", self._config.timeout)
-        address = without_end(url, self._dialect.root) + path
+        address = without_end(url, self._dialect.server["root"]) + path
         return http(self._session, method, address, server="model_host", **options)
 
     def check(self) -> None:

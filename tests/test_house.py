@@ -153,7 +153,7 @@ def test_nobody_asks_for_the_interface():
         "dig(listed, 0, 'owned_by') == 'llamacpp'",  # a server's word, not a setting
         "name != interface",  # whose variable counts, by the table of interfaces
     ]
-    assert tuple(ia.DIALECTS) == ia.INTERFACES
+    assert tuple(ia.toml("dialects.toml")) == ia.INTERFACES
 
 
 # What a module may do
