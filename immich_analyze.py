@@ -3893,16 +3893,8 @@ def set_up_logging(config: Config | None = None) -> None:
     warnings.filterwarnings("ignore", module="watchdog")
 
 
-ENDLESS = "{n_fmt} {unit} [{elapsed}{postfix}]{bar}"
-NARROW = "{bar} {n_fmt}/{total_fmt} {remaining}{postfix}"
-WIDE = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-
-
-def pace(photos: int, seconds: float) -> str:
-    """Photos per minute, or per hour if that says more."""
-    hourly = 3600 * photos / max(seconds, 1.0)
-    slow = 0 < hourly < 60
-    return t("per_hour" if slow else "per_minute", rate=f"{hourly if slow else hourly / 60:.1f}")
+BAR = "{bar} {n_fmt}/{total_fmt} {remaining}{postfix}"
+ENDLESS = "{n_fmt} {unit} [{elapsed}{postfix}]{bar}"  # where the total is unknown
 
 
 def show_progress(tally: Tally, over: threading.Event) -> None:
@@ -3917,10 +3909,10 @@ def show_progress(tally: Tally, over: threading.Event) -> None:
             left_out = tally.counts[Outcome.SKIPPED] + tally.counts[Outcome.NOT_READY]
             bar.n = tally.counts.total() - left_out
             bar.total = min(max(0, (tally.total or 0) - left_out), tally.most)
-            shown = bar.format_dict
-            ends, narrow = 0 < bar.total >= bar.n, 0 < (shown["ncols"] or 0) < 60
-            bar.bar_format = ENDLESS if not ends else NARROW if narrow else WIDE
-            bar.set_postfix_str(pace(bar.n, shown["elapsed"]))  # this also draws the bar
+            bar.bar_format = BAR if 0 < bar.total >= bar.n else ENDLESS
+            hourly = f"{3600 * bar.n / max(bar.format_dict['elapsed'], 1.0):.0f}"
+            pace = t("pace", rate=hourly, failed=tally.counts[Outcome.FAILED])
+            bar.set_postfix_str(pace)  # this also draws the bar
 
 
 AWAY_LIMIT = 300.0  # seconds that Immich or the database may be down before the run is unhealthy

@@ -188,7 +188,7 @@ def test_a_terminal_shows_progress_and_the_tally(library, ollama):
         library.add(picture=servers.own_picture(n), description="By a person.")
     code, shown = on_terminal(*library.argv, *asking(ollama))
     assert code == 0
-    step = r"\d+%\|[^|]*\| ([1-6])/6 \[\d\d:\d\d<\d\d:\d\d, [\d.]+ photos/min\]"
+    step = r" ([1-6])/6 \d\d:\d\d, \d+/h, 0 failed"
     steps = [found[1] for found in re.finditer(step, shown)]
     assert steps[-1] == "6"
     assert steps == sorted(steps)
@@ -270,10 +270,18 @@ def test_the_bar_is_renewed_each_second_and_does_not_tire(monkeypatch):
     nothing, photo = (lambda: None), (lambda: tally.add(ia.Outcome.DESCRIBED))
     seconds = Seconds(clock, *[nothing, nothing, nothing, photo] * 15)
     lines = bars(monkeypatch, tally, seconds, 100, clock)
-    told = [re.search(r"(\d+)/60 \[(.*)<(.*), (.*)\]", line).groups() for line in lines]
+    told = [re.search(r"(\d+)/60 (.*), (.*), (.*)", line.rstrip()).groups() for line in lines]
     assert [int(done) for done, *_ in told] == [n // 4 for n in range(1, 61)]
-    assert [spent for _, spent, *_ in told] == [f"{n // 60:02}:{n % 60:02}" for n in range(1, 61)]
-    assert told[-1] == ("15", "01:00", "03:00", "15.0 photos/min")
+    assert told[-1] == ("15", "03:00", "900/h", "0 failed")
+
+
+def test_the_bar_tells_how_many_photos_failed(monkeypatch):
+    tally, clock = ia.Tally(), Clock()
+    tally.total = 10
+    tally.add(ia.Outcome.DESCRIBED, number=3)
+    tally.add(ia.Outcome.FAILED, "not_json", number=2)
+    [line] = bars(monkeypatch, tally, Seconds(clock, lambda: None), 40, clock)
+    assert re.search(r" 5/10 00:01, 18000/h, 2 failed *$", line)
 
 
 @pytest.mark.parametrize("places", [1, 4])
@@ -304,7 +312,8 @@ def test_the_bar_fits_forty_columns(monkeypatch, language, described, total, sec
     [line] = bars(monkeypatch, tally, Seconds(clock, later), 40, clock)
     assert len(line) <= 40
     assert f"{described}/{total}" in line
-    assert line.rstrip().endswith(ia.pace(described, seconds))
+    hourly = f"{3600 * described / seconds:.0f}"
+    assert line.rstrip().endswith(ia.t("pace", rate=hourly, failed=0))
 
 
 @pytest.mark.parametrize("total", [None, 0, 2])
@@ -315,26 +324,8 @@ def test_the_bar_counts_on_where_no_end_is_known(monkeypatch, total):
     tally.add(ia.Outcome.DESCRIBED, number=3)
     for columns in (100, 40):
         [line] = bars(monkeypatch, tally, Seconds(clock, lambda: None), columns, clock)
-        assert re.fullmatch(r"3 photos \[00:01, 180.0 photos/min\] *", line)
+        assert re.fullmatch(r"3 photos \[00:01, 10800/h, 0 failed\] *", line)
         assert len(line) <= columns
-
-
-@pytest.mark.parametrize(
-    ("photos", "seconds", "told"),
-    [
-        (0, 0.0, "0.0 photos/min"),
-        (0, 600.0, "0.0 photos/min"),
-        (1, 0.01, "60.0 photos/min"),
-        (15, 60.0, "15.0 photos/min"),
-        (1, 60.0, "1.0 photos/min"),
-        (1, 61.0, "59.0 photos/h"),
-        (1, 124.64, "28.9 photos/h"),
-        (1, 36_000.0, "0.1 photos/h"),
-        (90_000, 3_600.0, "1500.0 photos/min"),
-    ],
-)
-def test_the_pace_is_told_by_the_minute_or_the_hour(photos, seconds, told):
-    assert ia.pace(photos, seconds) == told
 
 
 @pytest.mark.parametrize("language", ia.LANGUAGES)
@@ -519,7 +510,7 @@ def test_the_bar_starts_no_process_beside_it(api, ollama):
     fill(api, 2)
     code, shown = on_terminal(*api.argv, *asking(ollama), program=["-c", PROGRESS_ALONE, "it"])
     assert (code, "Error" in shown) == (0, False)
-    assert "photos/min" in shown
+    assert "/h, 0 failed" in shown
 
 
 # --- Help, version, languages ----------------------------------------------------------------
