@@ -254,14 +254,6 @@ INTERFACES = ("ollama", "llamacpp", "openrouter")
 SIZES = ("preview", "thumbnail", "fullsize")  # of a picture, as Immich calls them
 SHORTEST_PAUSE = 0.5  # seconds, where 0 is asked for
 CONFIG_FILES = ("/etc/immich-analyze.conf", "~/.config/immich-analyze.conf")
-DB_KEYWORDS = {  # Immich's own variables: keyword of libpq and default
-    "DB_HOSTNAME": ("host", "database"),
-    "DB_PORT": ("port", "5432"),
-    "DB_USERNAME": ("user", "postgres"),
-    "DB_PASSWORD": ("password", None),
-    "DB_DATABASE_NAME": ("dbname", "immich"),
-    "DB_SSL_MODE": ("sslmode", None),
-}
 OURS = ("IMMICH_", "DB_")  # how the names of variables begin
 # In logging's numbers; `warn` and `trace` as in RUST_LOG.
 LOG_LEVELS = {"error": 40, "warning": 30, "warn": 30, "info": 20, "debug": 10, "trace": 10}
@@ -649,18 +641,6 @@ def rust_log_level(text: str) -> str:
     return levels.get("immich_analyze", levels.get("", ""))
 
 
-# Variables of earlier tools and releases: which each stands for, and how it reads. The first wins.
-OLDER_NAMES: dict[str, tuple[str, Callable[[str], str]]] = {
-    "IMMICH_ANALYZE_IMMICH_API_URL": ("IMMICH_API_URL", str),
-    "IMMICH_ANALYZE_IMMICH_API_KEYS": ("IMMICH_API_KEY", str),
-    "IMMICH_ANALYZE_IMMICH_API_KEYS_FILE": ("IMMICH_API_KEY_FILE", str),
-    "IMMICH_ANALYZE_LLAMACPP_HOSTS": ("IMMICH_ANALYZE_HOSTS", str),  # with that interface only
-    "IMMICH_ANALYZE_OLLAMA_HOSTS": ("IMMICH_ANALYZE_HOSTS", str),
-    "IMMICH_ANALYZE_NO_FINAL_OUTPUT": ("IMMICH_ANALYZE_FINAL_OUTPUT", opposite),
-    "RUST_LOG": ("IMMICH_ANALYZE_LOG_LEVEL", rust_log_level),
-}
-
-
 def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, str]:
     """The environment without empty variables, and with older names translated."""
     known = {n: plain(text) if n.startswith(OURS) else text for n, text in environ.items()}
@@ -669,8 +649,9 @@ def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, st
             known[name] *= bool(plain(file_text(known[name])).strip())
     known = {name: text for name, text in known.items() if text.strip()}
     off = {f"IMMICH_ANALYZE_{name}_HOSTS".upper() for name in INTERFACES[1:] if name != interface}
-    for older, (name, read) in OLDER_NAMES.items():
-        if older not in off and (text := read(known.get(older, ""))):
+    ways: dict[str, Convert] = {"text": str, "opposite": opposite, "level": rust_log_level}
+    for older, (name, way) in toml("settings.toml")["older"].items():
+        if older not in off and (text := ways[way](known.get(older, ""))):
             known.setdefault(name, text)
     return known
 
@@ -702,7 +683,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         found = (re.match(r"(?!.*=true$)(--[^=]+|-.)", word, re.S) for word in unknown)
         names = [match[0] for match in found if match]
         raise Fatal("unknown_option", option=names[0]) if names else Fatal("unknown_word")
-    variables = [*OLDER_NAMES, *(action.env_var for action in parser._actions if action.env_var)]
+    variables = [action.env_var for action in parser._actions if action.env_var]
+    variables += toml("settings.toml")["older"]
     strange = sorted(n for n in known if n.startswith("IMMICH_ANALYZE_") and n not in variables)
     near = (f"{name} ({like(name, variables)}?)" for name in strange)
     options.notices = [AnalyzeError("unknown_variables", names=", ".join(near))] if strange else []
@@ -813,7 +795,8 @@ def placeholders(text: str) -> tuple[set[str], set[str]]:
 def database(environ: Mapping[str, str]) -> tuple[str, bool]:
     """The database of Immich's own variables, as libpq takes it, and whether they name one."""
     given: dict[str, str] = {}
-    for name in ("DB_URL", *DB_KEYWORDS):
+    rows = toml("settings.toml")["database"]
+    for name in ("DB_URL", *rows):
         file = environ.get(f"{name}_FILE")
         given[name] = plain(file_text(file)) if file else environ.get(name, "")
         if re.search(NOT_UTF8, given[name]):
@@ -821,7 +804,7 @@ def database(environ: Mapping[str, str]) -> tuple[str, bool]:
     named = any(given[name] for name in ("DB_URL", "DB_HOSTNAME", "DB_USERNAME"))
     if given["DB_URL"] or not any(given.values()):
         return given["DB_URL"], named
-    parts = {keyword: given[name] or usual for name, (keyword, usual) in DB_KEYWORDS.items()}
+    parts = {keyword: given[name] or usual or None for name, (keyword, usual) in rows.items()}
     return psycopg2.extensions.make_dsn(**parts), named  # without those that are None
 
 

@@ -19,6 +19,7 @@ import yaml
 
 import immich_analyze as ia
 
+NAMES = ia.toml("settings.toml")
 ROOT = Path(__file__).parent.parent
 UNIT = (ROOT / "immich-analyze.service").read_text(encoding="utf-8")
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -67,8 +68,8 @@ def compose_files():
 
 @pytest.mark.parametrize("text", [UNIT, DOCKERFILE, FLAKE], ids=["unit", "image", "flake"])
 def test_every_variable_and_flag_named_exists(text):
-    of_immich = {"DB_URL", *ia.DB_KEYWORDS}
-    known = {action.env_var for action in OPTIONS._actions} | {*ia.OLDER_NAMES} | of_immich
+    of_immich = {"DB_URL", *NAMES["database"]}
+    known = {action.env_var for action in OPTIONS._actions} | {*NAMES["older"]} | of_immich
     known |= {f"{name}_FILE" for name in of_immich}
     named = set(re.findall(r"\b(?:IMMICH|DB)_[A-Z_]+[A-Z]\b", text))
     assert named

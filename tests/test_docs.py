@@ -13,6 +13,7 @@ from worlds import check_note
 
 import immich_analyze as ia
 
+NAMES = ia.toml("settings.toml")
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -99,8 +100,8 @@ def documented_variables():
 
 
 def test_all_variables_of_immich_and_all_older_names_are_documented():
-    of_immich = {"DB_URL", *ia.DB_KEYWORDS}
-    assert {*of_immich, *(f"{name}_FILE" for name in of_immich), *ia.OLDER_NAMES} <= {
+    of_immich = {"DB_URL", *NAMES["database"]}
+    assert {*of_immich, *(f"{name}_FILE" for name in of_immich), *NAMES["older"]} <= {
         *documented_variables()
     }
 
@@ -134,7 +135,7 @@ def test_immichs_defaults_are_told():
         if words:
             defaults = words[1].replace("and ", "").split(", ")
             told |= dict(zip(CODE.findall(names), defaults, strict=True))
-    known = {name: f"`{d}`" if d else "none" for name, (_, d) in ia.DB_KEYWORDS.items()}
+    known = {name: f"`{d}`" if d else "none" for name, (_, d) in NAMES["database"].items()}
     assert told == known
 
 

@@ -14,6 +14,7 @@ import pytest
 
 import immich_analyze as ia
 
+NAMES = ia.toml("settings.toml")
 SECRET = "s3cret"
 API = {"IMMICH_API_URL": "http://immich:2283", "IMMICH_API_KEY": "key"}
 DB = {"DB_HOSTNAME": "db"}
@@ -418,8 +419,10 @@ def test_short_flags_and_opposites_mean_the_same(settings, argv, environ, file, 
 def variables() -> list[str]:
     actions = ia.build_parser()._actions
     known = [action.env_var for action in actions if getattr(action, "env_var", None)]
-    database = [f"{name}{twin}" for name in (*ia.DB_KEYWORDS, "DB_URL") for twin in ("", "_FILE")]
-    return [*known, *database, *ia.OLDER_NAMES, "LC_ALL", "LC_MESSAGES", "LANG"]
+    database = [
+        f"{name}{twin}" for name in (*NAMES["database"], "DB_URL") for twin in ("", "_FILE")
+    ]
+    return [*known, *database, *NAMES["older"], "LC_ALL", "LC_MESSAGES", "LANG"]
 
 
 @pytest.mark.parametrize("empty", ["", "  ", "\t"])
@@ -665,7 +668,7 @@ def test_what_an_editor_leaves_in_a_file_does_no_harm(
     assert getattr(variables, field) == value
 
 
-@pytest.mark.parametrize("name", [*ia.DB_KEYWORDS, "DB_URL"])
+@pytest.mark.parametrize("name", [*NAMES["database"], "DB_URL"])
 @pytest.mark.parametrize("left", EDITORS.values(), ids=EDITORS)
 def test_nor_in_immichs_own_variables(config, tmp_path, name, left):
     path, text = tmp_path / "value", left % b"a word"
@@ -764,7 +767,7 @@ def test_a_flag_beats_a_variable_whichever_of_them_names_a_file(
         assert getattr(settings(*argv, **DB, **environ, file=file), field) == value
 
 
-@pytest.mark.parametrize("name", [*ia.DB_KEYWORDS, "DB_URL"])
+@pytest.mark.parametrize("name", [*NAMES["database"], "DB_URL"])
 def test_immichs_own_variables_have_file_twins_too(config, tmp_path, name):
     path = tmp_path / "secret"
     text = "postgresql://u@h/d" if name == "DB_URL" else "it's"
