@@ -201,6 +201,15 @@ KINDS: dict[str, type[AnalyzeError]] = {
 }
 
 
+def verdict(table: str, told: str, **fields: Any) -> AnalyzeError:
+    """The error for what was told: the first row of a table in verdicts.toml that fits."""
+    rows = toml("verdicts.toml")[table].items()
+    fitting = ((match, row) for start, row in rows if (match := re.match(start, told)))
+    found, (kind, key, *hints) = next(fitting)
+    fields["why"] = " ".join([*map(t, hints), fields["why"]]).strip()
+    return KINDS[kind](key, **fields | found.groupdict())
+
+
 # ------------------------------------------------------------------------------
 # 3 Settings: flags, environment and file become one frozen record. Opens no other files.
 
@@ -569,14 +578,7 @@ class Parser(configargparse.ArgumentParser):  # type: ignore[misc]
         return flags + ["-o", "--overwrite-existing", "--no-overwrite-existing"] * ("-O" in flags)
 
     def error(self, message: str) -> NoReturn:
-        name, _, problem = message.removeprefix("argument ").partition(": ")
-        if problem == "expected one argument":
-            problem = t("value_missing")
-        elif problem.startswith("ignored explicit argument"):
-            problem = t("value_unwanted")
-        elif name.startswith("Unexpected value for "):
-            name, problem = name.removeprefix("Unexpected value for "), t("not_a_switch")
-        raise Fatal("bad_setting", problem=f"{name}: {problem}")
+        raise verdict("options", message, why="")
 
 
 def add(group: Any, *flags: str, env: str | None = None, **more: Any) -> None:
@@ -800,7 +802,7 @@ def database(environ: Mapping[str, str]) -> tuple[str, bool]:
         file = environ.get(f"{name}_FILE")
         given[name] = plain(file_text(file)) if file else environ.get(name, "")
         if re.search(NOT_UTF8, given[name]):
-            raise Fatal("bad_setting", problem=f"{name}: {t('not_utf8')}")
+            raise Fatal("bad_setting", name=name, why=t("not_utf8"))
     named = any(given[name] for name in ("DB_URL", "DB_HOSTNAME", "DB_USERNAME"))
     if given["DB_URL"] or not any(given.values()):
         return given["DB_URL"], named
@@ -1440,15 +1442,6 @@ def retry_after(reply: Reply) -> float:
             text = str(parsedate_to_datetime(text).timestamp() - time.time())
         return min(max(float(text), 1.0), 3600.0)
     return 0.0
-
-
-def verdict(server: str, told: str, **fields: Any) -> AnalyzeError:
-    """The error for what a server said: the first row of its table in verdicts.toml that fits."""
-    rows = toml("verdicts.toml")[server].items()
-    fitting = ((match, row) for start, row in rows if (match := re.match(start, told)))
-    found, (kind, key, *hints) = next(fitting)
-    fields["why"] = " ".join([*map(t, hints), fields["why"]]).strip()
-    return KINDS[kind](key, **fields | found.groupdict())
 
 
 def http_error(server: str, reply: Reply) -> AnalyzeError:
