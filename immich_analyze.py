@@ -636,13 +636,6 @@ def build_parser() -> Parser:
     return parser
 
 
-def rust_log_level(text: str) -> str:
-    """The level in RUST_LOG: "level", "target=level" or several of these; "" for none of ours."""
-    parts = (part.strip().rpartition("=") for part in text.lower().split(","))
-    levels = {target: level for target, _, level in parts if level in LOG_LEVELS}
-    return levels.get("immich_analyze", levels.get("", ""))
-
-
 def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, str]:
     """The environment without empty variables, and with older names translated."""
     known = {n: plain(text) if n.startswith(OURS) else text for n, text in environ.items()}
@@ -651,10 +644,10 @@ def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, st
             known[name] *= bool(plain(file_text(known[name])).strip())
     known = {name: text for name, text in known.items() if text.strip()}
     off = {f"IMMICH_ANALYZE_{name}_HOSTS".upper() for name in INTERFACES[1:] if name != interface}
-    ways: dict[str, Convert] = {"text": str, "opposite": opposite, "level": rust_log_level}
-    for older, (name, way) in toml("settings.toml")["older"].items():
-        if older not in off and (text := ways[way](known.get(older, ""))):
-            known.setdefault(name, text)
+    for older, (name, pattern) in toml("settings.toml")["older"].items():
+        if older not in off and (found := re.match(pattern, known.get(older, ""))):
+            text = found[found.lastindex or 0]
+            known.setdefault(name, opposite(text) if "_NO_" in older else text)
     return known
 
 
