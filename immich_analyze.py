@@ -376,6 +376,11 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (part.strip(" \t\r\"'") for part in re.split("[,\n]", text))))
 
 
+def each(convert: Convert) -> Convert:
+    """Converter for such a list of at least one part, each of which is converted, too."""
+    return lambda text: [convert(word) for word in words(text) or [""]]
+
+
 def ids_in(text: str) -> list[str]:
     """The ids in the path of a link, or the one that a text is."""
     parts = re.split("[?#]", text.lower().strip())[0].split("/")
@@ -404,12 +409,6 @@ def wall_clock(text: str, *, end: bool = False) -> datetime:
             whole = end and not re.search(r"\d[T ]\d", text)
             return (later if whole else found).replace(tzinfo=UTC)
     raise argparse.ArgumentTypeError(t("not_a_date", value=text))
-
-
-def facts(text: str) -> tuple[str, ...]:
-    """Converter for a list of facts; `all` stands for all but the coordinates."""
-    known = {name: (name,) for name in FACTS} | {"all": tuple(n for n in FACTS if n != "gps")}
-    return tuple(fact for word in words(text) for fact in one_of(known, **known)(word))
 
 
 @functools.cache
@@ -470,9 +469,7 @@ class Config:
     ignore_descriptions: tuple[str, ...] = option("TEXTS", words, action="extend")
     shard: tuple[int, int] = option("K/N", share, default="1/1")  # which, of how many
     limit: int | None = option("N", number(1, int))  # photos to describe; a service: each day
-    photo: tuple[str, ...] = option(
-        "ID", lambda text: [*map(id_in, words(text) or [""])], action="extend"
-    )
+    photo: tuple[str, ...] = option("ID", each(id_in), action="extend")
     album: tuple[str, ...] = option("ALBUM", albums, action="extend")  # ids, once it is open
     taken_after: datetime | None = option("DATE", wall_clock)  # by the local clock, as if in UTC
     taken_before: datetime | None = option("DATE", functools.partial(wall_clock, end=True))
@@ -481,7 +478,7 @@ class Config:
     undo: bool = switch(action="store_true", env="")
     dry_run: bool = switch()  # also true with show_prompt
     prompt: str = option("TEXT", default=PROMPT, in_file=str)  # a template, if it has a TAG
-    context: tuple[str, ...] = option("LIST", facts, action="extend")  # the FACTS asked for
+    context: tuple[str, ...] = option("LIST", each(one_of((*FACTS, "all"))), action="extend")
     enrich_prompt: bool = switch()  # then they are ENRICHED at least
     description_language: str = option("LANGUAGE", language_name, default="")
     show_prompt: str | None = option("ID", id_in, env="")  # of a photo
@@ -503,9 +500,7 @@ class Config:
     interface: str = option(
         "NAME", one_of(INTERFACES, openai="llamacpp"), default="ollama", heading="model"
     )
-    hosts: tuple[str, ...] = option(  # one at least
-        "URLS", lambda text: [*map(web_address, words(text) or [""])], shown=False, action="extend"
-    )
+    hosts: tuple[str, ...] = option("URLS", each(web_address), shown=False, action="extend")
     model_name: str = option("NAME", default="qwen3-vl:4b-thinking-q4_K_M")
     api_key: str = secret("KEY")
     host_header: tuple[Header, ...] = secret("HEADER", headers, action="extend")
@@ -716,7 +711,7 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         raise Fatal("batch_only")
     asked = placeholders(options.prompt)[0].union(options.context, ENRICHED * options.enrich_prompt)
     given |= roots | {
-        "context": tuple(name for name in FACTS if name in asked),
+        "context": tuple(n for n in FACTS if n in asked or ("all" in asked and n != "gps")),
         "policy": policy,
         "preserve_human": preserve,
         "access": access,
