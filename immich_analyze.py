@@ -458,9 +458,7 @@ class Config:
     notices: tuple[AnalyzeError, ...]  # what is odd about the settings, for people to know
     access_ambiguous: bool  # both libraries were given, and nothing said which to take
 
-    mode: Mode = option(
-        "MODE", one_of(Mode), default="batch", alone=(Mode.MONITOR, Mode.COMBINED), heading="work"
-    )
+    mode: Mode = option("MODE", one_of(Mode), default="batch", alone=(Mode.MONITOR, Mode.COMBINED))
     policy: Policy = option("POLICY", one_of(Policy), flags=("--overwrite-policy", "-O"))
     overwrite_existing: bool = switch(flags=("--overwrite-existing", "-o"))  # then policy is all
     preserve_human: bool = switch(flags=("--preserve-human", "-p"))
@@ -482,9 +480,7 @@ class Config:
     enrich_prompt: bool = switch()  # then they are ENRICHED at least
     description_language: str = option("LANGUAGE", language_name, default="")
     show_prompt: str | None = option("ID", id_in, env="")  # of a photo
-    access: Access = option(
-        "ACCESS", one_of(Access), flags=("--data-access-mode", "-d"), heading="library"
-    )
+    access: Access = option("ACCESS", one_of(Access), flags=("--data-access-mode", "-d"))
     immich_root: Path = option("FOLDER", Path, default=Path("/var/lib/immich"))
     thumbs_root: Path | None = option("FOLDER", Path)
     postgres_url: str = secret("URL")
@@ -497,9 +493,7 @@ class Config:
     wait_for_immich: bool = switch(default=True)
     wait_timeout: float = option("S", number(0), default=120)
     wait_retry_interval: float = option("S", number(0, zero=SHORTEST_PAUSE), default=5)
-    interface: str = option(
-        "NAME", one_of(INTERFACES, openai="llamacpp"), default="ollama", heading="model"
-    )
+    interface: str = option("NAME", one_of(INTERFACES, openai="llamacpp"), default="ollama")
     hosts: tuple[str, ...] = option("URLS", each(web_address), shown=False, action="extend")
     model_name: str = option("NAME", default="qwen3-vl:4b-thinking-q4_K_M")
     api_key: str = secret("KEY")
@@ -515,13 +509,13 @@ class Config:
     max_retries: int = option("N", number(0, int), default=0)
     retry_delay_seconds: float = option("S", number(0), default=5)
     unavailable_duration: float = option("S", number(0, zero=SHORTEST_PAUSE), default=60)
-    file_write_timeout: float = option("S", number(0), default=30, heading="files")
+    file_write_timeout: float = option("S", number(0), default=30)
     file_check_interval: float = option("MS", number(0, zero=1000 * SHORTEST_PAUSE), default=500)
     event_cooldown: float = option("S", number(0), default=2)
-    health_port: int = option("PORT", number(0, int, most=65535), default=0, heading="health")
+    health_port: int = option("PORT", number(0, int, most=65535), default=0)
     health_host: str = option("HOST", default="127.0.0.1")
     healthcheck: bool = switch(action="store_true", env="")
-    lang: str = option("LANG", heading="output")
+    lang: str = option("LANG")
     log_level: int | None = option("LEVEL", one_of(LOG_LEVELS, **LOG_LEVELS))  # None: by the output
     final_output: bool = switch(default=True)
     grace: float = option("S", number(0), default=30)
@@ -619,12 +613,12 @@ def build_parser() -> Parser:
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
     )
     group: Any = parser
+    headings = toml("settings.toml")["headings"]
     for setting in fields(Config):
-        row = dict(setting.metadata)
-        if heading := row.pop("heading", ""):
+        if heading := headings.get(setting.name):
             group = parser.add_argument_group(t(f"help_group_{heading}"))
-        if row:
-            add_setting(group, setting.name, row)
+        if setting.metadata:
+            add_setting(group, setting.name, dict(setting.metadata))
     add(group, "--config", env="", type=str, is_config_file=True, metavar="FILE")
     add(group, "--help", "-h", env="", action="help")
     add(group, "--version", "-V", env="", action="version", version=f"%(prog)s {__version__}")
@@ -687,8 +681,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Config:
     """Apply the rules that span several options; Fatal where they contradict each other."""
     given = vars(options)
-    for setting in fields(Config):
-        name, row = setting.name, setting.metadata
+    for name, row in ((setting.name, setting.metadata) for setting in fields(Config)):
         if files := given.get(f"{name}_file"):
             given[name] = row["type"]("\n".join(row["in_file"](file_text(file)) for file in files))
         if row.get("action") == "extend":

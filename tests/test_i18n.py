@@ -1,7 +1,6 @@
 """Every text for people exists in every language, is used, and is needed for nothing else."""
 
 import ast
-import dataclasses
 import inspect
 import json
 import re
@@ -95,8 +94,7 @@ HELP = {
     f"help_{action.option_strings[0].removeprefix('--').replace('-', '_')}"
     for action in ia.build_parser()._actions
 }
-HEADINGS = [field.metadata.get("heading") for field in dataclasses.fields(ia.Config)]
-HELP |= {f"help_group_{heading}" for heading in HEADINGS if heading}
+HELP |= {f"help_group_{heading}" for heading in ia.toml("settings.toml")["headings"].values()}
 
 
 def test_each_language_has_a_catalogue():
