@@ -1440,13 +1440,11 @@ def sql() -> Iterator[None]:
     """Turn psycopg2's exceptions into our errors."""
     try:
         yield
-    except psycopg2.Error as error:
+    except (psycopg2.Error, UnicodeDecodeError) as error:
         why = re.sub(r"\s*Is the server running[^?]*\?", "", " ".join(str(error).split()))
         words = re.sub(r'"[^"]*"', "", why)  # names may contain any word
-        told = f"{error.pgcode or type(error).__name__} {words}"
+        told = f"{getattr(error, 'pgcode', None) or type(error).__name__} {words}"
         raise verdict("database", told, why=why) from error
-    except UnicodeDecodeError as error:
-        raise Permanent("row_not_utf8") from error
 
 
 def postgres_url(url: str) -> str:
