@@ -903,10 +903,9 @@ def expression(texts: tuple[str, ...]) -> str:
 
 def undescribed(photo: Photo, config: Config) -> bool:
     """Whether a photo has no description, or one of those to ignore that is not ours."""
-    text, ignored = photo.description.strip(), config.ignore_descriptions
-    if not text or not ignored:
-        return not text
-    return bool(re.match(expression(ignored), text, re.S)) and not has_ours(photo)
+    text = photo.description.strip()
+    ignored = re.match(expression(config.ignore_descriptions), text, re.S)
+    return not text or (bool(ignored) and not has_ours(photo))
 
 
 def left_alone(photo: Photo, config: Config) -> str:
