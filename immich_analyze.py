@@ -67,6 +67,8 @@ import psycopg2.extensions
 import requests
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
+from urllib3 import Retry
+from urllib3.exceptions import InvalidHeader
 from watchdog import events as fs
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
@@ -1414,23 +1416,15 @@ def innermost(error: BaseException) -> str:
     return next((reason for reason in reasons if isinstance(reason, str)), type(error).__name__)
 
 
-def retry_after(reply: Reply) -> float:
-    """Seconds that the server asks us to wait, at most an hour; 0 if it does not ask."""
-    text = reply.headers.get("Retry-After", "")
-    with suppress(ValueError):
-        if not text.isdecimal():
-            text = str(parsedate_to_datetime(text).timestamp() - time.time())
-        return min(max(float(text), 1.0), 3600.0)
-    return 0.0
-
-
 def http_error(server: str, reply: Reply) -> AnalyzeError:
     """The error for a status, or for an error message in a response of status 200."""
     why, words = reply.complaint(), reply.body.decode("utf-8", "replace")
     fields = {"url": reply.url, "status": reply.status, "why": why, "words": words}
     fields["said"] = f" “{why}”" if why else ""
     error = verdict(server, f"{reply.status} {why}\n{words}", **fields)
-    error.pause = retry_after(reply) if isinstance(error, Unavailable) else 0.0
+    with suppress(InvalidHeader, ValueError):  # none was sent, or neither seconds nor a date
+        asked = Retry().parse_retry_after(reply.headers.get("Retry-After", ""))
+        error.pause = min(max(asked, 1.0), 3600.0) if isinstance(error, Unavailable) else 0.0
     return error
 
 
