@@ -1443,12 +1443,8 @@ def sql() -> Iterator[None]:
 def postgres_url(url: str) -> str:
     """Check a connection string here, as an error message of libpq could quote the password."""
     try:
-        if url.startswith("socket:"):  # Immich accepts these, and no-verify
-            address = urlsplit(url)
-            query = re.sub("(^|&)db=", r"\1dbname=", address.query)
-            url = f"postgresql://{address.netloc}/?host={address.path}&{query}".rstrip("&")
-        url = re.sub(r"\bsslmode=no-verify\b", "sslmode=require", url)
-        url = re.sub("([?&])encoding=", r"\1client_encoding=", url)
+        for immichs, libpqs in toml("settings.toml")["postgres_url"].items():
+            url = re.sub(immichs, libpqs, url)
         parts = psycopg2.extensions.parse_dsn(url)
     except (psycopg2.ProgrammingError, ValueError) as error:  # ValueError: not UTF-8
         named = re.search(r'invalid (?:connection|URI query) \w+:? "([a-z_]+)"', str(error), re.I)
