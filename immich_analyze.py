@@ -813,8 +813,7 @@ class Note:
     def value(self, at: datetime) -> dict[str, Any]:
         """As it is stored, in JSON."""
         always = ("model", "prompt", *(("failed", "why", "tries") if self.failed else ("text",)))
-        kept = {name: getattr(self, name) for name in self.__slots__}
-        own = {name: item for name, item in kept.items() if item or name in always}
+        own = {n: item for n in self.__slots__ if (item := getattr(self, n)) or n in always}
         return {"v": 1, "at": iso(at)} | own
 
 
