@@ -368,11 +368,6 @@ def web_address(text: str) -> str:
     raise argparse.ArgumentTypeError(t("not_an_address", value=shown))
 
 
-def without_end(url: str, end: str) -> str:
-    """An address without the end of its path that people often give too."""
-    return url.removesuffix(end) if urlsplit(url).path.endswith(end) else url
-
-
 def words(text: str) -> tuple[str, ...]:
     """Converter for a list, separated by commas or lines."""
     return tuple(filter(None, (part.strip(" \t\r\"'") for part in re.split("[,\n]", text))))
@@ -691,7 +686,7 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
     roots = {n: root.absolute() for n in ("immich_root", "thumbs_root") if (root := given[n])}
     moved = [root for name, root in roots.items() if root != given[name]]
     url, (database_url, named) = (options.postgres_url or "").strip(), database(environ)
-    api_url, keys = without_end(options.immich_api_url or "", "/api"), options.immich_api_keys
+    api_url, keys = re.sub("(?<!/)/api$", "", options.immich_api_url or ""), options.immich_api_keys
     wanted = (api_url and keys) or ((api_url or keys) and not named)
     access = options.access or (Access.API if wanted and not url else Access.DATABASE)
     if access == Access.API and not (api_url and keys):
@@ -2120,7 +2115,7 @@ class Ai:
     def _call(self, url: str, method: str, path: str, **options: Any) -> Reply:
         options["limit"] = max(ANSWER_LIMIT, TOKEN_LIMIT * self._config.max_tokens)
         options.setdefault("timeout", self._config.timeout)
-        address = without_end(url, self._dialect.server["root"]) + path
+        address = re.sub(f"(?<!/){self._dialect.server['root']}$", "", url) + path
         return http(self._session, method, address, server="model_host", **options)
 
     def check(self) -> None:
