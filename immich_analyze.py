@@ -1158,21 +1158,20 @@ def is_spoken_of(tag: re.Match[str]) -> bool:
 
 def without_thoughts(text: str) -> str:
     """What is said after thoughts, up to the first token that ends an answer."""
-    said: list[str] = []
-    at, thinks = 0, False
+    said, at, thinks = "", 0, False
     for tag in patterns()["tag"].finditer(text):
         kind = tag.lastgroup
         if is_spoken_of(tag) and not (thinks and kind == "closes"):
             continue
         piece, at = text[at : tag.start()], tag.end()
         if not thinks and (said or piece.strip()):
-            said.append(piece)
+            said += piece
         if kind == "ends" and said and not thinks:
-            return "".join(said)
+            return said
         if kind == "closes" and not thinks:
-            said.clear()
+            said = ""
         thinks = kind == "opens" or (thinks and kind != "closes")
-    return "".join(said) + ("" if thinks else text[at:])
+    return said + ("" if thinks else text[at:])
 
 
 def meaning(mark: re.Match[str]) -> str:
