@@ -1299,11 +1299,6 @@ class Reply:
         except (ValueError, RecursionError) as error:
             raise Retryable("not_json", url=self.url) from error
 
-    def complaint(self) -> str:
-        """The server's error message on one line; "" if there is none that people can read."""
-        text = words_in(self.body[:4000].decode("utf-8", "replace").strip())
-        return "" if text.startswith("<") else " ".join(text.split())[:300]
-
 
 def words_in(said: object) -> str:
     """The error message in a JSON value; Ollama nests more JSON in a string."""
@@ -1411,7 +1406,9 @@ def innermost(error: BaseException) -> str:
 
 def http_error(server: str, reply: Reply) -> AnalyzeError:
     """The error for a status, or for an error message in a response of status 200."""
-    why, words = reply.complaint(), reply.body.decode("utf-8", "replace")
+    words = reply.body.decode("utf-8", "replace")
+    why = one_line(words_in(words[:4000].strip()))[:300]
+    why = "" if why.startswith("<") else why  # a page says nothing that people can read
     fields = {"url": reply.url, "status": reply.status, "why": why, "words": words}
     fields["said"] = f" “{why}”" if why else ""
     error = verdict(server, f"{reply.status} {why}\n{words}", **fields)
