@@ -1500,18 +1500,13 @@ class Dialect:
         """What dialects.toml says of this kind of server."""
         return server_kind(self.config.interface)
 
-    def _filled_in(self, name: str, **given: object) -> dict[str, Any]:
-        made = template(self.server[name]).render(given, config=self.config)
-        return dict(json.loads(made))
-
     def body(self, picture: Picture) -> bytes:
         """A question as JSON, without what the host refused."""
-        given = {"text": picture.question, "mime": picture.mime, "picture": PICTURE}
-        question = self._filled_in("question", **given)
-        question = self._filled_in("thinking", think=self.config.think) | question
-        refused = {name: question.pop(name) for name in self.refused & question.keys()}
-        if "max_tokens" in refused:
-            question["max_completion_tokens"] = refused["max_tokens"]
+        said = {"text": picture.question, "mime": picture.mime, "picture": PICTURE}
+        known = {"config": self.config, "refused": self.refused}
+        asked = json.loads(template(self.server["question"]).render(said, **known))
+        question = self.server["thinks" if self.config.think else "thinks_not"] | asked
+        question = {name: part for name, part in question.items() if name not in self.refused}
         # JSON's encoder would take a millisecond for the picture
         return json.dumps(question).encode().replace(PICTURE.encode(), picture.base64)
 
@@ -1566,10 +1561,8 @@ class Dialect:
                 raise error
             return replace(self, config=replace(config, context_length=tokens))
         refused = set(known["refusable"].findall(error.words))
-        if known["streaming"].search(error.words):
-            refused |= {"stream", "stream_options"}
         if not refused and known["thinking"].search(error.words):
-            refused = set(self._filled_in("thinking", think=False))
+            refused = set(self.server["thinks_not"])
         if refused <= self.refused:
             raise error
         return replace(self, refused=self.refused | refused)
