@@ -2800,23 +2800,22 @@ class DbLibrary(Library):
         now: datetime = self._rows("clock")[0][0]
         return now
 
-    def _listed(self, name: str, **bounds: Any) -> Page:
-        """A page; with bare ids if a row cannot be decoded, so that its photo fails alone."""
+    def _listed(self, name: str, **bounds: Any) -> list[tuple[Any, ...]]:
+        """The rows of photos; with bare ids if one cannot be decoded, so that it fails alone."""
         try:
-            rows = self._rows(name, page=PAGE, **bounds)
+            return self._rows(name, **bounds)
         except Permanent:
-            rows = self._rows(f"bare_{name}", page=PAGE, **bounds)
-        mark = rows[-1][-1] if len(rows) == PAGE else None
-        return [self._photo(row) for row in rows], mark
+            return self._rows(f"bare_{name}", **bounds)
 
     def _photo(self, row: Sequence[Any]) -> Photo:
         """The photo in a row that a statement returned."""
-        asset_id, name, description, path, ready, note, library, told = row[:8]
-        return Photo(str(asset_id), name, description, path, ready, note_in(note), library, told)
+        return replace(Photo(*row[:8]), note=note_in(row[5]))
 
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
         """One page, by id or the newest first: only photos with work to do."""
-        return self._listed("listing", since=since, after=cursor)
+        rows = self._listed("listing", since=since, after=cursor, page=PAGE)
+        mark = rows[-1][-1] if len(rows) == PAGE else None
+        return [*map(self._photo, rows)], mark
 
     def total(self) -> int:
         return int(self._rows("count")[0][0])
@@ -2824,13 +2823,7 @@ class DbLibrary(Library):
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
         """New preview rows, ordered by `asset_file."updateId"`: only photos with work to do."""
         uploaded = started and started - SWEEP_SPAN  # as previews made anew appear, too
-        listed = functools.partial(self._listed, "news", since=since, uploaded=uploaded)
-        page, mark = listed(after=None)
-        photos = [*page]
-        while mark:
-            page, mark = listed(after=mark)
-            photos += page
-        return photos
+        return [*map(self._photo, self._listed("news", since=since, uploaded=uploaded))]
 
     def watch(self, event: Callable[[], None], cooldown: float) -> PreviewWatch:
         return PreviewWatch(self._root / self._thumbs, event, cooldown)

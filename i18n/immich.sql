@@ -133,7 +133,7 @@ jsonb_build_object(
 {% endif %}
 {% endmacro %}
 
--- The columns of a photo, from which the tool makes its record.
+-- The columns of a photo, in the order of the tool's record.
 {% macro columns(all=false) %}
 a.id, a."originalFileName", coalesce(e.description, ''), coalesce(f.path, ''), {{ ready() }},
 {% if notes %} m.value {% else %} NULL {% endif %},
@@ -218,7 +218,7 @@ ORDER BY a.id
 LIMIT %(page)s
 {% endset %}
 
--- since, uploaded, after, page → the same for previews made since then, oldest first.
+-- since, uploaded → the same for all previews made since then, oldest first.
 -- "updateId" is a version 7 UUID, which begins with its time in milliseconds.
 {% set news %}
 SELECT {{ columns() }}, n."updateId" AS mark
@@ -226,13 +226,10 @@ SELECT {{ columns() }}, n."updateId" AS mark
 JOIN {{ file }} n ON n."assetId" = a.id AND n.type = 'preview'
 WHERE {{ wanted() }}
   AND (%(uploaded)s IS NULL OR a."createdAt" >= %(uploaded)s)
-  AND n."updateId" > greatest(
-      %(after)s::uuid,
-      (lpad(to_hex((extract(epoch FROM %(since)s) * 1000)::bigint), 12, '0')
-          || repeat('0', 20))::uuid
-  )
+  AND n."updateId" > (
+      lpad(to_hex((extract(epoch FROM %(since)s) * 1000)::bigint), 12, '0') || repeat('0', 20)
+  )::uuid
 ORDER BY n."updateId"
-LIMIT %(page)s
 {% endset %}
 
 -- The same pages without texts, for when PostgreSQL cannot decode one of them.
