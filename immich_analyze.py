@@ -2710,11 +2710,6 @@ def statements(tables: Mapping[str, set[str]], config: Config) -> dict[str, Any]
 
 
 REOPEN_AFTER = 3600.0  # seconds; by then, an upgrade of Immich may have changed its tables
-# Defaults, which the setting overrides; a lost connection is noticed within a minute.
-CONNECTION = (
-    "application_name=immich-analyze connect_timeout=10 tcp_user_timeout=60000"
-    " keepalives_idle=30 keepalives_interval=10 keepalives_count=3"
-)
 
 
 class DbLibrary(Library):
@@ -2754,11 +2749,10 @@ class DbLibrary(Library):
         if old and not old.closed and now < self._opened + REOPEN_AFTER:
             return old
         self.close()
-        url = postgres_url(self._config.postgres_url)
-        usual, own = map(psycopg2.extensions.parse_dsn, (CONNECTION, url))
-        new: psycopg2.extensions.connection = psycopg2.connect(**(usual | own))
+        own = psycopg2.extensions.parse_dsn(postgres_url(self._config.postgres_url))
+        given = toml("settings.toml")["connection"] | own | {"client_encoding": "UTF8"}
+        new: psycopg2.extensions.connection = psycopg2.connect(**given)
         new.autocommit = True
-        new.set_client_encoding("UTF8")
         with new.cursor() as cursor:
             cursor.execute(data_file("connection.sql"))
             tables = {name: set(columns) for name, columns in cursor}
