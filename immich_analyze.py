@@ -2328,18 +2328,13 @@ class ApiLibrary(Library):
 
     def read_version(self) -> Reply:
         """GET /server/version, which needs no key and also works during maintenance."""
-        try:
-            reply = self._send("", "GET", "/server/version", CHECK_TIMEOUT)
+        reply, told = self._send("", "GET", "/server/version", CHECK_TIMEOUT), None
+        with suppress(Retryable):  # it is no JSON
             told = reply.json()
-            version = [dig(told, part) for part in ("major", "minor", "patch")]
-            if not all(isinstance(number, int) for number in version):
-                raise Retryable("not_json", url=reply.url)
-        except Retryable as error:
-            if error.key not in ("not_json", "immich_maintenance"):
-                raise
-            url, status = public(self._config.immich_api_url), error.fields.get("status", 200)
-            raise Unexpected("immich_wrong", url=url, status=status) from error
-        self._server.version = tuple(version)
+        version = tuple(dig(told, part) for part in ("major", "minor", "patch"))
+        if not all(isinstance(number, int) for number in version):
+            raise Unexpected("immich_wrong", url=reply.url, status=reply.status)
+        self._server.version = version
         return reply
 
     def keeps_notes(self) -> bool:
@@ -2371,10 +2366,7 @@ class ApiLibrary(Library):
         """Send one request with a user's key, or without a key if it is ""."""
         own: dict[str, Any] = {"timeout": timeout, "headers": {"x-api-key": key or None}}
         url = self._config.immich_api_url + path
-        reply = http(self._session, method, url, server="immich", **own | options)
-        if "text/html" in reply.headers.get("Content-Type", ""):  # a proxy's page for people
-            raise Retryable("not_json", url=reply.url)
-        return reply
+        return http(self._session, method, url, server="immich", **own | options)
 
     def _call(
         self, account: Account, method: str, path: str, *, raw: bool = False, **options: Any
@@ -2385,7 +2377,8 @@ class ApiLibrary(Library):
         try:
             with blame(functools.partial(self.permissions, account.key)):
                 reply = self._send(account.key, method, path, **options)
-                return reply.body if raw else reply.json()
+                page = "text/html" in reply.headers.get("Content-Type", "")  # by a proxy
+                return reply.body if raw and not page else reply.json()
         except Fatal as error:
             if error.key not in ("immich_key_refused", "immich_permission_missing"):
                 raise
