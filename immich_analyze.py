@@ -1467,6 +1467,7 @@ TEXTS = 1000  # answers of a host that are remembered
 TIMED_OUT = ("timed_out", "timed_out_reading")
 SEES, BLIND = 0, -1  # in Host.texts: no hash of a picture, but what a plain one showed
 CUT = ("answer_cut", "context_full")
+PICTURE = "immich-analyze puts the picture here"  # stands for it in a question
 WHOLE = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "load")  # no cut answers
 
 
@@ -1482,10 +1483,6 @@ def text_of(found: object) -> str:
         return "".join(map(text_of, found))
     text = dig(found, "text") if isinstance(found, dict) else found
     return text if isinstance(text, str) else ""
-
-
-# What stands for the picture in a question.
-PICTURE = "immich-analyze puts the picture here"
 
 
 @dataclass(frozen=True)
@@ -1512,7 +1509,19 @@ class Dialect:
 
     def sees(self, ask: Callable[..., Reply]) -> bool | None:
         """Whether the model takes pictures, where the server tells; an error if it is not there."""
-        return self._shown(ask) if "show" in self.server else self._listed(ask)
+        model = self.config.model_name
+        if "show" not in self.server:
+            return self._listed(ask)
+        try:
+            shown = ask("POST", self.server["show"], json={"model": model}).json()
+        except Fatal as error:
+            if error.key == "model_missing":
+                with suppress(AnalyzeError):
+                    rows = dig_list(ask("GET", "/api/tags").json(), "models")
+                    error.fields["why"] += nearest(model, [str(dig(row, "name")) for row in rows])
+            raise
+        capabilities = dig(shown, "capabilities")  # older releases tell none
+        return "vision" in capabilities if isinstance(capabilities, list) else None
 
     def _listed(self, ask: Callable[..., Reply]) -> bool | None:
         """GET /v1/models lists the models; llama.cpp answers by any name if it serves one.
@@ -1535,20 +1544,6 @@ class Dialect:
             return "image" in modalities
         vision = dig(ask("GET", "/props").json(), "modalities", "vision") if alone else None
         return vision if isinstance(vision, bool) else None
-
-    def _shown(self, ask: Callable[..., Reply]) -> bool | None:
-        """POST /api/show is 404 for a model that is not there; `capabilities` are newer."""
-        model = self.config.model_name
-        try:
-            shown = ask("POST", self.server["show"], json={"model": model}).json()
-        except Fatal as error:
-            if error.key == "model_missing":
-                with suppress(AnalyzeError):
-                    rows = dig_list(ask("GET", "/api/tags").json(), "models")
-                    error.fields["why"] += nearest(model, [str(dig(row, "name")) for row in rows])
-            raise
-        capabilities = dig(shown, "capabilities")
-        return "vision" in capabilities if isinstance(capabilities, list) else None
 
     def adapted(self, error: AnalyzeError) -> Dialect:
         """How else to ask, by what a host said; re-raises the error if there is no other way."""
@@ -2147,7 +2142,10 @@ UPLOAD_TIME = timedelta(minutes=1)  # how long after its date a photo may appear
 BODY_LIMIT = 10 * 2**20  # bytes; Immich's limit for a request
 SWEEP_SPAN = timedelta(days=2)  # how long after the upload a preview may appear
 MANY = 20  # photos that may share a description by chance
+REOPEN_AFTER = 3600.0  # seconds; by then, an upgrade of Immich may have changed its tables
 NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")  # the last one to write
+# Groups of photos by the path that lists them: the permission needed, and the field to search by.
+GROUPS = {"albums": ("album.read", "albumIds"), "tags": ("tag.read", "tagIds")}
 
 Cursor = Any  # a position in a listing; opaque to all but the library that made it
 Page = tuple[Iterable[Photo], Cursor | None]  # and the next cursor; None at the end
@@ -2232,10 +2230,6 @@ def blame(check: Callable[[], object]) -> Iterator[None]:
         except AnalyzeError:
             kind = Unavailable
         raise error.as_kind(kind) from error
-
-
-# Groups of photos by the path that lists them: the permission needed, and the field to search by.
-GROUPS = {"albums": ("album.read", "albumIds"), "tags": ("tag.read", "tagIds")}
 
 
 @dataclass(slots=True)
@@ -2702,9 +2696,6 @@ def statements(tables: Mapping[str, set[str]], config: Config) -> dict[str, Any]
     return named
 
 
-REOPEN_AFTER = 3600.0  # seconds; by then, an upgrade of Immich may have changed its tables
-
-
 class DbLibrary(Library):
     """Immich's own tables, 1.132 to 3.3, on PostgreSQL 14 and newer.
 
@@ -3030,7 +3021,6 @@ LIBRARY_TRIES = 3  # for a call that fails while the library is up; an outage co
 VALUABLE_TRIES = 12  # for a write, whose text took minutes to make, and for a page
 LONGEST_PAUSE = 60.0  # even if the library asks for a longer one
 
-OVERLAP = timedelta(minutes=1)  # how long after its date a photo may appear in a listing
 PROMPT_SPAN = timedelta(seconds=5)  # how far back a look goes if an event triggered it
 PROMPT_PAUSE = 0.15  # Immich writes a preview's row 20 to 110 ms after its file
 SILENCE = 5.0  # seconds beyond the interval in which photos may arrive without an event
@@ -3423,7 +3413,7 @@ class News:
             if not self._mark:  # what is there already is in the backlog
                 self._mark, self._started = now, None if run.config.mode.backlog else now
                 return False
-            span = PROMPT_SPAN + timedelta(seconds=self._pause) if prompt else OVERLAP
+            span = PROMPT_SPAN + timedelta(seconds=self._pause) if prompt else UPLOAD_TIME
             since = (now if prompt else min(self._mark, now)) - span
             news = run.patience(self._library.news, since, self._started, tries=1)
         except (Retryable, Permanent, Skip) as error:
