@@ -1490,12 +1490,8 @@ class Dialect:
     """How a host is asked, by dialects.toml, and what it tells of the model."""
 
     config: Config
+    server: dict[str, Any]  # what dialects.toml says of this kind
     refused: frozenset[str] = frozenset()  # parts of a question, as the host told
-
-    @property
-    def server(self) -> dict[str, Any]:
-        """What dialects.toml says of this kind of server."""
-        return server_kind(self.config.interface)
 
     def body(self, picture: Picture) -> bytes:
         """A question as JSON, without what the host refused."""
@@ -2012,7 +2008,7 @@ class Ai:
 
     def __init__(self, config: Config, hosts: Hosts, stop: threading.Event) -> None:
         self._config, self._hosts, self._stop = config, hosts, stop
-        self._dialect = Dialect(config)
+        self._dialect = Dialect(config, server_kind(config.interface))
         key = [("Authorization", f"Bearer {config.api_key}")] if config.api_key else []
         usual = self._dialect.server["headers"].items()
         self._session = Session([*usual, *key, *config.host_header])
@@ -2076,17 +2072,16 @@ class Ai:
 
     def _said(self, url: str, picture: Picture, number: int) -> str:
         """The description in a host's answer, which is asked in another way if it wants that."""
-        hosts = self._hosts
-        dialect = hosts.dialects.get(url, self._dialect)
+        dialect = self._hosts.dialects.get(url, self._dialect)
         while True:
             body = {"data": dialect.body(picture), "headers": JSON_BODY}
-            answer = Answer(url, self._config, functools.partial(hosts.heard, url, number))
+            answer = Answer(url, self._config, functools.partial(self._hosts.heard, url, number))
             log.debug("asking %s", public(url))
             try:
                 reply = self._call(url, "POST", dialect.server["chat"], watch=answer.listen, **body)
                 return answer.description(reply)
             except Retryable as error:
-                dialect = hosts.dialects[url] = dialect.adapted(error)
+                dialect = self._hosts.dialects[url] = dialect.adapted(error)
 
     def _probe(self, url: str) -> bool:
         """Whether a host that was absent is back, by a request that costs it nothing."""
@@ -2268,14 +2263,6 @@ class Walk:
     quiet: int = 0  # consecutive pages without a new photo
 
 
-def moment(text: object) -> datetime | None:
-    """A date from Immich; None for one that Python cannot represent."""
-    try:
-        return min(datetime.fromisoformat(str(text)).astimezone(UTC), FAR_FUTURE)
-    except (ValueError, OverflowError):
-        return None
-
-
 def onward(walk: Walk, listed: Mapping[str, datetime], more: bool, stable: bool) -> Walk | None:
     """The cursor after a page with these photos; None at the end of the part.
 
@@ -2316,9 +2303,8 @@ class ApiLibrary(Library):
     def __init__(self, config: Config, server: Server) -> None:
         self._config, self._server, self._accounts = config, server, server.accounts
         self._session = Session(config.immich_header)
-        users, filters = server.accounts.values(), chosen(config)
-        visible = ("timeline", "archive")
-        self._parts = [(user, v, given) for user in users for v in visible for given in filters]
+        users, visible = server.accounts.values(), ("timeline", "archive")
+        self._parts = [(user, v, one) for user in users for v in visible for one in chosen(config)]
 
     def read_version(self) -> Reply:
         """GET /server/version, which needs no key and also works during maintenance."""
@@ -2432,7 +2418,10 @@ class ApiLibrary(Library):
         listed: dict[str, datetime] = {}
         date = walk.before or FAR_FUTURE
         for item in items:
-            listed[item["id"]] = date = moment(item.get("fileCreatedAt")) or date
+            with suppress(ValueError, OverflowError):  # for a date that Python cannot represent
+                told = datetime.fromisoformat(str(item.get("fileCreatedAt")))
+                date = min(told.astimezone(UTC), FAR_FUTURE)
+            listed[item["id"]] = date
         more, stable = dig(found, "nextPage") is not None, self._server.version >= (3, 1, 0)
         fresh = [item for item in items if item["id"] not in walk.seen]
         return fresh, onward(walk, listed, more, stable)
