@@ -1985,10 +1985,8 @@ class Answer:
             self._take(reply.json())
         if self._finish in ("length", "max_tokens"):
             raise self._cut()
-        if re.search("filter|safety", self._finish or ""):
-            raise Retryable("answer_withheld")
         if self._finish not in WHOLE and (self._finish or self._streamed):
-            raise Retryable("connection_cut", url=self._url)
+            raise verdict("ending", self._finish or "", url=self._url, why="")
         text = self._text.encode("utf-16", "surrogatepass")  # a letter may come in two pieces
         language = self._config.description_language
         return description_in(text.decode("utf-16", "ignore"), language)
