@@ -2136,6 +2136,9 @@ BODY_LIMIT = 10 * 2**20  # bytes; Immich's limit for a request
 SWEEP_SPAN = timedelta(days=2)  # how long after the upload a preview may appear
 MANY = 20  # photos that may share a description by chance
 REOPEN_AFTER = 3600.0  # seconds; by then, an upgrade of Immich may have changed its tables
+PREVIEW_NAME = re.compile(r"([0-9a-f]{8}(-[0-9a-f]{4,12}){4})[-_]preview(_edited)?\.(jpe?g|webp)")
+RENEW_AFTER = 3600.0  # seconds between two starts of the watch, as each is expensive
+WRITTEN = [fs.FileCreatedEvent, fs.FileModifiedEvent, fs.FileClosedEvent, fs.FileMovedEvent]
 NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")  # the last one to write
 # Groups of photos by the path that lists them: the permission needed, and the field to search by.
 GROUPS = {"albums": ("album.read", "albumIds"), "tags": ("tag.read", "tagIds")}
@@ -2306,7 +2309,7 @@ class ApiLibrary(Library):
 
     def read_version(self) -> Reply:
         """GET /server/version, which needs no key and also works during maintenance."""
-        reply, told = self._send("", "GET", "/server/version", CHECK_TIMEOUT), None
+        reply, told = self._send("", "GET", "/server/version", timeout=CHECK_TIMEOUT), None
         with suppress(Retryable):  # it is no JSON
             told = reply.json()
         version = tuple(dig(told, part) for part in ("major", "minor", "patch"))
@@ -2322,9 +2325,10 @@ class ApiLibrary(Library):
     def permissions(self, key: str) -> list[Any]:
         """A key's permissions, by GET /api-keys/me; older releases tell only that it is valid."""
         if self._server.version < (1, 139, 0):
-            self._send(key, "POST", "/auth/validateToken", CHECK_TIMEOUT).json()
+            self._send(key, "POST", "/auth/validateToken", timeout=CHECK_TIMEOUT).json()
             return ["all"]
-        return dig_list(self._send(key, "GET", "/api-keys/me", CHECK_TIMEOUT).json(), "permissions")
+        told = self._send(key, "GET", "/api-keys/me", timeout=CHECK_TIMEOUT).json()
+        return dig_list(told, "permissions")
 
     def user_of(self, key: str, needed: Sequence[str]) -> str:
         """The id of the key's user, or "" if the key may not ask; Fatal if the key cannot work."""
@@ -2332,17 +2336,15 @@ class ApiLibrary(Library):
         if missing := [p for p in needed if p not in allowed and "all" not in allowed]:
             raise Fatal("immich_permission_missing", permission=", ".join(missing))
         try:
-            return text_at(self._send(key, "GET", "/users/me", CHECK_TIMEOUT).json(), "id")
+            return text_at(self._send(key, "GET", "/users/me", timeout=CHECK_TIMEOUT).json(), "id")
         except Fatal as error:
             if error.key != "immich_permission_missing":
                 raise
             return ""
 
-    def _send(
-        self, key: str, method: str, path: str, timeout: float = IMMICH_TIMEOUT, **options: Any
-    ) -> Reply:
+    def _send(self, key: str, method: str, path: str, **options: Any) -> Reply:
         """Send one request with a user's key, or without a key if it is ""."""
-        own: dict[str, Any] = {"timeout": timeout, "headers": {"x-api-key": key or None}}
+        own: dict[str, Any] = {"timeout": IMMICH_TIMEOUT, "headers": {"x-api-key": key or None}}
         url = self._config.immich_api_url + path
         return http(self._session, method, url, server="immich", **own | options)
 
@@ -2847,11 +2849,6 @@ class DbLibrary(Library):
         if self._connection:
             self._connection.close()
         self._connection = None
-
-
-PREVIEW_NAME = re.compile(r"([0-9a-f]{8}(-[0-9a-f]{4,12}){4})[-_]preview(_edited)?\.(jpe?g|webp)")
-RENEW_AFTER = 3600.0  # seconds between two starts of the watch, as each is expensive
-WRITTEN = [fs.FileCreatedEvent, fs.FileModifiedEvent, fs.FileClosedEvent, fs.FileMovedEvent]
 
 
 class PreviewWatch(fs.FileSystemEventHandler):
