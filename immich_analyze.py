@@ -46,7 +46,7 @@ import zlib
 from array import array
 from bisect import bisect_left
 from codecs import BOM_UTF8
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -112,12 +112,12 @@ def server_kind(interface: str) -> dict[str, Any]:
 
 
 @functools.cache
-def template(text: str) -> Any:
+def template(text: str, html: bool = False) -> Any:
     """Compile a Jinja template that sees only the values it is given."""
     from jinja2 import StrictUndefined, sandbox  # here, as it would slow down every start
 
     kind = sandbox.ImmutableSandboxedEnvironment
-    made = kind(keep_trailing_newline=True, undefined=StrictUndefined)
+    made = kind(keep_trailing_newline=True, undefined=StrictUndefined, autoescape=html)
     made.globals.clear()  # with `range`, nested loops could run for ever
     return made.from_string(text)
 
@@ -454,6 +454,7 @@ class Config:
 
     notices: tuple[AnalyzeError, ...]  # what is odd about the settings, for people to know
     access_ambiguous: bool  # both libraries were given, and nothing said which to take
+    prompt_files: tuple[str, ...]  # of which the last one counts, if there is no comparison
 
     mode: Mode = option("MODE", one_of(Mode), default="batch", alone=(Mode.MONITOR, Mode.COMBINED))
     policy: Policy = option("POLICY", one_of(Policy), flags=("--overwrite-policy", "-O"))
@@ -472,6 +473,8 @@ class Config:
     library: str | None = option("ID", id_in)  # an external one
     undo: bool = switch(action="store_true", env="")
     dry_run: bool = switch()  # also true with show_prompt
+    report: str | None = option("FILE")  # the page to write
+    compare: tuple[str, ...] = option("NAMES", words, action="extend")  # further models
     prompt: str = option("TEXT", default=PROMPT, in_file=str)  # a template, if it has a TAG
     context: tuple[str, ...] = option("LIST", each(one_of((*FACTS, "all"))), action="extend")
     enrich_prompt: bool = switch()  # then they are ENRICHED at least
@@ -588,8 +591,8 @@ def add_setting(group: Any, name: str, row: dict[str, Any]) -> None:
         const = {"action": "store_const", "const": value, "default": argparse.SUPPRESS}
         add(ways, f"--{value}", f"-{value[0]}", env="", dest=name, **const)
     if in_file:
-        env, action = row.get("env"), row.get("action", "store")
-        more = {"action": action, "type": lambda file: [unicode_text(file)], "metavar": "FILE"}
+        env = row.get("env")
+        more = {"action": "extend", "type": lambda file: [unicode_text(file)], "metavar": "FILE"}
         add(ways, f"{flags[0]}-file", env=env and f"{env}_FILE", **more)
 
 
@@ -675,13 +678,28 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     return config_from(options, known)
 
 
+def contradiction(options: argparse.Namespace, preserve: bool) -> str:
+    """Why settings do not go together, as a key; "" if they do."""
+    ends = options.undo or options.dry_run or options.report
+    compares = options.compare or len(options.prompt_file or ()) > 1
+    if compares and (options.undo or not options.dry_run):
+        return "compare_needs_dry_run"
+    if options.undo and options.report:
+        return "no_report"
+    if ends and options.mode.monitors:
+        return "batch_only"
+    return "wrapper_needed" if preserve and options.disable_ai_wrapper else ""
+
+
 def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Config:
     """Apply the rules that span several options; Fatal where they contradict each other."""
     given = vars(options)
     for name, row in ((setting.name, setting.metadata) for setting in fields(Config)):
+        adds_up = row.get("action") == "extend"
         if files := given.get(f"{name}_file"):
-            given[name] = row["type"]("\n".join(row["in_file"](file_text(file)) for file in files))
-        if row.get("action") == "extend":
+            read = [row["in_file"](file_text(file)) for file in (files if adds_up else files[-1:])]
+            given[name] = row["type"]("\n".join(read))
+        if adds_up:
             given[name] = tuple(dict.fromkeys(given[name] or ()))
     roots = {n: root.absolute() for n in ("immich_root", "thumbs_root") if (root := given[n])}
     moved = [root for name, root in roots.items() if root != given[name]]
@@ -695,10 +713,8 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         given |= {"policy": Policy.ALL, "retry_failed": True, "ignore_descriptions": ()}
     policy = options.policy or (Policy.ALL if options.overwrite_existing else Policy.NONE)
     preserve = options.preserve_human or policy is Policy.MISSING_AI
-    if preserve and options.disable_ai_wrapper:
-        raise Fatal("wrapper_needed")
-    if (options.undo or options.dry_run) and options.mode.monitors:
-        raise Fatal("batch_only")
+    if why := contradiction(options, preserve):
+        raise Fatal(why)
     asked = placeholders(options.prompt)[0].union(options.context, ENRICHED * options.enrich_prompt)
     given |= roots | {
         "context": tuple(n for n in FACTS if n in asked or ("all" in asked and n != "gps")),
@@ -706,6 +722,7 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         "preserve_human": preserve,
         "access": access,
         "dry_run": options.dry_run or bool(options.show_prompt),
+        "prompt_files": tuple(dict.fromkeys(options.prompt_file or ())),
         "link_url": options.link_url or (api_url if access is Access.API else ""),
         "access_ambiguous": bool((url or named) and keys and not options.access),
         "notices": (*options.notices, *(AnalyzeError("root_relative", root=r) for r in moved)),
@@ -853,6 +870,11 @@ class Photo:
     library: str = ""  # id of its external library
     told: Mapping[str, Any] = field(default_factory=dict)  # what Immich's API tells, for facts
 
+    @property
+    def home(self) -> tuple[str, str]:
+        """Where it is read and written: what it is reached by, and its external library."""
+        return self.source, self.library
+
 
 @dataclass(frozen=True, slots=True)
 class Picture:
@@ -862,6 +884,15 @@ class Picture:
     base64: bytes
     size: tuple[int, int]
     question: str = ""  # what is asked about it
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a model said of a picture."""
+
+    text: str
+    seconds: float  # that it took
+    tokens: int
 
 
 # Our text among a person's: from a line [AI] to the next line [/AI] with no other [AI] between.
@@ -895,6 +926,13 @@ def expression(texts: tuple[str, ...]) -> str:
     # in any case: PostgreSQL may know only that of ASCII
     either = re.sub(r"[^\W\d_]", lambda c: f"(?:{c[0].lower()}|{c[0].upper()})", either)
     return rf"\A\s*(?:{either})\s*\Z"
+
+
+def whose(photo: Photo) -> str:
+    """Whose the description is: "ours", "person", "both", or "" for none."""
+    if BLOCK.search(photo.description):
+        return "both" if unmerge(photo).strip() else "ours"
+    return "ours" if is_ours(photo) else "person" if photo.description.strip() else ""
 
 
 def undescribed(photo: Photo, config: Config) -> bool:
@@ -1078,7 +1116,7 @@ def picture_type(data: bytes) -> tuple[str | None, bool]:
     return None, len(data) >= 12
 
 
-def prepared(data: bytes, max_size: int, asked: str = "") -> Picture:
+def prepared(data: bytes, max_size: int, asked: str = "", quality: int = 90) -> Picture:
     """Check a preview and make it ready to be asked about; Retryable while it is being written."""
     # Decoding costs four times all the rest. It is done only for a picture that is too large, too
     # narrow, on its side or transparent, to see whether one without its usual end is whole, and
@@ -1101,7 +1139,7 @@ def prepared(data: bytes, max_size: int, asked: str = "") -> Picture:
             picture = plain_copy(image, most)
     except (OSError, ValueError, SyntaxError) as error:  # by Pillow
         raise cut from error
-    picture.save(target, "JPEG", quality=90)
+    picture.save(target, "JPEG", quality=quality)
     return Picture("image/jpeg", base64.b64encode(target.getvalue()), picture.size, asked)
 
 
@@ -1910,7 +1948,7 @@ class Answer:
         self._tokens = self._prompt = 0  # tokens of answer and prompt, where the host tells
         self._objects = self._pieces = 0  # JSON objects, and those of them with a token
         self._streamed = False
-        self._heard = time.monotonic()
+        self._began = self._heard = time.monotonic()
 
     def listen(self, data: bytes) -> None:
         """Take what came, as far as its lines are whole."""
@@ -1978,7 +2016,7 @@ class Answer:
         if looks and repeats(self._text) and repeats(clean(self._text)):  # it may be end tokens
             raise Retryable("answer_repeats")
 
-    def description(self, reply: Reply) -> str:
+    def said(self, reply: Reply) -> Said:
         """The description in it, once all of it is there."""
         self._take_lines(self._unread)
         if not self._objects:
@@ -1989,7 +2027,8 @@ class Answer:
             raise verdict("ending", self._finish or "", url=self._url, why="")
         text = self._text.encode("utf-16", "surrogatepass")  # a letter may come in two pieces
         language = self._config.description_language
-        return description_in(text.decode("utf-16", "ignore"), language)
+        described = description_in(text.decode("utf-16", "ignore"), language)
+        return Said(described, time.monotonic() - self._began, self._tokens or self._pieces)
 
     def _cut(self) -> Retryable:
         """What cut it: the context, if the host made fewer tokens than it may; else the limit."""
@@ -2011,7 +2050,7 @@ class Ai:
         usual = self._dialect.server["headers"].items()
         self._session = Session([*usual, *key, *config.host_header])
 
-    def describe(self, picture: Picture, check: Callable[[], None]) -> str:
+    def describe(self, picture: Picture, check: Callable[[], None]) -> Said:
         """Have a picture described by a host that is well; waits for one.
 
         `check` is called just before each request, and may raise. Raises Permanent once the
@@ -2054,21 +2093,21 @@ class Ai:
             return isinstance(error, Unavailable)
         return False
 
-    def _described(self, url: str, picture: Picture, number: int) -> str:
+    def _described(self, url: str, picture: Picture, number: int) -> Said:
         """What a host says of a picture; Fatal if it says the same of all."""
-        text = self._said(url, picture, number)
+        said = self._said(url, picture, number)
 
         def says_else() -> bool:
             plain = (plain_picture(PLAIN_SIZE, colour) for colour in ("gray", "red"))
             shown = (replace(one, question=picture.question) for one in plain)
-            return any(self._said(url, one, number) != text for one in shown)
+            return any(self._said(url, one, number).text != said.text for one in shown)
 
-        if not self._hosts.sees(url, text, picture, says_else):
+        if not self._hosts.sees(url, said.text, picture, says_else):
             raise Fatal("model_says_the_same", url=public(url))
         self._hosts.answered(url, number)
-        return text
+        return said
 
-    def _said(self, url: str, picture: Picture, number: int) -> str:
+    def _said(self, url: str, picture: Picture, number: int) -> Said:
         """The description in a host's answer, which is asked in another way if it wants that."""
         dialect = self._hosts.dialects.get(url, self._dialect)
         while True:
@@ -2077,7 +2116,7 @@ class Ai:
             log.debug("asking %s", public(url))
             try:
                 reply = self._call(url, "POST", dialect.server["chat"], watch=answer.listen, **body)
-                return answer.description(reply)
+                return answer.said(reply)
             except Retryable as error:
                 dialect = self._hosts.dialects[url] = dialect.adapted(error)
 
@@ -3016,6 +3055,7 @@ SWEEP_INTERVAL = 3600.0
 WHOLE_SWEEP = 24  # one in so many sweeps covers the whole library
 CHECK_PAUSE = 2.0  # seconds; by then Immich has lost a text that it cannot keep
 MOST_LOSSES = 3
+SLOT, SLOTS = 300.0, 288  # seconds in which photos are counted together, and how many of these
 MAY_COME_BACK = ("photo_gone", "photo_excluded", "claimed_elsewhere")
 
 
@@ -3027,6 +3067,20 @@ class Outcome(StrEnum):
     SKIPPED = "skipped"  # has a description, got one meanwhile, or is gone
     NOT_READY = "not_ready"  # Immich has not made its preview yet
     FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What became of one photo."""
+
+    photo: Photo  # as it was before
+    outcome: Outcome
+    error: Exception | None = None
+    text: str = ""  # the whole description that it got or, in a dry run, would get
+    note: Note | None = None  # that was stored with it
+    picture: Picture | None = None  # what a model was asked about
+    said: Said | None = None
+    at: float = field(default_factory=time.monotonic)  # when, by the monotonic clock
 
 
 class Stop(threading.Event):
@@ -3108,13 +3162,15 @@ class Tally:
     def __init__(self, form: str = "tally") -> None:
         self._lock = threading.Lock()
         self._form = form
-        self._failures: list[tuple[Photo, Note]] = []
+        self.unnoted: deque[tuple[Photo, Note]] = deque()  # failures, until others succeed
         self.counts: Counter[Outcome] = Counter()
         self.reasons: Counter[tuple[Outcome, str]] = Counter()  # the same by message key
         self.total: int | None = None  # photos in the backlog, if known
         self.listed = 0  # how many of these so far
         self.most: float = math.inf  # photos to describe
         self.began = self.moved = time.monotonic()  # when the stream or a photo last made progress
+        self.slots: Counter[int] = Counter()  # photos described, by the time in SLOTs
+        self.failed: deque[tuple[Photo, Exception | None]] = deque(maxlen=20)  # the latest first
 
     def add(self, outcome: Outcome, reason: str = "", number: int = 1) -> None:
         """Count one photo, or take one off with -1."""
@@ -3122,19 +3178,13 @@ class Tally:
             self.counts[outcome] += number
             self.reasons[outcome, reason] += number
             self.moved = time.monotonic()
+            if outcome is Outcome.DESCRIBED:
+                self.slots[now := int(self.moved // SLOT)] += number
+                self.slots.pop(now - SLOTS, None)
 
-    def add_failure(self, photo: Photo, note: Note) -> None:
-        """Queue a failure, to be noted once a described photo shows that others succeed."""
-        with self._lock:
-            self._failures.append((photo, note))
-
-    def proven_failures(self) -> list[tuple[Photo, Note]]:
-        """The failures to note now: none until the first photo is described."""
-        with self._lock:
-            if not self.counts[Outcome.DESCRIBED]:
-                return []
-            proven, self._failures = self._failures, []
-            return proven
+    def left(self) -> int | None:
+        """How many photos of the backlog are not listed yet, if known."""
+        return None if self.total is None else max(0, self.total - self.listed)
 
     def __str__(self) -> str:
         return t(self._form, **{outcome.value: self.counts[outcome] for outcome in Outcome})
@@ -3203,22 +3253,6 @@ class Patience:
         return max(0.0, time.monotonic() - self._since)
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A description that Immich said it stored."""
-
-    photo: Photo  # as it was before
-    added: str  # what the model said; "" where a description was taken back
-    stored: str  # the whole description
-    note: Note | None
-    at: float  # when, by the monotonic clock
-
-    @property
-    def library(self) -> tuple[str, str]:
-        """The key it was written with, and the external library it was written to."""
-        return self.photo.source, self.photo.library
-
-
 class Checks:
     """Descriptions written through the API, to be read back once Immich could have lost them.
 
@@ -3228,12 +3262,12 @@ class Checks:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()  # holds the lock of all that follows
-        self._written: list[Written] = []  # in the order of their writes
+        self._written: list[Ending] = []  # in the order of their writes
         self._checked: Counter[tuple[str, str]] = Counter()
         self._losses: Counter[tuple[str, str]] = Counter()  # in a row
         self._closed = False
 
-    def add(self, written: Written) -> None:
+    def add(self, written: Ending) -> None:
         """Queue a description to be read back."""
         with self._changed:
             self._written.append(written)
@@ -3245,11 +3279,11 @@ class Checks:
             self._closed = True
             self._changed.notify()
 
-    def next(self, stop: threading.Event) -> list[Written]:
+    def next(self, stop: threading.Event) -> list[Ending]:
         """Wait for the next batch to read back; empty at the end, or when stopped."""
         with self._changed:
             self._changed.wait_for(lambda: self._written or self._closed)
-            alone = [w for w in self._written if self._checked[w.library] < MOST_LOSSES][:1]
+            alone = [w for w in self._written if self._checked[w.photo.home] < MOST_LOSSES][:1]
             first = (alone or self._written)[:1]
         pause = first[0].at + CHECK_PAUSE - time.monotonic() if alone else CHECK_PAUSE
         if not first or stop.wait(max(0.0, pause)):
@@ -3260,17 +3294,17 @@ class Checks:
             self._written = [written for written in self._written if written not in due]
             return due
 
-    def count(self, written: Written, *, lost: bool) -> bool:
-        """Count whether a library kept a text; True if that was one loss too many."""
+    def count(self, photo: Photo, *, lost: bool) -> bool:
+        """Count whether a photo's library kept a text; True if that was one loss too many."""
         with self._changed:
-            self._checked[written.library] += 1
-            self._losses[written.library] = self._losses[written.library] + 1 if lost else 0
-            return self._losses[written.library] == MOST_LOSSES
+            self._checked[photo.home] += 1
+            self._losses[photo.home] = self._losses[photo.home] + 1 if lost else 0
+            return self._losses[photo.home] == MOST_LOSSES
 
     def check_library(self, photo: Photo) -> None:
         """Skip if the photo's library keeps no descriptions."""
         with self._changed:
-            if self._losses[photo.source, photo.library] >= MOST_LOSSES:
+            if self._losses[photo.home] >= MOST_LOSSES:
                 raise Skip("library_loses", library=photo.library or "-")
 
 
@@ -3286,7 +3320,7 @@ class Run:
     new_library: Callable[[], Library]
     checks: Checks = field(default_factory=Checks)
     taken: Taken = field(default_factory=Taken)
-    show: Callable[[Photo, str, Config], None] = lambda *_: None  # what a photo would get
+    show: Callable[[Ending], None] = lambda ending: None
 
 
 # --- Which photo is next ---
@@ -3459,26 +3493,25 @@ def stream(run: Run, library: Library) -> Generator[Photo, None, None]:
 # --- What happens to a photo ---
 
 
-def story(photo: Photo, library: Library, ai: Ai, run: Run) -> Outcome:
+def story(photo: Photo, library: Library, ai: Ai, run: Run) -> Ending:
     """Take one photo from the listing to its description, or that back.
 
-    Raises Skip if it is left alone, Retryable or Permanent if it fails, and Stopped or Fatal if the
-    run ends.
+    Raises Skip if it is left alone, Retryable or Permanent if it fails before a model is asked, and
+    Stopped or Fatal if the run ends.
     """
     if run.config.undo:
         return take_back(photo, library, run)
     with claimed(photo, library, run) as photo:
         photo = run.patience(library.with_facts, photo)
-        preview = settled(photo, library, run)
+        preview, picture = settled(photo, library, run), None
         try:
             asked = question(photo, run.config)
             picture = prepared(preview, run.config.max_image_size, asked)
-            text = ai.describe(picture, functools.partial(run.checks.check_library, photo))
-            store(photo, text, library, run)
+            said = ai.describe(picture, functools.partial(run.checks.check_library, photo))
+            return replace(store(photo, said, library, run), picture=picture)
         except Permanent as error:
-            run.tally.add_failure(photo, failure_note(photo, error, run.config))
-            raise
-    return Outcome.DESCRIBED
+            run.tally.unnoted.append((photo, failure_note(photo, error, run.config)))
+            return Ending(photo, Outcome.FAILED, error, picture=picture)
 
 
 @contextmanager
@@ -3523,17 +3556,17 @@ def failure_note(photo: Photo, error: AnalyzeError, config: Config) -> Note:
     return Note(model, prompt, text=old.text, failed=error.key, why=str(error), tries=tries)
 
 
-def store(photo: Photo, text: str, library: Library, run: Run) -> None:
+def store(photo: Photo, said: Said, library: Library, run: Run) -> Ending:
     """Write a description; if the photo's has changed, merge again or leave the photo alone."""
     config, facts = run.config, names_id(photo, run.config)
     for _ in range(LIBRARY_TRIES):
-        stored = merge(photo, text, config)
+        text = merge(photo, said.text, config)
         was = text_id(photo.description) if library.must_confirm and is_ours(photo) else ""
-        own = text_id(stored)
+        own = text_id(text)
         note = Note(config.model_name, config.prompt_id, text=own, was=was, facts=facts)
-        if put(photo, text, stored, note, library, run):
-            log.debug("%s (%s), written: %s", photo.name, photo.id, stored)
-            return
+        if put(photo, text, note, library, run):
+            log.debug("%s (%s), written: %s", photo.name, photo.id, text)
+            return Ending(photo, Outcome.DESCRIBED, text=text, note=note, said=said)
         before, photo = photo, run.patience(library.look, photo)
         typed = not undescribed(photo, config) and not config.preserve_human
         if typed or (has_ours(photo) and not has_ours(before)):  # by another instance
@@ -3541,43 +3574,39 @@ def store(photo: Photo, text: str, library: Library, run: Run) -> None:
     raise Retryable("changed")
 
 
-def put(
-    photo: Photo, added: str, stored: str, note: Note | None, library: Library, run: Run
-) -> bool:
-    """Write, to be read back if need be, or show it in a dry run; False if the text has changed."""
+def put(photo: Photo, text: str, note: Note | None, library: Library, run: Run) -> bool:
+    """Write, unless in a dry run; False if the description has changed."""
     if run.config.dry_run:
-        run.show(photo, stored, run.config)
         return True
-    done = run.patience(library.write, photo, stored, note, tries=VALUABLE_TRIES)
-    if done and library.must_confirm:
-        run.checks.add(Written(photo, added, stored, note, time.monotonic()))
-    return done
+    return run.patience(library.write, photo, text, note, tries=VALUABLE_TRIES)
 
 
-def take_back(photo: Photo, library: Library, run: Run) -> Outcome:
+def take_back(photo: Photo, library: Library, run: Run) -> Ending:
     """Take back the description of one photo, if it is ours."""
     photo = run.patience(library.look, photo)
     left = unmerge(photo)
     nothing = left == photo.description or left_alone(photo, run.config)
-    if nothing or not put(photo, "", left, None, library, run):
+    if nothing or not put(photo, left, None, library, run):
         raise Skip("has_description")
-    return Outcome.UNDONE
+    return Ending(photo, Outcome.UNDONE, text=left)
 
 
-def attempt(call: Callable[[*Args], T], *args: *Args) -> tuple[T | Outcome, Exception | None]:
-    """The outcome of a photo, and the error, if any; one that fails does not stop the others."""
+def attempt(photo: Photo, call: Callable[[*Args], T], *args: *Args) -> T | Ending:
+    """The result of a call, or how it ended for its photo, which does not stop the others."""
     try:
-        return call(*args), None
+        return call(*args)
     except (Stopped, Fatal):
         raise
     except Skip as skip:
-        return Outcome.NOT_READY if skip.key == "not_ready" else Outcome.SKIPPED, skip
+        outcome = Outcome.NOT_READY if skip.key == "not_ready" else Outcome.SKIPPED
+        return Ending(photo, outcome, skip)
     except Exception as trouble:  # noqa: BLE001 - a bug costs only the photo that meets it
-        return Outcome.FAILED, trouble
+        return Ending(photo, Outcome.FAILED, trouble)
 
 
-def conclude(photo: Photo, outcome: Outcome, error: Exception | None, run: Run) -> None:
+def conclude(ending: Ending, run: Run) -> None:
     """Count a photo's outcome; if that may change, it is retried, but counted once a day."""
+    photo, outcome, error = ending.photo, ending.outcome, ending.error
     reason = error.key if isinstance(error, AnalyzeError) else "bug" if error else ""
     failed, pause = outcome is Outcome.FAILED, None
     if failed or outcome is Outcome.NOT_READY or reason in MAY_COME_BACK:
@@ -3587,17 +3616,29 @@ def conclude(photo: Photo, outcome: Outcome, error: Exception | None, run: Run) 
     if failed:
         why, bug = (t("bug"), error) if reason == "bug" else (error, None)
         log.error("%s", t("photo_failed", name=photo.name, id=photo.id, why=why), exc_info=bug)
+        run.tally.failed.appendleft((photo, error))
     run.tally.add(outcome, "" if reason == "not_ready" else reason)
+    run.show(ending)
 
 
 def work(photos: Iterable[Photo], library: Library, ai: Ai, run: Run) -> None:
     """One worker: it finishes each photo before it takes the next."""
     with suppress(Stopped):
         for photo in photos:
-            outcome, error = attempt(story, photo, library, ai, run)
-            conclude(photo, outcome, error, run)
-            if not run.config.dry_run:
-                attempt(run.patience, library.remember, run.tally.proven_failures())
+            ending = attempt(photo, story, photo, library, ai, run)
+            conclude(ending, run)
+            if run.config.dry_run:
+                continue
+            if library.must_confirm and ending.outcome in (Outcome.DESCRIBED, Outcome.UNDONE):
+                run.checks.add(ending)
+            attempt(photo, note_failures, library, run)
+
+
+def note_failures(library: Library, run: Run) -> None:
+    """Note what failed, once a described photo shows that others succeed."""
+    with suppress(IndexError):  # when nothing is left
+        while run.tally.counts[Outcome.DESCRIBED]:
+            run.patience(library.remember, [run.tally.unnoted.popleft()])
 
 
 # --- Reading back what was written ---
@@ -3607,51 +3648,51 @@ def check_written(library: Library, run: Run) -> None:
     """The checker: reads back what was written until nothing is left and no worker writes."""
     with suppress(Stopped):
         while batch := run.checks.next(run.stop):
-            _, error = attempt(read_back, batch, library, run)
-            for written in batch if error else ():
-                take_off(written, Outcome.FAILED, error, run)
+            if failed := attempt(batch[0].photo, read_back, batch, library, run):
+                for ending in batch:
+                    take_off(ending, Outcome.FAILED, failed.error, run)
 
 
-def read_back(batch: Sequence[Written], library: Library, run: Run) -> None:
+def read_back(batch: Sequence[Ending], library: Library, run: Run) -> None:
     """Compare what Immich stored with what was written, and correct the notes."""
-    age, photos = time.monotonic() - batch[0].at, [written.photo for written in batch]
+    age, photos = time.monotonic() - batch[0].at, [ending.photo for ending in batch]
     found = run.patience(library.read_back, photos, age, tries=VALUABLE_TRIES)
     notes, losses = [], []
-    for written in batch:
-        photo = written.photo
-        note, trouble = judged(written, found.get(photo.id))
+    for ending in batch:
+        photo = ending.photo
+        note, trouble = judged(ending, found.get(photo.id))
         if isinstance(trouble, Permanent) and len(batch) > 1:  # a search may lag
             again = run.patience(library.read_back, [photo], age, tries=VALUABLE_TRIES)
-            note, trouble = judged(written, again.get(photo.id))
-        if note != written.note or (not note and not trouble):
+            note, trouble = judged(ending, again.get(photo.id))
+        if note != ending.note or (not note and not trouble):
             notes.append((photo, note))
-        if run.checks.count(written, lost=isinstance(trouble, Permanent)):
+        if run.checks.count(photo, lost=isinstance(trouble, Permanent)):
             log.error("%s", t("library_loses", library=photo.library or "-"))
         if trouble:
-            losses.append((written, trouble))
+            losses.append((ending, trouble))
     if notes:
         run.patience(library.remember, notes, tries=VALUABLE_TRIES)
-    for written, trouble in losses:
+    for ending, trouble in losses:
         outcome = Outcome.FAILED if isinstance(trouble, Permanent) else Outcome.SKIPPED
-        take_off(written, outcome, trouble, run)
+        take_off(ending, outcome, trouble, run)
 
 
-def take_off(written: Written, outcome: Outcome, error: Exception | None, run: Run) -> None:
+def take_off(ending: Ending, outcome: Outcome, error: Exception | None, run: Run) -> None:
     """Correct the outcome of a photo that was counted when its text was written."""
-    run.tally.add(Outcome.DESCRIBED if written.added else Outcome.UNDONE, number=-1)
-    conclude(written.photo, outcome, error, run)
+    run.tally.add(ending.outcome, number=-1)
+    conclude(replace(ending, outcome=outcome, error=error), run)
 
 
-def judged(written: Written, text: str | None) -> tuple[Note | None, AnalyzeError | None]:
+def judged(ending: Ending, text: str | None) -> tuple[Note | None, AnalyzeError | None]:
     """The note and the error for a text, by what is read back; no error if it was kept.
 
     The text is lost if the description is empty or the old one again. Any other description
     is by a person who edited it meanwhile.
     """
-    note, photo = written.note, written.photo
+    note, photo, added = ending.note, ending.photo, ending.said.text if ending.said else ""
     if text is None:
         return note, Skip("photo_gone")
-    same, added = text.strip() == written.stored.strip(), written.added
+    same = text.strip() == ending.text.strip()
     if same or (added and added in text and added not in photo.description):
         kept = note and replace(note, text=text_id(text) if same else note.text, was="")
         return kept, None
@@ -3709,8 +3750,10 @@ class Signals:
         timer = threading.Timer(self.grace, self._quit, (self.number, self.sum_up))
         timer.daemon = True
         timer.start()
-        log.warning("%s", t("finishing", signal=signal.Signals(self.number).name))
+        log.handlers[0].acquire()  # no line about the end comes before this one
         self._stop.set()
+        log.warning("%s", t("finishing", signal=signal.Signals(self.number).name))
+        log.handlers[0].release()
         self._quit(signal.sigwait(self._wanted))
 
     def _quit(self, number: int, last: Callable[[int], object] = int) -> None:
@@ -3796,10 +3839,89 @@ def show_progress(tally: Tally, over: threading.Event) -> None:
             bar.set_postfix_str(pace)  # this also draws the bar
 
 
+def harmless(error: Exception | None) -> str:
+    """An error in our words alone, without what a server or a model said."""
+    if not isinstance(error, AnalyzeError):
+        return t("bug") if error else ""
+    return t(error.key, **error.fields | {"why": "…", "said": ""})
+
+
+def link(photo: Photo, config: Config) -> str:
+    """Where people find a photo in Immich; "" where no address is known."""
+    return f"{public(config.link_url)}/photos/{photo.id}" if config.link_url else ""
+
+
+def show_text(ending: Ending, config: Config, column: str) -> None:
+    """Print the description that a photo would get; for `--undo`, log what would be left."""
+    photo, text = ending.photo, ending.text
+    if ending.outcome is Outcome.UNDONE:
+        shown = json.dumps(text, ensure_ascii=False)
+        log.warning("%s", t("would_undo", name=photo.name, id=photo.id, text=shown))
+    elif ending.outcome is Outcome.DESCRIBED:
+        place = "\n".join(filter(None, (link(photo, config) or photo.id, column)))
+        said = f"{one_line(photo.name)}\n{place}\n\n{text}\n"
+        with suppress(OSError):  # the reader may be gone
+            tqdm.write(re.sub(rf"(?!\n){UNSAFE}", "\ufffd", said), file=sys.stdout)
+
+
+class Report:
+    """The page of `--report`: each photo is written over its end, and a new end behind that.
+
+    It has a column for each of the settings, by their names.
+    """
+
+    def __init__(self, file: str, columns: Mapping[str, Config], tally: Tally) -> None:
+        self.photos: list[str] = []  # ids, by row
+        self._columns, self._tally = [*columns.values()], tally
+        self._lock = threading.Lock()
+        self._file, self._size = file, 0  # bytes before the end
+        said = {"t": t, "lang": _language, "version": __version__, "public": public}
+        self._page = template(data_file("report.jinja"), html=True).make_module(said)
+        self._head = self._page.head([*columns])
+        self._save(b"", "ab")  # whether it can be written, before a model is asked
+
+    def add(self, column: int, ending: Ending) -> None:
+        """Add what became of a photo in a column; in the first one, the photo itself as well."""
+        photo, picture, preview, piece = ending.photo, ending.picture, "", ""
+        if ending.outcome not in (Outcome.DESCRIBED, Outcome.FAILED):
+            return
+        if picture and column == 1:
+            small = prepared(base64.b64decode(picture.base64), PREVIEW_SIDE, quality=70)
+            preview = f"data:{small.mime};base64,{small.base64.decode()}"
+        after = replace(photo, description=ending.text, note=Note("", "", text_id(ending.text)))
+        with self._lock:
+            if column == 1:
+                self.photos.append(photo.id)
+                shown = (len(self.photos), photo, link(photo, self._columns[0]), preview)
+                piece = self._page.photo(*shown, whose(photo))
+            row = len(self.photos) - self.photos[::-1].index(photo.id)
+            self.write(piece + self._page.text(row, column, ending, whose(after)))
+
+    def write(self, piece: str = "") -> None:
+        """Write a piece of the page, if any, and its end."""
+        counts, seconds = self._tally.counts, time.monotonic() - self._tally.began
+        done = counts[Outcome.DESCRIBED], counts[Outcome.FAILED]
+        new = not self._size
+        data = ((self._head if new else "") + piece).encode("utf-8", "replace")
+        left = self._tally.left() if len(self._columns) == 1 else None
+        end = self._page.tail(*done, seconds, left).encode()
+        self._save(data + end, "wb" if new else "r+b")
+        self._size += len(data)
+
+    def _save(self, data: bytes, mode: str) -> None:
+        try:
+            with open(self._file, mode, buffering=0) as file:
+                file.seek(self._size)
+                file.write(data)
+        except OSError as error:
+            raise Fatal("unwritable_file", file=self._file, why=error.strerror) from error
+
+
 AWAY_LIMIT = 300.0  # seconds that Immich or the database may be down before the run is unhealthy
 LONGEST_CALL = 300.0  # seconds that a PostgreSQL query may take
 STALL_LIMIT = 60.0  # seconds beyond the longest normal wait
 POST_INTERVAL = 10.0
+PREVIEW_SIDE = 320  # pixels of a preview in a report
 IDLE = 1.0  # seconds without a photo after which a worker closes its connection
 LINE_INTERVAL = 3600.0  # seconds between two summary lines
 
@@ -3808,6 +3930,7 @@ class Status:
     """The state of a run, in the same words for /health, /metrics and systemd."""
 
     def __init__(self, config: Config, hosts: Hosts, waits: Patience, tally: Tally) -> None:
+        self._config = config
         self.ready = False  # whether the start-up check is over
         self.waits = waits  # what waits for a library or, at the start, for a model host
         self._tally = tally
@@ -3826,30 +3949,41 @@ class Status:
             return "no_model_host"
         return "stalled" if not away and time.monotonic() - moved > self._longest else ""
 
-    def __str__(self) -> str:
+    def waiting(self, tell: Callable[[Any], str] = str) -> str:
+        """What the run waits for, with the reasons as `tell` puts them; "" if it can go on."""
         if why := self.waits.why:
-            return t("waiting", why=why)
+            return t("waiting", why=tell(why))
         if self.ready and not self._hosts.usable():
-            return t("no_host", why="; ".join(str(host.why) for host in self._hosts.seen()))
-        return str(self._tally) if self.ready else t("checking")
+            return t("no_host", why="; ".join(tell(host.why) for host in self._hosts.seen()))
+        return "" if self.ready else t("checking")
 
     def figures(self) -> dict[str, Any]:
         """What the pages at the health port are made of."""
-        tally, hosts = self._tally, self._hosts.seen()
+        tally, hosts, now = self._tally, self._hosts.seen(), time.monotonic()
+        left, done, slot = tally.left(), tally.counts[Outcome.DESCRIBED], int(now // SLOT)
         return {
+            "t": t,
+            "lang": _language,
+            "waiting": self.waiting(harmless),
+            "seconds_left": None if left is None or not done else left * (now - tally.began) / done,
+            "slots": [tally.slots[number] for number in range(slot - SLOTS + 1, slot + 1)],
+            "failures": [*tally.failed],
+            "link": functools.partial(link, config=self._config),
+            "harmless": harmless,
             "trouble": self.trouble(),
             "version": __version__,
             "away": self.waits.away() if self.ready else 0.0,
             "hosts": hosts,
-            "left": None if tally.total is None else max(0, tally.total - tally.listed),
+            "left": left,
             "tally": tally,
-            "now": time.monotonic(),
+            "now": now,
             "public": public,
             "json": functools.partial(json.dumps, ensure_ascii=False),
         }
 
 
 PAGES = {  # at the health port: template and content type
+    "/": ("status.jinja", "text/html; charset=utf-8"),
     "/health": ("health.jinja", "application/json"),
     "/metrics": ("metrics.jinja", "text/plain; version=0.0.4; charset=utf-8"),
 }
@@ -3866,9 +4000,10 @@ def serve_health(status: Status, host: str, number: int) -> None:
             if self.path in PAGES:
                 (file, kind), figures = PAGES[self.path], status.figures()
                 code = 503 if self.path == "/health" and figures["trouble"] else 200
-                body = template(data_file(file)).render(figures)
+                body = template(data_file(file), "html" in kind).render(figures)
             self.send_response(code)
             self.send_header("Content-Type", kind)
+            self.send_header("Cache-Control", "no-store")
             self.end_headers()
             self.wfile.write(body.encode())
 
@@ -3921,7 +4056,7 @@ def keep_posted(status: Status, tally: Tally, stop: Stop) -> None:
             settled = True
             notify("READY=1")
         alive = "" if status.trouble() == "stalled" else "\nWATCHDOG=1"
-        notify("STATUS=" + re.sub(UNSAFE, "\ufffd", str(status)) + alive)
+        notify("STATUS=" + re.sub(UNSAFE, "\ufffd", status.waiting() or str(tally)) + alive)
         if stop.wait(min(watchdog / 2, POST_INTERVAL if status.ready else 1.0)):
             break
         if time.monotonic() >= told + LINE_INTERVAL and said != str(tally):
@@ -3937,7 +4072,7 @@ def limited(photos: Iterator[Photo], busy: set[int], run: Run) -> Generator[Phot
         # who is busy comes first: a story that ends now may count twice, but never not at all
         working, today = len(busy), datetime.now(UTC).astimezone().date()
         done = sum(run.tally.counts[outcome] for outcome in (Outcome.DESCRIBED, Outcome.UNDONE))
-        if run.config.mode.monitors and day != today:
+        if not day or (run.config.mode.monitors and day != today):
             day, before = today, done
         left = run.tally.most + before - done
         if left > working:
@@ -3987,7 +4122,8 @@ def describe_library(run: Run) -> None:
     with ExitStack() as stack:
         library = stack.enter_context(closing(run.new_library()))
         terminal = sys.stderr.isatty()
-        if config.mode.backlog and (terminal or config.health_port):
+        shown = tally.total is None and (terminal or config.health_port or config.report)
+        if config.mode.backlog and shown:
             with suppress(AnalyzeError):  # optional, as not every key may ask for it
                 tally.total = library.total() // config.shard[1]
         if terminal:
@@ -4002,7 +4138,7 @@ def describe_library(run: Run) -> None:
         run_all(workers, [checker] if library.must_confirm else [], run)
 
 
-def serve(config: Config, stop: Stop, tally: Tally) -> bool:
+def serve(config: Config, stop: Stop, tally: Tally, show: Callable[[Ending], None]) -> bool:
     """Carry out one run, from its settings to its end; True if all photos could be reached."""
     service, longest = config.mode.monitors, config.wait_timeout or math.inf
     passing = (Unavailable, Unexpected) if service else (Unavailable,)
@@ -4027,20 +4163,46 @@ def serve(config: Config, stop: Stop, tally: Tally) -> bool:
     status.ready = True
     if service:
         log.info("%s", t("ready"))
-    describe_library(Run(config, stop, hosts, status.waits, tally, new_library, show=show_text))
+    describe_library(Run(config, stop, hosts, status.waits, tally, new_library, show=show))
     return complete()
 
 
-def show_text(photo: Photo, text: str, config: Config) -> None:
-    """Print the description that a photo would get; for `--undo`, log what would be left."""
-    if config.undo:
-        shown = json.dumps(text, ensure_ascii=False)
-        log.warning("%s", t("would_undo", name=photo.name, id=photo.id, text=shown))
-        return
-    place = f"{public(config.link_url)}/photos/{photo.id}" if config.link_url else photo.id
-    said = f"{one_line(photo.name)}\n{place}\n\n{text}\n"
-    with suppress(OSError):  # the reader may be gone
-        tqdm.write(re.sub(rf"(?!\n){UNSAFE}", "\ufffd", said), file=sys.stdout)
+def columns_of(arguments: Sequence[str], config: Config) -> dict[str, Config]:
+    """The settings to compare, one for each model and file with a prompt, by these names."""
+    if not config.compare and len(config.prompt_files) < 2:
+        return {config.model_name: config}
+    found: dict[str, Config] = {}
+    for model in dict.fromkeys((config.model_name, *config.compare)):
+        for file in config.prompt_files or ("",):
+            more = [f"--model-name={model}", *([f"--prompt-file={file}"] if file else [])]
+            found[", ".join(filter(None, (model, file)))] = parse([*arguments, *more], os.environ)
+    return found
+
+
+def serve_columns(columns: Mapping[str, Config], stop: Stop, tally: Tally) -> bool:
+    """Carry out a run for each column, all about the photos of the first; True as from `serve`."""
+    config, *others = columns.values()
+    file = config.report or (os.devnull if others else "")
+    report = Report(file, columns, tally) if file else None
+
+    def show(column: int, ending: Ending) -> None:
+        if config.dry_run:
+            show_text(ending, config, [*columns][column - 1] if others else "")
+        if report:
+            report.add(column, ending)
+
+    for other in others if config.preflight_model_check else ():  # before any model is asked
+        with closing(Ai(other, Hosts(other.hosts, 1, 0.0), stop)) as ai:
+            ai.check()
+    complete = serve(config, stop, tally, functools.partial(show, 1))
+    for column, other in enumerate(others, 2):
+        if report and report.photos and not stop.is_set():
+            photos = tuple(report.photos)
+            same = replace(other, photo=photos, album=(), limit=len(photos), health_port=0)
+            serve(same, stop, tally, functools.partial(show, column))
+    if report:
+        report.write()
+    return complete
 
 
 def show_prompt(photo_id: str, config: Config) -> int:
@@ -4089,7 +4251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif config.dry_run:
             tally = Tally("tally_dry_run")
         signals.grace, signals.sum_up = config.grace, functools.partial(sum_up, config, tally)
-        complete = serve(config, stop, tally)
+        complete = serve_columns(columns_of(arguments, config), stop, tally)
         code = 0 if complete and not tally.counts[Outcome.FAILED] else 1
     except Stopped:
         return signals.exit_code(config.mode)

@@ -199,6 +199,17 @@ def real_llamacpp() -> Iterator[sandbox.LlamaCpp]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A real browser for the whole session; see tests/browser.py."""
+    from browser import LACKING, browser  # here, as it would slow down every start
+
+    if LACKING:
+        pytest.skip(LACKING)
+    with browser() as one:
+        yield one
+
+
 Done = subprocess.CompletedProcess[str]
 
 

@@ -847,7 +847,7 @@ class Run:
 
     def _serve(self) -> None:
         try:
-            self.complete = ia.serve(self.config, self.stop, self.tally)
+            self.complete = ia.serve_columns({"a": self.config}, self.stop, self.tally)
         except ia.Stopped:
             pass
         except ia.Fatal as error:

@@ -53,7 +53,7 @@ class Model(ia.Ai):
         self.hosts, self.stop = hosts, stop
 
     def describe(self, picture=PICTURE, check=lambda: None) -> str:
-        return super().describe(replace(picture, question=self._config.prompt), check)
+        return super().describe(replace(picture, question=self._config.prompt), check).text
 
     def troubles(self) -> list[str | None]:
         """What is wrong with each host, as a key."""

@@ -555,7 +555,7 @@ def test_trouble_at_the_start_that_stays_is_one_line(fake, settings, stop, path,
     server = fake()
     server.script("GET", path, trouble, forever=True)
     with pytest.raises(ia.Fatal):
-        ia.serve(settings(server), stop, ia.Tally())
+        ia.serve_columns({"a": settings(server)}, stop, ia.Tally())
     assert sum(stop.waits) <= 120
 
 

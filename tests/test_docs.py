@@ -186,7 +186,7 @@ def as_quoted(text):
 MESSAGES = {
     key: as_quoted(text)
     for key, text in ia.catalogue("en").items()
-    if not key.startswith("help_") and key not in NEVER_SHOWN
+    if not key.startswith(("help_", "page_")) and key not in NEVER_SHOWN
 }
 QUOTED = [
     quote
@@ -238,8 +238,17 @@ def test_every_local_link_leads_somewhere(page):
 
 def test_the_readmes_links_work_wherever_it_is_read():
     """On a package index, or in an installed package, there are no files beside it."""
-    targets = re.findall(r"\]\(([^)]+)\)", README)
+    targets = re.findall(r"(?<!!)\[[^]]*\]\(([^)]+)\)", README)
+    assert targets
     assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+
+
+def test_the_readmes_pictures_are_small_and_have_a_text_for_where_they_are_not():
+    pictures = re.findall(r"!\[([^]]*)\]\(([^)]+)\)", README)
+    assert pictures
+    for text, file in pictures:
+        assert len(text.split()) > 5
+        assert (ROOT / file).stat().st_size < 100_000
 
 
 def test_every_make_target_and_file_named_in_commands_exists():

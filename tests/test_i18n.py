@@ -10,8 +10,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import jinja2
 import pytest
 import servers
+from jinja2.nodes import Call, Name
 from worlds import about_photos
 
 import immich_analyze as ia
@@ -78,7 +80,19 @@ def spoken() -> list[tuple[ast.Call, set[str]]]:
     return found
 
 
+def spoken_on_pages() -> list[tuple[str, set[str]]]:
+    """Each key in a template, with the fields that it is given."""
+    calls = [
+        call
+        for file in FOLDER.glob("*.jinja")
+        for call in jinja2.Environment().parse(file.read_text(encoding="utf-8")).find_all(Call)
+        if isinstance(call.node, Name) and call.node.name == "t"
+    ]
+    return [(call.args[0].as_const(), {given.key for given in call.kwargs}) for call in calls]
+
+
 SPOKEN = spoken()
+ON_PAGES = spoken_on_pages()
 VERDICTS = ia.toml("verdicts.toml")
 BLAMED = [row for rows in VERDICTS.values() for row in rows.values()]
 # The forms of a tally, of which it is told by key when it is made.
@@ -133,12 +147,18 @@ def test_a_text_differs_from_language_to_language():
 
 def test_what_is_no_key_in_the_code_is_known_here():
     unknown = {ast.unparse(call.args[0]) for call, keys in SPOKEN if not keys}
-    assert unknown == {"self.key", "self._form", "f'help_{option}'", "f'help_group_{heading}'"}
+    assert unknown == {
+        "self.key",
+        "error.key",
+        "self._form",
+        "f'help_{option}'",
+        "f'help_group_{heading}'",
+    }
 
 
 def test_every_key_in_the_code_has_a_text_and_every_text_a_use():
     used = {key for _, keys in SPOKEN for key in keys} | HELP | FORMS
-    used |= {key for _, *keys in BLAMED for key in keys}
+    used |= {key for _, *keys in BLAMED for key in keys} | {key for key, _ in ON_PAGES}
     assert used == set(TEXTS["en"])
 
 
@@ -150,6 +170,7 @@ def test_a_text_is_given_all_its_fields():
         if all(keyword.arg for keyword in call.keywords)
         and fields(TEXTS["en"][key]) - {keyword.arg for keyword in call.keywords}
     ]
+    lacking += [(key, given) for key, given in ON_PAGES if fields(TEXTS["en"][key]) != given]
     assert lacking == []
     usual = {"url", "status", "why", "said"}
     own = {

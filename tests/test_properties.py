@@ -368,7 +368,8 @@ class Story:
             return False
         for place, gap in meanwhile:
             self.edit(place, gap)
-        return self._tell(lambda run: ia.store(found, answer, self, run), config)
+        said = ia.Said(answer, 2.0, 5)
+        return self._tell(lambda run: ia.store(found, said, self, run), config)
 
     def undo(self) -> bool:
         """Let the tool take back what is its own; whether it wrote."""
@@ -378,12 +379,14 @@ class Story:
         stop = Hasty()
         patience, tally = ia.Patience(stop, 0, 0), ia.Tally()
         run = ia.Run(config, stop, None, patience, tally, lambda: self)
-        _, skipped = ia.attempt(lambda: story(run))
-        assert not skipped or skipped.key == "has_description"
+        ending = ia.attempt(self.look(), story, run)
+        assert not ending.error or ending.error.key == "has_description"
+        if self.must_confirm and not ending.error:
+            run.checks.add(ending)
         run.checks.close()
         ia.check_written(self, run)
         assert not tally.counts  # nothing was taken off: what was written was kept
-        return not skipped
+        return not ending.error
 
     def edit(self, place: float, gap: str) -> None:
         """Let a person write a word somewhere outside the block."""

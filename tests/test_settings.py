@@ -100,6 +100,9 @@ DEFAULTS = {
     "favorites": False,
     "library": None,
     "link_url": "",
+    "report": None,
+    "compare": (),
+    "prompt_files": (),
     "think": False,
     "max_tokens": 4096,
     "context_length": 0,
@@ -190,6 +193,11 @@ OPTIONS = [
         *("2020-01-31T17:30:05", datetime(2020, 1, 31, 17, 30, 5, tzinfo=UTC)),
     ),
     Option("--library", "IMMICH_ANALYZE_LIBRARY", "library", ID, ID, LINK, ID2),
+    Option("--report", "IMMICH_ANALYZE_REPORT", "report", "a b.html", "a b.html", "/c", "/c"),
+    Option(
+        *("--compare", "IMMICH_ANALYZE_COMPARE", "compare"),
+        *("a:1, hf.co/x/y", ("a:1", "hf.co/x/y"), "b", ("b",), {"IMMICH_ANALYZE_DRY_RUN": "yes"}),
+    ),
     Option("--link-url", "IMMICH_ANALYZE_LINK_URL", "link_url", ONE, ONE, f"{TWO}/", TWO),
     Option(
         *("--data-access-mode", "IMMICH_ANALYZE_DATA_ACCESS_MODE", "access"),

@@ -195,18 +195,17 @@ def test_a_tally_tells_what_a_run_is_for(form, said):
     assert str(tally) == said
 
 
-def test_failures_are_noted_once_something_was_described():
-    tally, note = ia.Tally(), ia.Note(MODEL, PROMPT, failed="not_json")
-    tally.add_failure(photo(1), note)
-    assert tally.proven_failures() == []
-    tally.add(ia.Outcome.FAILED)
-    assert tally.proven_failures() == []
-    tally.add_failure(photo(2), note)
-    tally.add(ia.Outcome.DESCRIBED)
-    assert tally.proven_failures() == [(photo(1), note), (photo(2), note)]
-    assert tally.proven_failures() == []
-    tally.add_failure(photo(3), note)
-    assert tally.proven_failures() == [(photo(3), note)]
+def test_failures_are_noted_once_something_was_described(run):
+    desk, note = Desk(), ia.Note(MODEL, PROMPT, failed="not_json")
+    for number in (1, 2):
+        run.tally.unnoted.append((photo(number), note))
+        ia.note_failures(desk, run)
+        assert desk.noted == []
+    run.tally.add(ia.Outcome.DESCRIBED)
+    ia.note_failures(desk, run)
+    assert desk.noted == [(photo(1), note), (photo(2), note)]
+    ia.note_failures(desk, run)
+    assert len(desk.noted) == 2
 
 
 @pytest.mark.parametrize(
@@ -229,7 +228,7 @@ def test_what_became_of_a_photo_is_counted_and_the_others_go_on(
     def story(photo, library, ai, run):
         if photo.id == "2" and isinstance(became, Exception):
             raise became
-        return became if photo.id == "2" else ia.Outcome.DESCRIBED
+        return ia.Ending(photo, ia.Outcome.DESCRIBED)
 
     monkeypatch.setattr(ia, "story", story)
     ia.work([photo(n) for n in (1, 2, 3)], Desk(), None, run)
@@ -251,7 +250,7 @@ def test_the_end_for_all_leaves_the_photo_in_hand_uncounted(monkeypatch, run, er
         seen.append(photo.id)
         if photo.id == "2":
             raise error
-        return ia.Outcome.DESCRIBED
+        return ia.Ending(photo, ia.Outcome.DESCRIBED)
 
     monkeypatch.setattr(ia, "story", story)
     with pytest.raises(ia.Fatal) if isinstance(error, ia.Fatal) else nullcontext():
@@ -476,7 +475,7 @@ class Desk:
     def describe(self, picture, check):
         assert picture.mime == "image/jpeg"
         self.said.append("describe")
-        return "A photo."
+        return ia.Said("A photo.", 2.0, 5)
 
     def write(self, photo, text, note):
         assert note == ia.Note(MODEL, PROMPT, text=ia.text_id(text))
@@ -488,7 +487,8 @@ class Desk:
 
 def tell(run, desk):
     """Have one photo's story told: what became of it, and why."""
-    return ia.attempt(lambda: ia.story(photo(1), desk, desk, run))
+    ending = ia.attempt(photo(1), ia.story, photo(1), desk, desk, run)
+    return ending.outcome, ending.error
 
 
 @pytest.mark.parametrize("must_confirm", [False, True])
@@ -517,9 +517,6 @@ def test_the_model_is_asked_once_whatever_the_library_does(
     assert became == outcome
     key = {"described": "", "skipped": "has_description", "failed": "changed"}[outcome]
     assert (error.key if error else "") == key
-    run.checks.close()
-    kept = [(w.photo.id, w.added, w.stored) for w in run.checks.next(run.stop)]
-    assert kept == [("1", "A photo.", "A photo.")] * (must_confirm and outcome == "described")
 
 
 def test_a_text_that_cannot_be_written_fails_in_the_end(run, stop):
@@ -528,7 +525,7 @@ def test_a_text_that_cannot_be_written_fails_in_the_end(run, stop):
     assert (became, error.key) == ("failed", "not_json")
     assert desk.said == ["preview", "describe", *["write A photo."] * 12]
     assert stop.waits == [5] * 11
-    assert run.tally._failures == []  # the next run tries it again, however often
+    assert [*run.tally.unnoted] == []  # the next run tries it again, however often
 
 
 @pytest.mark.parametrize(
@@ -545,9 +542,8 @@ def test_without_a_preview_the_model_is_not_asked(run, previews, key, noted):
     _, error = tell(run, desk)
     assert error.key == key
     assert desk.said == ["preview"] * len(previews)
-    run.tally.add(ia.Outcome.DESCRIBED)
     note = ia.Note(MODEL, PROMPT, failed=key, why=str(error), tries=1)
-    assert run.tally.proven_failures() == [(photo(1), note)] * noted
+    assert [*run.tally.unnoted] == [(photo(1), note)] * noted
 
 
 # A preview that is being written
@@ -594,12 +590,15 @@ def test_waiting_for_a_preview_ends_when_stopped(run, stop):
 # --- What Immich took is read back -----------------------------------------------------------
 
 
-def written(before="", stored="A boat.", added="A boat.", note=None, at=0.0, **fields):
-    return ia.Written(photo(1, before, **fields), added, stored, note, at)
+def written(before="", text="A boat.", said="A boat.", note=None, at=0.0, number=1, **fields):
+    """How a photo ended that a text was written to, or taken back from."""
+    outcome, said = ("described", ia.Said(said, 2.0, 5)) if said else ("undone", None)
+    described = photo(number, before, **fields)
+    return ia.Ending(described, ia.Outcome(outcome), text=text, note=note, said=said, at=at)
 
 
 def wrote(number, at, library=""):
-    return ia.Written(photo(number, library=library), "A boat.", "A boat.", None, at)
+    return written(number=number, at=at, library=library)
 
 
 def test_the_first_three_are_read_back_alone_and_the_others_together(stop):
@@ -610,7 +609,7 @@ def test_the_first_three_are_read_back_alone_and_the_others_together(stop):
         [alone] = checks.next(stop)
         assert alone.photo.id == str(number)
         assert stop.now == pytest.approx(alone.at + 2)
-        assert checks.count(alone, lost=False) is False
+        assert checks.count(alone.photo, lost=False) is False
     assert [each.photo.id for each in checks.next(stop)] == ["3", "4", "5", "6", "7"]
     late, later = wrote(8, stop.now), wrote(9, stop.now + 0.5)
     checks.add(late)
@@ -627,7 +626,7 @@ def test_the_first_three_are_read_back_alone_and_the_others_together(stop):
 def test_those_of_a_new_library_do_not_wait_behind_others(stop):
     checks = ia.Checks()
     for number in range(3):
-        checks.count(wrote(number, 0), lost=False)
+        checks.count(photo(number), lost=False)
     checks.add(wrote(1, stop.now - 1))
     checks.add(written := wrote(2, stop.now, library="another"))
     assert checks.next(stop) == [written]
@@ -643,16 +642,16 @@ def test_nothing_is_read_back_once_the_run_is_to_stop(stop):
 
 
 def test_a_library_is_given_up_after_three_losses_in_a_row():
-    checks, one = ia.Checks(), written(source="0")
+    checks, one = ia.Checks(), photo(1, source="0")
     lost = [True, True, False, True, True]
     assert [checks.count(one, lost=each) for each in lost] == [False] * 5
-    checks.check_library(one.photo)
+    checks.check_library(one)
     assert checks.count(one, lost=True) is True
     with pytest.raises(ia.Skip) as raised:
-        checks.check_library(one.photo)
+        checks.check_library(one)
     assert raised.value.key == "library_loses"
-    checks.check_library(replace(one.photo, library="another"))
-    checks.check_library(replace(one.photo, source="1"))  # with another key
+    checks.check_library(replace(one, library="another"))
+    checks.check_library(replace(one, source="1"))  # with another key
     assert checks.count(one, lost=True) is False  # it is said once
 
 
@@ -698,7 +697,7 @@ def test_what_became_of_a_text_is_told_by_what_is_read_back(before, stored, now,
     ],
 )
 def test_the_same_of_a_text_that_was_taken_back(before, left, now, key):
-    _, trouble = ia.judged(written(before, left, added=""), now)
+    _, trouble = ia.judged(written(before, left, said=""), now)
     assert (trouble.key if trouble else "") == key
 
 
@@ -745,5 +744,5 @@ def test_a_note_is_left_as_it_is_where_a_person_was_quick(text):
 
 @pytest.mark.parametrize("text", ["", OLD])
 def test_what_was_taken_back_gets_no_note(text):
-    note, _ = ia.judged(written(OLD, "", added=""), text)
+    note, _ = ia.judged(written(OLD, "", said=""), text)
     assert note is None
