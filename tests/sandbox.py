@@ -1,8 +1,8 @@
 """A throwaway Immich library: real PostgreSQL, llama.cpp's own server and drawn photos.
 
 The tests import the parts. Run as a program (`make demo`), it fills a library, lets
-immich_analyze.py describe it as a user would, shows the texts before and after, and removes
-everything again:
+immich_analyze.py describe it as a user would, shows the texts before and after, removes
+everything again, and names the page that shows the photos with their descriptions:
 
     python tests/sandbox.py
     python tests/sandbox.py --model model.gguf --mmproj mmproj.gguf
@@ -943,8 +943,10 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--hosts", metavar="URLS", help="a running server instead, also as $HOSTS")
     add("--interface", metavar="NAME", help="what it speaks: ollama or llamacpp")
     add("--model-name", metavar="NAME", help="which of its models to use")
+    add("--report", metavar="FILE", help="where to keep the page of the run, also as $REPORT")
     options, passed_on = parser.parse_known_args()
     options.hosts = options.hosts or os.environ.get("HOSTS")
+    options.report = options.report or os.environ.get("REPORT")
     if options.hosts and options.model:
         parser.error("--hosts and --model exclude each other")
     if bool(options.model) != bool(options.mmproj):
@@ -1001,7 +1003,32 @@ def analyze(library: PhotoLibrary, model: Sequence[str], passed_on: Sequence[str
         end(process)
 
 
-def demonstrate(options: argparse.Namespace, passed_on: Sequence[str], stack: ExitStack) -> int:
+WITHOUT_PAGE = {"--undo", "--mode", "--monitor", "-m", "--combined", "-c"}
+
+
+def analyze_with_page(
+    library: PhotoLibrary, wanted: str | None, model: Sequence[str], passed_on: Sequence[str]
+) -> tuple[int, Path | None]:
+    """Run the tool; return its exit code and the page that it wrote, which outlives the sandbox."""
+    if not wanted and not WITHOUT_PAGE.isdisjoint(passed_on):
+        return analyze(library, model, passed_on), None
+    with ExitStack() as stack:
+        if not wanted:
+            folder = tempfile.mkdtemp(prefix="immich-page-")
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            wanted = f"{folder}/photos.html"
+        page = Path(wanted).absolute()
+        code = analyze(library, [*model, "--report", str(page)], passed_on)
+        if code == 2 or not page.exists():
+            return code, None
+        stack.pop_all()
+        return code, page
+
+
+def demonstrate(
+    options: argparse.Namespace, passed_on: Sequence[str], stack: ExitStack
+) -> tuple[int, Path | None]:
+    """Show the library before and after the run; return the tool's exit code and its page."""
     postgres = stack.enter_context(Postgres())
     root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="immich-photos-")))
     library = stack.enter_context(PhotoLibrary(postgres.database(), root))
@@ -1014,12 +1041,12 @@ def demonstrate(options: argparse.Namespace, passed_on: Sequence[str], stack: Ex
     say("\nBefore:")
     show(library, scenes)
     say()
-    code = analyze(library, model, passed_on)
+    code, page = analyze_with_page(library, options.report, model, passed_on)
     say("\nAfter:")
     show(library, scenes)
     # From here on a second Ctrl-C must not keep it from tidying up.
     stack.callback(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    return code
+    return code, page
 
 
 TINY = """
@@ -1034,8 +1061,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         with ExitStack() as stack:
-            stack.callback(say, "\nEverything the sandbox made was removed.")
-            code = demonstrate(options, passed_on, stack)
+            stack.callback(say, "\nThe library and its servers were removed.")
+            code, page = demonstrate(options, passed_on, stack)
     except SandboxError as error:
         print(f"sandbox: {error}", file=sys.stderr)
         return 1
@@ -1043,6 +1070,8 @@ def main() -> int:
         return 130
     if not (options.hosts or options.model):
         say(TINY)
+    if page:
+        say(f"\nThe page of this run: {page}")
     return code
 
 

@@ -1,10 +1,14 @@
 """The parts of the sandbox keep their promises: what other tests build on."""
 
 import base64
+import os
+import subprocess
+import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import psycopg2
 import pytest
@@ -269,3 +273,53 @@ def test_over_tcp_a_password_is_asked_for():
         psycopg2.connect(postgres.uri("postgres")).close()
         with pytest.raises(psycopg2.OperationalError, match="password"):
             psycopg2.connect(postgres.uri("postgres", "postgres", "wrong"))
+
+
+# the demonstration
+
+
+@pytest.fixture
+def demonstrated(server, tmp_path):
+    """The exit code of the demonstration, its lines, and what it leaves in its temporary folder."""
+    own = {name: value for name, value in os.environ.items() if name not in ("HOSTS", "REPORT")}
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+
+    def run(*argv, **environ):
+        places = {"TMPDIR": str(folder), "TEST_DATABASE_URL": server.uri("postgres")}
+        done = subprocess.run(
+            [sys.executable, sandbox.__file__, *argv],
+            cwd=tmp_path,
+            env=own | places | environ,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout.splitlines(), sorted(folder.rglob("*"))
+
+    return run
+
+
+def test_the_demonstration_ends_by_naming_its_page(demonstrated):
+    code, lines, left = demonstrated()
+    head, _, name = lines[-1].rpartition(" ")
+    page = Path(name)
+    assert (code, head, left) == (0, "The page of this run:", [page.parent, page])
+    described = [line.split(maxsplit=1) for line in lines if "A photo dominated" in line]
+    assert len(described) == 10
+    shown = page.read_text(encoding="utf-8")
+    assert [text for pair in described for text in pair if text not in shown] == []
+
+
+def test_the_demonstration_keeps_its_page_where_it_is_told(demonstrated, tmp_path):
+    file = tmp_path / "photos.html"
+    code, lines, left = demonstrated(REPORT="photos.html")
+    assert (code, lines[-1], left) == (0, f"The page of this run: {file}", [])
+    assert "sunset.jpg" in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("argv", "code"), [(["--limit", "x"], 2), (["--undo"], 0)])
+def test_a_demonstration_without_a_page_leaves_nothing(demonstrated, argv, code):
+    done, lines, left = demonstrated(*argv)
+    assert (done, left) == (code, [])
+    assert "The page" not in "".join(lines)
