@@ -723,7 +723,7 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         "access": access,
         "dry_run": options.dry_run or bool(options.show_prompt),
         "prompt_files": tuple(dict.fromkeys(options.prompt_file or ())),
-        "link_url": options.link_url or (api_url if access is Access.API else ""),
+        "link_url": public(options.link_url or (api_url if access is Access.API else "")),
         "access_ambiguous": bool((url or named) and keys and not options.access),
         "notices": (*options.notices, *(AnalyzeError("root_relative", root=r) for r in moved)),
         "postgres_url": url or database_url or "host=localhost user=postgres dbname=immich",
@@ -869,6 +869,12 @@ class Photo:
     note: Note | None = None
     library: str = ""  # id of its external library
     told: Mapping[str, Any] = field(default_factory=dict)  # what Immich's API tells, for facts
+    site: str = ""  # Immich's address for people; "" if it is not known
+
+    @property
+    def link(self) -> str:
+        """Where people find it in Immich; "" if that is not known."""
+        return self.site and f"{self.site}/photos/{self.id}"
 
     @property
     def home(self) -> tuple[str, str]:
@@ -2357,6 +2363,11 @@ class ApiLibrary(Library):
         self._server.version = version
         return reply
 
+    def site(self) -> Any:
+        """GET /server/config, which needs no key: `externalDomain`, what people open."""
+        path = "/server/config"
+        return dig(self._send("", "GET", path, timeout=CHECK_TIMEOUT).json(), "externalDomain")
+
     def keeps_notes(self) -> bool:
         """Whether this release lets API keys write metadata of photos."""
         return self._server.version >= (2, 5, 0)
@@ -2489,6 +2500,7 @@ class ApiLibrary(Library):
             note=UNREAD if self.keeps_notes() else None,
             library=str(item.get("libraryId") or ""),
             told={**item, **account.groups.get(item["id"], {})} if self._config.context else {},
+            site=self._config.link_url,
         )
 
     def _owns(self, account: Account, item: dict[str, Any]) -> bool:
@@ -2675,6 +2687,11 @@ def with_album_ids(config: Config, known: Sequence[tuple[str, ...]]) -> Config:
     return replace(config, album=tuple(dict.fromkeys(found)))
 
 
+def with_site(config: Config, site: object) -> Config:
+    """The settings with Immich's address for people, where its administrator has set one."""
+    return replace(config, link_url=public(one_line(site)).rstrip("/") or config.link_url)
+
+
 def open_api(config: Config) -> Opened:
     """Check Immich's address and each key; keys that are refused are left out."""
     renews = config.policy is Policy.OUTDATED
@@ -2711,6 +2728,8 @@ def open_api(config: Config) -> Opened:
         if config.album and server.version < (1, 135, 0):  # its searches ignore albums
             raise Fatal("albums_too_old")
         config = with_album_ids(config, library.known_albums(by_id, named=named))
+        with suppress(AnalyzeError):
+            config = with_site(config, library.site())
     return lambda: ApiLibrary(config, server), lambda: not any(one.refused for one in users)
 
 
@@ -2815,7 +2834,7 @@ class DbLibrary(Library):
 
     def _photo(self, row: Sequence[Any]) -> Photo:
         """The photo in a row that a statement returned."""
-        return replace(Photo(*row[:8]), note=note_in(row[5]))
+        return replace(Photo(*row[:8]), note=note_in(row[5]), site=self._config.link_url)
 
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
         """One page, by id or the newest first: only photos with work to do."""
@@ -2990,6 +3009,7 @@ def open_database(config: Config) -> Opened:
             raise Fatal("grants_missing", grants="; ".join(grant for (grant,) in missing))
         library.check()
         config = with_album_ids(config, library.rows("known_albums") if config.album else ())
+        config = with_site(config, library.rows("site")[0][0])
         lock = os.urandom(8).hex()
         with suppress(Unavailable):  # without a second connection, it cannot be tested
             taken = [each.rows("claim", id=lock) for each in (library, other) * 10]
@@ -3846,19 +3866,14 @@ def harmless(error: Exception | None) -> str:
     return t(error.key, **error.fields | {"why": "…", "said": ""})
 
 
-def link(photo: Photo, config: Config) -> str:
-    """Where people find a photo in Immich; "" where no address is known."""
-    return f"{public(config.link_url)}/photos/{photo.id}" if config.link_url else ""
-
-
-def show_text(ending: Ending, config: Config, column: str) -> None:
+def show_text(ending: Ending, column: str) -> None:
     """Print the description that a photo would get; for `--undo`, log what would be left."""
     photo, text = ending.photo, ending.text
     if ending.outcome is Outcome.UNDONE:
         shown = json.dumps(text, ensure_ascii=False)
         log.warning("%s", t("would_undo", name=photo.name, id=photo.id, text=shown))
     elif ending.outcome is Outcome.DESCRIBED:
-        place = "\n".join(filter(None, (link(photo, config) or photo.id, column)))
+        place = "\n".join(filter(None, (photo.link or photo.id, column)))
         said = f"{one_line(photo.name)}\n{place}\n\n{text}\n"
         with suppress(OSError):  # the reader may be gone
             tqdm.write(re.sub(rf"(?!\n){UNSAFE}", "\ufffd", said), file=sys.stdout)
@@ -3867,17 +3882,17 @@ def show_text(ending: Ending, config: Config, column: str) -> None:
 class Report:
     """The page of `--report`: each photo is written over its end, and a new end behind that.
 
-    It has a column for each of the settings, by their names.
+    It has a column for each of these names.
     """
 
-    def __init__(self, file: str, columns: Mapping[str, Config], tally: Tally) -> None:
+    def __init__(self, file: str, columns: Sequence[str], tally: Tally) -> None:
         self.photos: list[str] = []  # ids, by row
-        self._columns, self._tally = [*columns.values()], tally
+        self._compares, self._tally = len(columns) > 1, tally
         self._lock = threading.Lock()
         self._file, self._size = file, 0  # bytes before the end
-        said = {"t": t, "lang": _language, "version": __version__, "public": public}
+        said = {"t": t, "lang": _language, "version": __version__}
         self._page = template(data_file("report.jinja"), html=True).make_module(said)
-        self._head = self._page.head([*columns])
+        self._head = self._page.head(columns)
         self._save(b"", "ab")  # whether it can be written, before a model is asked
 
     def add(self, column: int, ending: Ending) -> None:
@@ -3892,8 +3907,7 @@ class Report:
         with self._lock:
             if column == 1:
                 self.photos.append(photo.id)
-                shown = (len(self.photos), photo, link(photo, self._columns[0]), preview)
-                piece = self._page.photo(*shown, whose(photo))
+                piece = self._page.photo(len(self.photos), photo, preview, whose(photo))
             row = len(self.photos) - self.photos[::-1].index(photo.id)
             self.write(piece + self._page.text(row, column, ending, whose(after)))
 
@@ -3903,7 +3917,7 @@ class Report:
         done = counts[Outcome.DESCRIBED], counts[Outcome.FAILED]
         new = not self._size
         data = ((self._head if new else "") + piece).encode("utf-8", "replace")
-        left = self._tally.left() if len(self._columns) == 1 else None
+        left = None if self._compares else self._tally.left()
         end = self._page.tail(*done, seconds, left).encode()
         self._save(data + end, "wb" if new else "r+b")
         self._size += len(data)
@@ -3930,7 +3944,6 @@ class Status:
     """The state of a run, in the same words for /health, /metrics and systemd."""
 
     def __init__(self, config: Config, hosts: Hosts, waits: Patience, tally: Tally) -> None:
-        self._config = config
         self.ready = False  # whether the start-up check is over
         self.waits = waits  # what waits for a library or, at the start, for a model host
         self._tally = tally
@@ -3968,7 +3981,6 @@ class Status:
             "seconds_left": None if left is None or not done else left * (now - tally.began) / done,
             "slots": [tally.slots[number] for number in range(slot - SLOTS + 1, slot + 1)],
             "failures": [*tally.failed],
-            "link": functools.partial(link, config=self._config),
             "harmless": harmless,
             "trouble": self.trouble(),
             "version": __version__,
@@ -4183,11 +4195,11 @@ def serve_columns(columns: Mapping[str, Config], stop: Stop, tally: Tally) -> bo
     """Carry out a run for each column, all about the photos of the first; True as from `serve`."""
     config, *others = columns.values()
     file = config.report or (os.devnull if others else "")
-    report = Report(file, columns, tally) if file else None
+    report = Report(file, [*columns], tally) if file else None
 
     def show(column: int, ending: Ending) -> None:
         if config.dry_run:
-            show_text(ending, config, [*columns][column - 1] if others else "")
+            show_text(ending, [*columns][column - 1] if others else "")
         if report:
             report.add(column, ending)
 

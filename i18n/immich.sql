@@ -332,6 +332,13 @@ SELECT {% if writes %} pg_try_advisory_lock(1229802817, hashtext(%(id)s)) {% els
 SELECT {% if writes %} pg_advisory_unlock(1229802817, hashtext(%(id)s)) {% else %} true {% endif %}
 {% endset %}
 
+-- Immich's address for people, where its administrator has set one and we may read it.
+{% set site %}
+SELECT {% if 'system_metadata' in tables %} (
+    SELECT value #>> '{server,externalDomain}' FROM system_metadata WHERE key = 'system-config'
+) {% else %} NULL {% endif %}
+{% endset %}
+
 {% set clock %}
 SELECT clock_timestamp()
 {% endset %}

@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import io
 import itertools
+import json
 import os
 import pwd
 import secrets
@@ -849,6 +850,11 @@ class PhotoLibrary:
             self.run(f'GRANT INSERT ON asset_metadata_audit TO "{name}"')
         parts = psycopg2.extensions.parse_dsn(self.uri)
         return libpq_uri(parts | {"user": name, "password": password})
+
+    def set_address(self, url: str) -> None:
+        """Set Immich's address for people, as in its administration."""
+        settings = json.dumps({"server": {"externalDomain": url}})
+        self.run("INSERT INTO system_metadata VALUES ('system-config', %s)", settings)
 
     def reading_role(self, name: str, password: str) -> str:
         """Make a role that can only read what describing reads; return its URI."""

@@ -1009,6 +1009,7 @@ class FakeImmich(FakeServer):
         self.users: dict[str, FakeUser] = {}
         self.albums: dict[str, FakeAlbum] = {}
         self.people: dict[tuple[str, str], Person] = {}  # as their users know them, by id
+        self.external_domain = ""  # Immich's address for people, as its administrator set it
         self.maintenance = False
         self.database_down = False
         self._random = random.Random(seed)
@@ -1033,6 +1034,7 @@ class FakeImmich(FakeServer):
             "updateBulkAssetMetadata": self._put_notes_of_many,
             "pingServer": lambda _: {"res": "pong"},
             "getServerVersion": lambda _: self._version(),
+            "getServerConfig": lambda _: self._settings(),
             "getMyUser": self._get_user,
             "getMyApiKey": self._get_key,
             "validateAccessToken": lambda _: {"authStatus": True},
@@ -1682,6 +1684,13 @@ class FakeImmich(FakeServer):
         ]
 
     # The rest
+
+    def _settings(self) -> dict[str, Any]:
+        """What everybody may know of the settings, before they log in."""
+        usual = {"string": "", "boolean": True, "integer": 7}
+        types = self.contract.schemas["ServerConfigDto"]["properties"]
+        settings = {name: usual[schema["type"]] for name, schema in types.items()}
+        return settings | {"externalDomain": self.external_domain}
 
     def _version(self) -> dict[str, Any]:
         major, minor, patch = self.version

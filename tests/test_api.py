@@ -478,7 +478,8 @@ def test_opening_asks_for_the_version_and_each_key(fake, settings, version):
     server = fake(version)
     ia.open_library(settings(server))
     check = "getMyApiKey" if server.version >= (1, 139) else "validateAccessToken"
-    assert [name for _, name in said(server)] == ["getServerVersion", check, "getMyUser"]
+    asked = ["getServerVersion", check, "getMyUser", "getServerConfig"]
+    assert [name for _, name in said(server)] == asked
 
 
 def test_every_worker_opens_without_a_request(fake, settings):

@@ -33,7 +33,7 @@ HOSTILE = {
 TEXTS = list(HOSTILE.values())
 QUESTION = "Describe this photo.\n\n- date: Sunday, 14 July 2019, afternoon\n- place: Warnemünde"
 MODELS = ["qwen3-vl:4b", 'gemma3:4b, it\'s \\ "two".txt', "llava:13b</style>"]
-LINK = "https://immich.example/photos/"
+SITE = "https://immich.example"
 
 
 def preview(colour):
@@ -46,12 +46,12 @@ def preview(colour):
 def macros(lang="en"):
     """The macros of the report, in a language."""
     ia.use_language(lang)
-    given = {"t": ia.t, "lang": lang, "version": "0.1.0", "public": ia.public}
+    given = {"t": ia.t, "lang": lang, "version": "0.1.0"}
     return ia.template(ia.data_file("report.jinja"), True).make_module(given)
 
 
-def photo(name="a.jpg", before="", id="id"):
-    return ia.Photo(id, name, before, "0")
+def photo(name="a.jpg", before="", id="id", site=SITE):
+    return ia.Photo(id, name, before, "0", site=site)
 
 
 def ending(text, question=QUESTION, error=None, seconds=8.34, tokens=312):
@@ -70,12 +70,12 @@ def pieces(columns, lang="en", texts=TEXTS):
         for row, text in enumerate(texts, 1):
             before, whose = (text, ("person", "ours")[row % 2]) if row % 3 else ("", "")
             if column == 1:
-                yield page.photo(row, photo(text, before), f"{LINK}{row}", preview("teal"), whose)
+                yield page.photo(row, photo(text, before), preview("teal"), whose)
             both = "both" if whose == "person" else "ours"
             yield page.text(row, column, ending(text, QUESTION + text), both)
         row = len(texts) + 1
         if column == 1:
-            yield page.photo(row, photo("broken.jpg"), "", "", "")
+            yield page.photo(row, photo("broken.jpg", site=""), "", "")
         failed = ia.Ending(photo(), ia.Outcome.FAILED, ia.Permanent("preview_broken"))
         yield page.text(row, column, failed, "ours")
 
@@ -98,7 +98,10 @@ HOSTS = [
     host("http://192.168.1.20:11434", ValueError("a model's words"), wait=8.0, most=3),
     host("https://models.example/v1", ValueError("secret"), wait=3100.0, struck_off=True),
 ]
-FAILURES = [(SimpleNamespace(name=text, id=name), text) for name, text in HOSTILE.items()]
+FAILURES = [
+    (ia.Photo(name, text, "", "0", site=SITE if name != "long" else ""), text)
+    for name, text in HOSTILE.items()
+]
 
 
 def status(lang="en", **figures):
@@ -110,7 +113,6 @@ def status(lang="en", **figures):
         "trouble": "", "tally": SimpleNamespace(counts=counts), "left": 81_230,
         "seconds_left": 422_396.0, "slots": [n // 12 for n in range(288)], "hosts": HOSTS,
         "now": 0.0, "failures": FAILURES, "harmless": str,
-        "link": lambda photo: f"{LINK}{photo.id}" if photo.id != "long" else "",
     }  # fmt: skip
     return ia.template(ia.data_file("status.jinja"), True).render(usual | figures)
 
@@ -195,11 +197,11 @@ def test_a_page_is_dark_where_one_likes_it_dark_and_light_on_paper(chromium, fil
     assert int(chromium.ask(red)) > 240
 
 
-@pytest.mark.parametrize("link", ["https://me:secret@immich.example/photos/7", "javascript:secret"])
-def test_a_link_leads_to_the_web_and_tells_no_secret(link):
-    shown = macros().photo(1, photo(), link, "", "")
-    assert "secret" not in shown
-    assert ('href="https://immich.example/photos/7"' in shown) == link.startswith("https")
+@pytest.mark.parametrize("site", [SITE, "", "javascript:alert(1)//"])
+def test_a_link_leads_to_the_web(site):
+    one = photo(site=site)
+    for shown in (macros().photo(1, one, "", ""), status(failures=[(one, "why")])):
+        assert ("href=" in shown.split("<main")[-1]) == (site == SITE)
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -315,7 +317,7 @@ def test_a_text_says_whose_it_is(whose, error, label):
 
 @pytest.mark.parametrize(("whose", "label"), [("ours", "ours"), ("person", "person")])
 def test_what_stood_there_says_whose_it_was(whose, label):
-    shown = macros().photo(1, photo("", "A dog.", "an id"), "", "", whose)
+    shown = macros().photo(1, photo("", "A dog.", "an id"), "", whose)
     assert f">{ia.t(f'page_before_{label}')}</p>" in shown
     assert ">A dog.</div>" in shown
     assert ">an id</bdi>" in shown
@@ -349,7 +351,7 @@ def test_the_time_for_the_rest_is_told_where_it_is_known():
 
 def test_a_thousand_photos_stay_small():
     page = macros()
-    shown = page.photo(1000, photo("n" * 50, "b" * 1000), LINK, "p" * 16_000, "person")
+    shown = page.photo(1000, photo("n" * 50, "b" * 1000), "p" * 16_000, "person")
     shown += page.text(1000, 1, ending("t" * 2000, "q" * 4000), "both")
     assert len(shown) * 1000 < 30_000_000
 
@@ -426,7 +428,7 @@ def test_the_status_renews_itself_and_keeps_scroll_and_focus(chromium):
             chromium.driver.execute_async_script(RENEW)
             assert chromium.ask("return same.isConnected")
 
-            newer = (SimpleNamespace(name="newest.jpg", id="newest"), "why")
+            newer = (photo("newest.jpg"), "why")
             now["html"] = status(left=77, failures=[newer, *FAILURES])
             chromium.driver.execute_async_script(RENEW)
             assert "Left 77" in shown_on(chromium)

@@ -188,6 +188,10 @@ def test_photos_are_linked_where_an_address_is_known(command, api, database, oll
         assert command(*argv, "--link-url", "https://me:s3cret@photos.me").returncode == 0
         assert rows(file)[0].link == f"https://photos.me/photos/{photo}"
         assert "s3cret" not in file.read_text(encoding="utf-8")
+        world.set_address("https://me:s3cret@family.me/")
+        assert command(*argv, "--link-url", "https://photos.me").returncode == 0
+        assert rows(file)[0].link == f"https://family.me/photos/{photo}"
+        assert "s3cret" not in file.read_text(encoding="utf-8")
 
 
 def test_a_report_tells_how_long_the_rest_would_take(hours, immich, api, ollama, tmp_path):
@@ -288,12 +292,11 @@ def test_what_does_not_go_together_is_one_line(command, api, ollama, tmp_path, a
 def test_a_thousand_photos_stay_small(tmp_path):
     """Previews as noisy as photos get, with long texts."""
     file, tally = tmp_path / "report.html", ia.Tally()
-    config = ia.parse(["--report", str(file)], {})
     noise = Image.effect_noise((1440, 1080), 60).convert("RGB")
     target = io.BytesIO()
     noise.save(target, "JPEG", quality=80)
     picture = ia.prepared(target.getvalue(), 0, ia.PROMPT)
-    report = ia.Report(str(file), {"a model": config}, tally)
+    report = ia.Report(str(file), ["a model"], tally)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(1000):
         photo = ia.Photo(str(number), f"{number}.jpg", "", "0")

@@ -102,7 +102,7 @@ def test_the_api_is_asked_five_times_for_each_described_photo(hours, api, immich
     each = ("getAssetMetadataByKey", "viewAsset", "getAssetInfo", "updateAssetMetadata")
     each += ("updateAsset",)
     alone = Counter({"getAssetInfo": 3})  # the first are read back at once, the others together
-    once = Counter({"getServerVersion": 2, "getMyApiKey": 1, "getMyUser": 1})
+    once = Counter({"getServerVersion": 2, "getServerConfig": 1, "getMyApiKey": 1, "getMyUser": 1})
     searches = Counter({"searchAssets": 4})  # the listing and what was updated since
     assert asked == Counter(dict.fromkeys(each, 50)) + alone + once + searches
     for call in each:

@@ -100,6 +100,10 @@ class ApiWorld:
     def tag(self, id: str, tag: str) -> None:
         self.server.tag(self.server.assets[id], tag)
 
+    def set_address(self, url: str) -> None:
+        """Have Immich's administrator say where people open it."""
+        self.server.external_domain = url
+
     def texts(self) -> dict[str, str]:
         return {asset.id: asset.description for asset in self.server.assets.values()}
 
@@ -191,6 +195,10 @@ class SqlWorld:
 
     def add(self, name: str = "photo.jpg", *, picture: bytes, ready: bool = True, **more) -> str:
         return self.photos.add(name, preview=ready, preview_bytes=picture, **more)
+
+    def set_address(self, url: str) -> None:
+        """Have Immich's administrator say where people open it."""
+        self.photos.set_address(url)
 
     def delete(self, id: str) -> None:
         for table in ("file", "status", "exif"):
