@@ -158,14 +158,52 @@ AND a.type = 'IMAGE'
 -- Without coalesce(), which would hide from the planner how few photos lack a description.
 {% macro empty() %} (e.description IS NULL OR e.description !~ '[^[:space:]]') {% endmacro %}
 
--- The policy allows this description to be replaced.
-{% macro replaceable() %}
-{% if config.policy != 'none' %}
-true
-{% elif config.ignore_descriptions %}
+-- There is no description, or one of those to ignore.
+{% macro undescribed() %}
+{% if config.ignore_descriptions %}
 ({{ empty() }} OR e.description ~ $re${{ ignored | replace('%', '%%') }}$re$)
 {% else %}
 {{ empty() }}
+{% endif %}
+{% endmacro %}
+
+-- The policy allows this description to be replaced.
+{% macro replaceable() %}
+{% if config.policy != 'none' %} true {% else %} {{ undescribed() }} {% endif %}
+{% endmacro %}
+
+-- The description is ours to the letter, by its note, or there is a block of ours in it. Converting
+-- to the database's own encoding changes nothing.
+{% macro ours() %}
+(
+    strpos(e.description, '[AI]') > 0
+    AND e.description ~ $re$(^|\n)\[AI\][ \t\r\f\v]*\n(.*\n)?\[/AI\][ \t\r\f\v]*(\n|$)$re$
+    {% if notes %}
+    OR left(encode(sha256(convert_to(e.description, getdatabaseencoding())), 'hex'), 16)
+        IN (m.value->>'text', m.value->>'was')
+    {% endif %}
+) IS TRUE
+{% endmacro %}
+
+-- By its note, the photo was asked about as it would be now.
+{% macro asked() %}
+m.value->>'model' = %(model_name)s AND m.value->>'prompt' = '{{ config.prompt_id }}'
+{% endmacro %}
+
+-- The photo needs a text by the policy and its note. That names have changed is left aside.
+{% macro due() %}
+{{ ready() }}
+{% if notes and not config.retry_failed %}
+AND NOT (
+    {{ asked() }} AND m.value->>'failed' <> 'not_kept' AND m.value->'tries' >= '3'
+) IS TRUE
+{% endif %}
+{% if config.policy == 'missing-ai' %}
+AND NOT {{ ours() }}
+{% elif config.policy == 'outdated' %}
+AND ({{ undescribed() }} OR {{ ours() }} AND NOT ({{ asked() }} AND NOT m.value ? 'failed') IS TRUE)
+{% else %}
+AND {{ replaceable() }}
 {% endif %}
 {% endmacro %}
 
@@ -347,6 +385,33 @@ SELECT clock_timestamp()
 {% set check %}
 SELECT {% if writes %} current_setting('transaction_read_only') {% else %} 'off' {% endif %},
     ARRAY(SELECT path FROM {{ file }} WHERE type = 'preview' LIMIT 50)
+{% endset %}
+
+-- For --check: the role; Immich's version, if the role may read it; how many photos there are, with
+-- a description, with ours, and to be described; and ids and paths of previews to try.
+{% set about %}
+SELECT jsonb_build_object(
+    'role', current_user,
+    {% if 'version_history' in tables %}
+    'version', (SELECT version FROM version_history ORDER BY "createdAt" DESC LIMIT 1),
+    {% endif %}
+    'notes', {{ notes | lower }},
+    'locks', {{ locks | lower }},
+    'photos', count(*),
+    'described', count(*) FILTER (WHERE NOT {{ empty() }}),
+    'ours', count(*) FILTER (WHERE {{ ours() }}),
+    'left', count(*) FILTER (WHERE {{ due() }}),
+    'samples', (
+        SELECT coalesce(jsonb_agg(p), '[]') FROM (
+            SELECT jsonb_build_array(a.id, f.path) AS p
+            {{ source() }}
+            WHERE {{ live() }} AND {{ ready() }} AND {{ chosen() }}
+            LIMIT 5
+        ) found
+    )
+)
+{{ source() }}
+WHERE {{ live() }} AND {{ chosen() }}
 {% endset %}
 
 -- How many connections are free besides this one.
