@@ -455,6 +455,7 @@ class Config:
     notices: tuple[AnalyzeError, ...]  # what is odd about the settings, for people to know
     access_ambiguous: bool  # both libraries were given, and nothing said which to take
     prompt_files: tuple[str, ...]  # of which the last one counts, if there is no comparison
+    sources: Mapping[str, str] = field(compare=False)  # of what was set: variable, file or ""
 
     mode: Mode = option("MODE", one_of(Mode), default="batch", alone=(Mode.MONITOR, Mode.COMBINED))
     policy: Policy = option("POLICY", one_of(Policy), flags=("--overwrite-policy", "-O"))
@@ -480,6 +481,7 @@ class Config:
     enrich_prompt: bool = switch()  # then they are ENRICHED at least
     description_language: str = option("LANGUAGE", language_name, default="")
     show_prompt: str | None = option("ID", id_in, env="")  # of a photo
+    check: bool = switch(action="store_true", env="")
     access: Access = option("ACCESS", one_of(Access), flags=("--data-access-mode", "-d"))
     immich_root: Path = option("FOLDER", Path, default=Path("/var/lib/immich"))
     thumbs_root: Path | None = option("FOLDER", Path)
@@ -675,6 +677,12 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     if options.lang is not None and options.lang.lower() not in LANGUAGES:
         options.notices.append(AnalyzeError("unknown_language", value=options.lang))
     options.lang = language([f"--lang={options.lang}"] if options.lang else [], known)
+    flags = {match[0] for word in argv if (match := re.match("--[^=]+|-[^-]", word))}
+    sources = {one.dest: "" for one in parser._actions if flags & {*one.option_strings}}
+    for where, given in parser.get_source_to_settings_dict().items():
+        if where not in ("command_line", "defaults"):
+            sources |= {a.dest: where.partition("|")[2] or a.env_var for a, _ in given.values()}
+    options.sources = {name.removesuffix("_file"): source for name, source in sources.items()}
     return config_from(options, known)
 
 
@@ -2165,6 +2173,20 @@ class Ai:
                 return error
         return None
 
+    def about(self, url: str, picture: Picture) -> dict[str, Any]:
+        """A host's trouble, or what it tells of itself and the seconds for a plain picture."""
+        told: dict[str, Any] = {"url": public(url), "trouble": self._trouble(url)}
+        try:
+            for colour in () if told["trouble"] else ("gray", "red"):  # the first loads the model
+                plain = replace(plain_picture(picture.size, colour), question=picture.question)
+                told["seconds"] = self._described(url, plain, self._hosts.number(url)).seconds
+        except AnalyzeError as error:
+            told["trouble"] = error
+        with suppress(AnalyzeError):
+            if not told["trouble"]:
+                told["tells"] = self._call(url, "GET", self._dialect.server["about"]).json()
+        return told
+
     def close(self) -> None:
         """Close the connections."""
         self._session.close()
@@ -2220,6 +2242,9 @@ class Library(Protocol):
     def watch(self, event: Callable[[], None], cooldown: float) -> PreviewWatch | None:
         """Call `event` when a preview is written, if this library can notice that."""
         return None
+
+    def about(self) -> dict[str, Any]:
+        """What `--check` tells; `samples` has a few photos, each as its id and Photo.source."""
 
     def claim(self, photo: Photo) -> Photo:
         """Claim the photo and read its note; Skip if another instance has claimed it."""
@@ -2283,6 +2308,8 @@ class Account:
     strangers: set[str] = field(default_factory=set)  # ids of partners who share their photos
     groups: Mapping[str, Mapping[str, Sequence[Any]]] | None = None  # by photo and kind, once read
     refused: Fatal | None = None  # why the key is no longer used
+    may: Sequence[Any] = ()  # its permissions
+    name: str = ""  # the user's, if the key may ask for it
 
 
 @dataclass(slots=True)
@@ -2291,6 +2318,7 @@ class Server:
 
     version: tuple[int, ...] = (0, 0, 0)  # may rise: each call of `clock` updates it
     accounts: dict[str, Account] = field(default_factory=dict)  # by Photo.source
+    users: Sequence[Account] = ()  # also those whose key was refused at the start
     groups: Sequence[str] = ()  # those of GROUPS that a listing reads in full
 
 
@@ -2380,17 +2408,17 @@ class ApiLibrary(Library):
         told = self._send(key, "GET", "/api-keys/me", timeout=CHECK_TIMEOUT).json()
         return dig_list(told, "permissions")
 
-    def user_of(self, key: str, needed: Sequence[str]) -> str:
-        """The id of the key's user, or "" if the key may not ask; Fatal if the key cannot work."""
-        allowed = self.permissions(key)
+    def identify(self, account: Account, needed: Sequence[str]) -> None:
+        """Ask what the key may do and, if it may ask, for its user; Fatal if it cannot work."""
+        account.may = allowed = self.permissions(account.key)
         if missing := [p for p in needed if p not in allowed and "all" not in allowed]:
             raise Fatal("immich_permission_missing", permission=", ".join(missing))
         try:
-            return text_at(self._send(key, "GET", "/users/me", timeout=CHECK_TIMEOUT).json(), "id")
+            told = self._send(account.key, "GET", "/users/me", timeout=CHECK_TIMEOUT).json()
+            account.user_id, account.name = text_at(told, "id"), text_at(told, "email")
         except Fatal as error:
             if error.key != "immich_permission_missing":
                 raise
-            return ""
 
     def _send(self, key: str, method: str, path: str, **options: Any) -> Reply:
         """Send one request with a user's key, or without a key if it is ""."""
@@ -2456,7 +2484,7 @@ class ApiLibrary(Library):
 
     def _step(self, account: Account, walk: Walk, query: Any) -> tuple[list[Any], Walk | None]:
         """POST /search/metadata, in the flat form of all releases: new items; next cursor."""
-        body = query | {"size": PAGE, "page": walk.page, "order": "desc"}
+        body = {"size": PAGE} | query | {"page": walk.page, "order": "desc"}
         body |= {"takenBefore": iso(walk.before)} if walk.before else {}
         try:
             found = dig(self._call(account, "POST", "/search/metadata", json=body), "assets")
@@ -2510,7 +2538,7 @@ class ApiLibrary(Library):
         per owner tells, as only the owner may update a photo.
         """
         owner: Any = item.get("ownerId")
-        if self._config.dry_run and not account.user_id:
+        if (self._config.dry_run or self._config.check) and not account.user_id:
             return True
         if not account.user_id and owner not in account.strangers:
             path = f"/assets/{item['id']}"
@@ -2529,7 +2557,7 @@ class ApiLibrary(Library):
     def _groups(self, account: Account) -> Mapping[str, Mapping[str, Sequence[Any]]]:
         """A user's albums and tags by photo and kind, by one search for each album and tag."""
         groups = defaultdict[str, Any](functools.partial(defaultdict, list))
-        for kind in self._server.groups:
+        for kind in () if self._config.check else self._server.groups:
             for group_id, told in self.listed_groups(account, kind).items():
                 for photo_id in self._members(account, {GROUPS[kind][1]: [group_id]}):
                     groups[photo_id][kind].append(told)
@@ -2565,14 +2593,21 @@ class ApiLibrary(Library):
                 items, walk = self._step(account, walk, part | query)
                 yield from (item["id"] for item in items)
 
-    def total(self) -> int:
-        """POST /search/statistics, which needs asset.statistics."""
-        if self._config.photo:
-            return len(self._config.photo)
+    def total(self, **more: str) -> int:
+        """POST /search/statistics, which needs asset.statistics; `more` narrows the search."""
         # not by _call, which would retire a key that lacks this right but can do the work
         ask = functools.partial(self._send, method="POST", path="/search/statistics")
-        answers = [ask(user.key, json=self._filter(v) | given) for user, v, given in self._parts]
-        return int(sum(number_at(answer.json(), "total") for answer in answers))
+        queries = [(user.key, self._filter(v) | given | more) for user, v, given in self._parts]
+        totals = (number_at(ask(key, json=query).json(), "total") for key, query in queries)
+        return len(self._config.photo) or int(sum(totals))
+
+    def about(self) -> dict[str, Any]:
+        """By a few requests for each key, which may not be allowed to count."""
+        told: dict[str, Any] = {"version": self._server.version, "keys": self._server.users}
+        with suppress(AnalyzeError):  # not every key may ask
+            told |= {"photos": self.total(), "described": self.total(description="_")}
+        photos, _ = self._page(Walk(), {"size": 20})
+        return told | {"samples": [(one.id, one.source) for one in photos if one.ready]}
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
         """Photos updated since then, as Immich updates a photo when it makes the preview."""
@@ -2708,13 +2743,13 @@ def open_api(config: Config) -> Opened:
         for number, key in enumerate(config.immich_api_keys):
             account = Account(key, number)
             try:
-                account.user_id = library.user_of(key, needed)
+                library.identify(account, needed)
             except Unexpected:  # says nothing about the key
                 raise
             except Fatal as error:
                 account.refused = Fatal("key_refused", number=number + 1, why=error)
             accounts.setdefault(account.user_id or key, account)
-        users = accounts.values()
+        users = server.users = [*accounts.values()]
         server.accounts |= {str(one.number): one for one in users if not one.refused}
         for trouble in (one.refused for one in users if one.refused):
             if not server.accounts:
@@ -2844,6 +2879,9 @@ class DbLibrary(Library):
 
     def total(self) -> int:
         return int(self._rows("count")[0][0])
+
+    def about(self) -> dict[str, Any]:
+        return dict(self._rows("about")[0][0])
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
         """New preview rows, ordered by `asset_file."updateId"`: only photos with work to do."""
@@ -3794,15 +3832,13 @@ class Lines(logging.Handler):
     No file name or server message can forge a line, control the terminal or reveal a secret.
     """
 
-    secrets: tuple[str, ...] = ()
+    secrets = "(?!)"  # a regular expression
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
         record.priority = PRIORITIES[record.levelno]
         record.msg, record.args = re.sub(UNSAFE, "\ufffd", record.getMessage()), ()
-        text = self.format(record)  # with the traceback, which keeps its lines
-        for secret in filter(None, self.secrets):
-            text = text.replace(secret, "…")
+        text = re.sub(self.secrets, "…", self.format(record))  # a traceback keeps its lines
         with suppress(OSError):  # if nobody reads the log any more, the work goes on
             tqdm.write(text, file=sys.stderr)
 
@@ -3811,7 +3847,7 @@ UNSAFE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"  # control characters
 PRIORITIES = {50: 2, 40: 3, 30: 4, 20: 6, 10: 7}  # sd-daemon(3), by the level of logging
 
 
-def set_up_logging(config: Config | None = None) -> None:
+def set_up_logging(config: Config | None = None) -> Lines:
     """Choose the level and format of the log by who reads it.
 
     People on a terminal get messages, cron only gets problems, a service writes a log with
@@ -3826,7 +3862,8 @@ def set_up_logging(config: Config | None = None) -> None:
     handler = Lines()
     if config:  # a short header value may be a common word such as `https`
         sent = [value for _, value in config.immich_header + config.host_header if len(value) > 7]
-        handler.secrets = (config.api_key, *config.immich_api_keys, *sent)
+        known = filter(None, (config.api_key, *config.immich_api_keys, *sent))
+        handler.secrets = "|".join(map(re.escape, known)) or handler.secrets
     handler.setFormatter(logging.Formatter(form))
     log.handlers[:] = [handler]
     log.propagate = False
@@ -3835,6 +3872,7 @@ def set_up_logging(config: Config | None = None) -> None:
     # what watchdog misses is found anyway, and it warns of harmless races
     logging.getLogger("watchdog").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="watchdog")
+    return handler
 
 
 BAR = "{bar} {n_fmt}/{total_fmt} {remaining}{postfix}"
@@ -4217,14 +4255,36 @@ def serve_columns(columns: Mapping[str, Config], stop: Stop, tally: Tally) -> bo
     return complete
 
 
-def show_prompt(photo_id: str, config: Config) -> int:
+def show_prompt(config: Config) -> int:
     """Print what would be asked about one photo, without asking a model or writing anything."""
     new_library, _ = open_library(config)
     with closing(new_library()) as library:
-        photo = library.with_facts(find(photo_id, library, config))
+        photo = library.with_facts(find(str(config.show_prompt), library, config))
     with suppress(OSError):  # the reader may be gone
         sys.stdout.write(question(photo, config) + "\n")
     return 0
+
+
+def check_up(config: Config, stop: Stop, secrets: str) -> int:
+    """Print whether all is in place, and write nothing; 2 if a run would not work."""
+    told = dict[str, Any](library={}, trouble=None, config=config, t=t, public=public, toml=toml)
+    picture = plain_picture(PLAIN_SIZE)
+    try:
+        with closing(open_library(config)[0]()) as library:
+            told["library"] = library.about()
+            for photo, source in told["library"]["samples"][:1]:
+                data = library.preview(Photo(photo, "", "", source))
+                picture = prepared(data or b"", config.max_image_size)
+    except AnalyzeError as error:
+        told["trouble"] = error
+    asked = replace(picture, question=question(Photo("", "", "", ""), config))
+    with closing(Ai(config, Hosts(config.hosts, 1, 0.0), stop)) as ai:
+        hosts = [ai.about(url, asked) for url in config.hosts]
+    told |= {"hide": re.compile(f"{secrets}|{UNSAFE}").sub, "hosts": hosts}
+    told["env"] = {name for name, text in os.environ.items() if text.strip()}
+    with suppress(OSError):  # the reader may be gone
+        sys.stdout.write(template(data_file("check.jinja")).render(told, fields=fields(config)))
+    return 2 if told["trouble"] or all(host["trouble"] for host in hosts) else 0
 
 
 def sum_up(config: Config, tally: Tally, code: int) -> None:
@@ -4251,13 +4311,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_language(language(arguments, os.environ))
         config = parse(arguments, os.environ)
         use_language(config.lang)
-        set_up_logging(config)
+        lines = set_up_logging(config)
         for notice in config.notices:
             log.warning("%s", notice)
         if config.healthcheck:
             return ask_health(config)
-        if config.show_prompt:
-            return show_prompt(config.show_prompt, config)
+        if config.check or config.show_prompt:
+            return check_up(config, stop, lines.secrets) if config.check else show_prompt(config)
         if config.undo:
             tally = Tally("tally_would_undo" if config.dry_run else "tally_undo")
         elif config.dry_run:

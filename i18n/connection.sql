@@ -1,5 +1,6 @@
 -- What each connection begins with. Its answer, all tables that are there and their columns, chooses
--- the statements of immich.sql. Immich's own settings are optional: not every role may read them.
+-- the statements of immich.sql. Immich's version and settings are optional: not every role may read
+-- these tables.
 
 SET lock_timeout = '10s';
 SET statement_timeout = '5min';
@@ -8,5 +9,5 @@ SELECT c.relname, array_agg(a.attname::text)
 FROM pg_catalog.pg_class c
 JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
 WHERE pg_table_is_visible(c.oid) AND c.relkind IN ('r', 'p')
-    AND (c.relname <> 'system_metadata' OR has_table_privilege(c.oid, 'SELECT'))
+    AND (c.relname NOT IN ('system_metadata', 'version_history') OR has_table_privilege(c.oid, 'SELECT'))
 GROUP BY c.relname

@@ -2305,6 +2305,7 @@ class FakeLlamaCpp(_FakeModels):
         return {
             "default_generation_settings": {"params": {}, "n_ctx": 2048},
             "total_slots": 4,
+            "build_info": "b0-unknown",
             "model_alias": self.model,
             "model_path": self.model,
             "modalities": {"vision": self.vision, "video": self.vision, "audio": False},

@@ -186,7 +186,7 @@ def as_quoted(text):
 MESSAGES = {
     key: as_quoted(text)
     for key, text in ia.catalogue("en").items()
-    if not key.startswith(("help_", "page_")) and key not in NEVER_SHOWN
+    if not key.startswith(("help_", "page_", "check_")) and key not in NEVER_SHOWN
 }
 QUOTED = [
     quote

@@ -92,6 +92,8 @@ DEFAULTS = {
     "context": (),
     "description_language": "",
     "show_prompt": None,
+    "check": False,
+    "sources": {},
     "limit": None,
     "photo": (),
     "album": (),
@@ -439,7 +441,7 @@ def test_an_empty_variable_counts_as_unset(config, empty):
 
 
 ONLY_FLAGS = ("help", "version", "config", "monitor", "combined", "healthcheck", "undo")
-ONLY_FLAGS += ("show_prompt",)
+ONLY_FLAGS += ("show_prompt", "check")
 
 
 def test_every_option_with_a_value_has_a_variable_and_a_row_here():
