@@ -3387,20 +3387,16 @@ class Run:
 def wanted(photos: Iterable[Photo], run: Run, *, counts: bool = False) -> Iterator[Photo]:
     """Take the listed photos that this run is to describe, as far as the listing can tell."""
     number, shards = run.config.shard
-    left: Counter[str] = Counter()  # counted together, as most photos have a description
-    try:
-        for photo in photos:
-            if shards > 1 and zlib.crc32(photo.id.encode()) % shards != number - 1:
-                continue
-            run.tally.listed += counts
-            reason = left_alone(photo, run.config)
-            if reason or not photo.ready:
-                left[reason] += 1
-            elif run.taken.take(photo):
+    for photo in photos:
+        if shards > 1 and zlib.crc32(photo.id.encode()) % shards != number - 1:
+            continue
+        run.tally.listed += counts
+        reason = left_alone(photo, run.config)
+        if photo.ready and not reason:
+            if run.taken.take(photo):
                 yield photo
-    finally:
-        for reason, many in left.items() if counts else ():
-            run.tally.add(Outcome.SKIPPED if reason else Outcome.NOT_READY, reason, many)
+        elif counts:
+            run.tally.add(Outcome.SKIPPED if reason else Outcome.NOT_READY, reason)
 
 
 def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterator[Photo | None]:
