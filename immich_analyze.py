@@ -3755,8 +3755,7 @@ def judged(ending: Ending, text: str | None) -> tuple[Note | None, AnalyzeError 
     why = Permanent("not_kept")
     if note:
         before = photo.note.text if photo.note else ""  # which may be back
-        failed = replace(note, failed=why.key, why=str(why), tries=MOST_TRIES)
-        note = replace(failed, text=before, was="")
+        note = replace(note, text=before, was="", failed=why.key, why=str(why), tries=MOST_TRIES)
     return note, why
 
 
