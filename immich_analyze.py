@@ -3441,9 +3441,8 @@ def fetched(library: Library, run: Run, since: datetime | None, cursor: Cursor |
 class News:
     """Looks for photos that arrived: at intervals, and soon after a file system event."""
 
-    def __init__(self, library: Library, run: Run) -> None:
-        self._library = library
-        self._run = run
+    def __init__(self, library: Library, run: Run, watch: PreviewWatch | None) -> None:
+        self._library, self._run, self._watch = library, run, watch
         self._mark: datetime | None = None  # of the latest look
         self._started: datetime | None = None  # only in monitor mode, which ignores older photos
         self._arrived: list[Photo] = []  # the newest is next
@@ -3453,7 +3452,6 @@ class News:
         self._complained = False
         self._next_sweep = time.monotonic() + SWEEP_INTERVAL
         self._sweeps = 0
-        self._watch = library.watch(run.stop.rouse, run.config.event_cooldown)
 
     def next(self) -> Photo | None:
         """A photo that arrived, if there is one."""
@@ -3514,17 +3512,14 @@ class News:
         bounds = (self._started, None if whole else self._mark - SWEEP_SPAN)
         return listing(self._run, max(filter(None, bounds), default=None), counts=False)
 
-    def close(self) -> None:
-        """Stop the watch."""
-        if self._watch:
-            self._watch.close()
-
 
 def stream(run: Run, library: Library) -> Generator[Photo, None, None]:
     """Photos to describe: arrivals first, then listings; a batch run ends with its listing."""
-    news = News(library, run) if run.config.mode.monitors else None
-    listings = [listing(run, counts=True)] if run.config.mode.backlog else []
-    with closing(news) if news else nullcontext():
+    mode, cooldown = run.config.mode, run.config.event_cooldown
+    listings = [listing(run, counts=True)] if mode.backlog else []
+    watch = library.watch(run.stop.rouse, cooldown) if mode.monitors else None
+    with closing(watch) if watch else nullcontext():
+        news = News(library, run, watch) if mode.monitors else None
         while not run.stop.is_set() and (news or listings):
             run.tally.moved = time.monotonic()
             if news and len(listings) < 2 and (sweep := news.sweep()):
