@@ -3215,11 +3215,11 @@ class Taken:
 
 
 class Tally:
-    """Counts the outcomes of photos for all workers. `form` is the key of its text."""
+    """Counts the outcomes of photos for all workers."""
 
-    def __init__(self, form: str = "tally") -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._form = form
+        self.form = "tally"  # key of its text
         self.unnoted: deque[tuple[Photo, Note]] = deque()  # failures, until others succeed
         self.counts: Counter[Outcome] = Counter()
         self.reasons: Counter[tuple[Outcome, str]] = Counter()  # the same by message key
@@ -3245,7 +3245,7 @@ class Tally:
         return None if self.total is None else max(0, self.total - self.listed)
 
     def __str__(self) -> str:
-        return t(self._form, **{outcome.value: self.counts[outcome] for outcome in Outcome})
+        return t(self.form, **{outcome.value: self.counts[outcome] for outcome in Outcome})
 
 
 @dataclass
@@ -4308,10 +4308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return ask_health(config)
         if config.check or config.show_prompt:
             return check_up(config, stop, lines.secrets) if config.check else show_prompt(config)
-        if config.undo:
-            tally = Tally("tally_would_undo" if config.dry_run else "tally_undo")
-        elif config.dry_run:
-            tally = Tally("tally_dry_run")
+        tally.form += "_undo" * config.undo + "_dry_run" * config.dry_run
         signals.grace, signals.sum_up = config.grace, functools.partial(sum_up, config, tally)
         complete = serve_columns(columns_of(arguments, config), stop, tally)
         code = 0 if complete and not tally.counts[Outcome.FAILED] else 1

@@ -329,10 +329,11 @@ def test_the_bar_counts_on_where_no_end_is_known(monkeypatch, total):
 
 
 @pytest.mark.parametrize("language", ia.LANGUAGES)
-@pytest.mark.parametrize("form", ["tally", "tally_undo", "tally_would_undo", "tally_dry_run"])
+@pytest.mark.parametrize("form", ["tally", "tally_undo", "tally_undo_dry_run", "tally_dry_run"])
 def test_the_sum_fits_eighty_columns(command, monkeypatch, language, form):
     ia.use_language(language)
-    tally = ia.Tally(form)
+    tally = ia.Tally()
+    tally.form = form
     numbers = {"described": 123_456, "undone": 123_456, "skipped": 654_321, "not_ready": 1_234}
     for name, number in (numbers | {"failed": 1_234}).items():
         tally.add(ia.Outcome(name), "failed_before", number)

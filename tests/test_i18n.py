@@ -1,7 +1,6 @@
 """Every text for people exists in every language, is used, and is needed for nothing else."""
 
 import ast
-import inspect
 import json
 import re
 import string
@@ -95,15 +94,8 @@ SPOKEN = spoken()
 ON_PAGES = spoken_on_pages()
 VERDICTS = ia.toml("verdicts.toml")
 BLAMED = [row for rows in VERDICTS.values() for row in rows.values()]
-# The forms of a tally, of which it is told by key when it is made.
-FORM = inspect.signature(ia.Tally).parameters["form"].default
-FORMS = {FORM}.union(
-    *(
-        strings(node.args[0], {})
-        for node in ast.walk(TREE)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Tally" and node.args
-    )
-)
+# The forms of a tally, by what a run is for.
+FORMS = {f"tally{undo}{dry}" for undo in ("", "_undo") for dry in ("", "_dry_run")}
 HELP = {
     f"help_{action.option_strings[0].removeprefix('--').replace('-', '_')}"
     for action in ia.build_parser()._actions
@@ -150,7 +142,7 @@ def test_what_is_no_key_in_the_code_is_known_here():
     assert unknown == {
         "self.key",
         "error.key",
-        "self._form",
+        "self.form",
         "f'help_{option}'",
         "f'help_group_{heading}'",
     }

@@ -602,7 +602,7 @@ def test_by_the_command_line_undo_needs_no_model_and_a_dry_run_only_tells(librar
     done = command(*argv, "--dry-run")
     assert done.returncode == 0
     *lines, last = done.stderr.splitlines()
-    assert last.startswith(sum_of("tally_would_undo"))
+    assert last.startswith(sum_of("tally_undo_dry_run"))
     assert len(lines) == len(TAKEN)
     for name, (_, _, left) in TAKEN.items():
         [line] = [line for line in lines if ids[name] in line]
@@ -618,7 +618,7 @@ def test_by_the_command_line_undo_needs_no_model_and_a_dry_run_only_tells(librar
 
 
 @pytest.mark.parametrize(
-    ("flags", "form"), [([], "tally_undo"), (["--dry-run"], "tally_would_undo")], ids=str
+    ("flags", "form"), [([], "tally_undo"), (["--dry-run"], "tally_undo_dry_run")], ids=str
 )
 def test_what_was_taken_back_is_counted_also_without_a_terminal(library, command, flags, form):
     fill_with_texts(library)

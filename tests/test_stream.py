@@ -185,11 +185,12 @@ def test_what_was_taken_is_kept_in_eight_bytes_each():
     [
         ("tally", "Described: 2. Skipped: 1. No preview: 1. Failed: 1."),
         ("tally_undo", "Taken back: 1. Skipped: 1. Failed: 1."),
-        ("tally_would_undo", "Would be taken back: 1. Skipped: 1. Failed: 1."),
+        ("tally_undo_dry_run", "Would be taken back: 1. Skipped: 1. Failed: 1."),
     ],
 )
 def test_a_tally_tells_what_a_run_is_for(form, said):
-    tally = ia.Tally(form)
+    tally = ia.Tally()
+    tally.form = form
     for outcome in (*ia.Outcome, ia.Outcome.DESCRIBED):
         tally.add(outcome)
     assert str(tally) == said
