@@ -3133,7 +3133,7 @@ class Ending:
 
     photo: Photo  # as it was before
     outcome: Outcome
-    error: Exception | None = None
+    error: AnalyzeError | None = None
     text: str = ""  # the whole description that it got or, in a dry run, would get
     note: Note | None = None  # that was stored with it
     picture: Picture | None = None  # what a model was asked about
@@ -3228,7 +3228,7 @@ class Tally:
         self.most: float = math.inf  # photos to describe
         self.began = self.moved = time.monotonic()  # when the stream or a photo last made progress
         self.slots: Counter[int] = Counter()  # photos described, by the time in SLOTs
-        self.failed: deque[tuple[Photo, Exception | None]] = deque(maxlen=20)  # the latest first
+        self.failed: deque[tuple[Photo, AnalyzeError]] = deque(maxlen=20)  # the latest first
 
     def add(self, outcome: Outcome, reason: str = "", number: int = 1) -> None:
         """Count one photo, or take one off with -1."""
@@ -3650,21 +3650,21 @@ def attempt(photo: Photo, call: Callable[[*Args], T], *args: *Args) -> T | Endin
         outcome = Outcome.NOT_READY if skip.key == "not_ready" else Outcome.SKIPPED
         return Ending(photo, outcome, skip)
     except Exception as trouble:  # noqa: BLE001 - a bug costs only the photo that meets it
-        return Ending(photo, Outcome.FAILED, trouble)
+        error = trouble if isinstance(trouble, AnalyzeError) else AnalyzeError("bug", bug=trouble)
+        return Ending(photo, Outcome.FAILED, error)
 
 
 def conclude(ending: Ending, run: Run) -> None:
     """Count a photo's outcome; if that may change, it is retried, but counted once a day."""
     photo, outcome, error = ending.photo, ending.outcome, ending.error
-    reason = error.key if isinstance(error, AnalyzeError) else "bug" if error else ""
-    failed, pause = outcome is Outcome.FAILED, None
-    if failed or outcome is Outcome.NOT_READY or reason in MAY_COME_BACK:
+    reason, pause = error.key if error else "", None
+    if outcome in (Outcome.FAILED, Outcome.NOT_READY) or reason in MAY_COME_BACK:
         pause = RETAKE_PAUSE if isinstance(error, Retryable | Skip) else math.inf
     if not run.taken.leave(photo, outcome, pause):
         return
-    if failed:
-        why, bug = (t("bug"), error) if reason == "bug" else (error, None)
-        log.error("%s", t("photo_failed", name=photo.name, id=photo.id, why=why), exc_info=bug)
+    if error and outcome is Outcome.FAILED:
+        bug = error.fields.get("bug")
+        log.error("%s", t("photo_failed", name=photo.name, id=photo.id, why=error), exc_info=bug)
         run.tally.failed.appendleft((photo, error))
     run.tally.add(outcome, "" if reason == "not_ready" else reason)
     run.show(ending)
@@ -3726,7 +3726,7 @@ def read_back(batch: Sequence[Ending], library: Library, run: Run) -> None:
         take_off(ending, outcome, trouble, run)
 
 
-def take_off(ending: Ending, outcome: Outcome, error: Exception | None, run: Run) -> None:
+def take_off(ending: Ending, outcome: Outcome, error: AnalyzeError | None, run: Run) -> None:
     """Correct the outcome of a photo that was counted when its text was written."""
     run.tally.add(ending.outcome, number=-1)
     conclude(replace(ending, outcome=outcome, error=error), run)
@@ -3887,10 +3887,8 @@ def show_progress(tally: Tally, over: threading.Event) -> None:
             bar.set_postfix_str(pace)  # this also draws the bar
 
 
-def harmless(error: Exception | None) -> str:
+def harmless(error: AnalyzeError) -> str:
     """An error in our words alone, without what a server or a model said."""
-    if not isinstance(error, AnalyzeError):
-        return t("bug") if error else ""
     return t(error.key, **error.fields | {"why": "…", "said": ""})
 
 
@@ -3995,7 +3993,8 @@ class Status:
         if why := self.waits.why:
             return t("waiting", why=tell(why))
         if self.ready and not self._hosts.usable():
-            return t("no_host", why="; ".join(tell(host.why) for host in self._hosts.seen()))
+            troubles = (tell(host.why) for host in self._hosts.seen() if host.why)
+            return t("no_host", why="; ".join(troubles))
         return "" if self.ready else t("checking")
 
     def figures(self) -> dict[str, Any]:

@@ -304,7 +304,7 @@ def test_what_the_model_was_asked_is_folded_away(chromium, file):
         ("ours", None, "page_by_ours"),
         ("both", None, "page_by_both"),
         ("ours", ia.Permanent("preview_broken"), "page_failure"),
-        ("ours", ValueError("of no use to people"), "page_failure"),
+        ("ours", ia.AnalyzeError("bug", bug=ValueError("of no use to people")), "page_failure"),
     ],
 )
 def test_a_text_says_whose_it_is(whose, error, label):
