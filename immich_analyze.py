@@ -4021,13 +4021,6 @@ class Status:
         }
 
 
-PAGES = {  # at the health port: template and content type
-    "/": ("status.jinja", "text/html; charset=utf-8"),
-    "/health": ("health.jinja", "application/json"),
-    "/metrics": ("metrics.jinja", "text/plain; version=0.0.4; charset=utf-8"),
-}
-
-
 def serve_health(status: Status, host: str, number: int) -> None:
     """Answer GET for the pages in threads; if the port is in use, only these are lost."""
 
@@ -4035,9 +4028,10 @@ def serve_health(status: Status, host: str, number: int) -> None:
         timeout = 10  # seconds for a client that says nothing
 
         def do_GET(self) -> None:
-            code, kind, body = 404, "text/plain", " ".join(PAGES) + "\n"
-            if self.path in PAGES:
-                (file, kind), figures = PAGES[self.path], status.figures()
+            pages = toml("pages.toml")
+            code, kind, body = 404, "text/plain", " ".join(pages) + "\n"
+            if self.path in pages:
+                (file, kind), figures = pages[self.path], status.figures()
                 code = 503 if self.path == "/health" and figures["trouble"] else 200
                 body = template(data_file(file), "html" in kind).render(figures)
             self.send_response(code)
