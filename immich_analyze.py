@@ -3261,10 +3261,8 @@ class Patience:
     longest: float  # after which an outage is Fatal
     passing: tuple[type[AnalyzeError], ...] = (Unavailable,)  # the errors of an outage
     why: AnalyzeError | None = None  # the error of the current outage
-
-    def __post_init__(self) -> None:
-        self._lock = threading.Lock()
-        self._since = math.inf  # when the first call of an outage failed
+    _since: float = math.inf  # when its first call failed
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, call: Callable[[*Args], T], *args: *Args, tries: int = LIBRARY_TRIES) -> T:
         """The result of the call; Stopped if asked to stop meanwhile."""
