@@ -105,12 +105,6 @@ def toml(name: str) -> dict[str, Any]:
     return tomllib.loads(data_file(name))
 
 
-def server_kind(interface: str) -> dict[str, Any]:
-    """What dialects.toml says of a kind of server."""
-    rows = toml("dialects.toml")
-    return dict(rows["llamacpp"] | rows[interface])  # which most others follow
-
-
 @functools.cache
 def template(text: str, html: bool = False) -> Any:
     """Compile a Jinja template that sees only the values it is given."""
@@ -737,7 +731,7 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
         "postgres_url": url or database_url or "host=localhost user=postgres dbname=immich",
         "immich_api_url": api_url and api_url + "/api",
         "api_key": (options.api_key or "").strip(),
-        "hosts": options.hosts or (server_kind(options.interface)["host"],),
+        "hosts": options.hosts or (toml("dialects.toml")[options.interface]["host"],),
         "file_check_interval": options.file_check_interval / 1000,
     }
     for name in ("immich_api_keys", "api_key"):
@@ -2059,7 +2053,8 @@ class Ai:
 
     def __init__(self, config: Config, hosts: Hosts, stop: threading.Event) -> None:
         self._config, self._hosts, self._stop = config, hosts, stop
-        self._dialect = Dialect(config, server_kind(config.interface))
+        kinds = toml("dialects.toml")
+        self._dialect = Dialect(config, kinds["llamacpp"] | kinds[config.interface])
         key = [("Authorization", f"Bearer {config.api_key}")] if config.api_key else []
         usual = self._dialect.server["headers"].items()
         self._session = Session([*usual, *key, *config.host_header])
