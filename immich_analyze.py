@@ -3520,14 +3520,12 @@ def stream(run: Run, library: Library) -> Generator[Photo, None, None]:
             if news and (photo := news.next()):
                 yield photo
             elif listings:
-                try:
-                    photo = next(listings[-1])
-                except StopIteration:
-                    listings.pop()
-                    continue
-                listings.insert(0, listings.pop())  # two listings take turns
-                if photo:
-                    yield photo
+                current = listings.pop()
+                for photo in current:
+                    listings.insert(0, current)  # two listings take turns
+                    if photo:
+                        yield photo
+                    break
             elif news:
                 run.stop.nap(news.seconds_left())
 
