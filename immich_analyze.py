@@ -3932,11 +3932,10 @@ class Report:
         """Write a piece of the page, if any, and its end."""
         counts, seconds = self._tally.counts, time.monotonic() - self._tally.began
         done = counts[Outcome.DESCRIBED], counts[Outcome.FAILED]
-        new = not self._size
-        data = ((self._head if new else "") + piece).encode("utf-8", "replace")
+        data, self._head = (self._head + piece).encode("utf-8", "replace"), ""
         left = None if self._compares else self._tally.left()
         end = self._page.tail(*done, seconds, left).encode()
-        self._save(data + end, "wb" if new else "r+b")
+        self._save(data + end, "r+b" if self._size else "wb")
         self._size += len(data)
 
     def _save(self, data: bytes, mode: str) -> None:
