@@ -3559,9 +3559,7 @@ def claimed(photo: Photo, library: Library, run: Run) -> Iterator[Photo]:
     """Claim the photo, with its note, for as long as it is needed; Skip if it is left alone."""
     photo = run.patience(library.claim, photo)
     try:
-        if not photo.ready:
-            raise Skip("not_ready")
-        if reason := left_alone(photo, run.config):
+        if reason := left_alone(photo, run.config) if photo.ready else "not_ready":
             raise Skip(reason)
         run.checks.check_library(photo)
         yield photo
