@@ -3572,8 +3572,7 @@ def settled(photo: Photo, library: Library, run: Run) -> bytes:
 
     Raises Retryable if neither happens in time.
     """
-    config = run.config
-    deadline = time.monotonic() + config.file_write_timeout
+    deadline = time.monotonic() + run.config.file_write_timeout
     before: bytes | None = None
     while True:
         data = run.patience(library.preview, photo)
@@ -3581,7 +3580,7 @@ def settled(photo: Photo, library: Library, run: Run) -> bytes:
             return data
         if time.monotonic() >= deadline:
             raise Retryable("preview_missing" if data is None else "preview_cut")
-        if run.stop.wait(config.file_check_interval):
+        if run.stop.wait(run.config.file_check_interval):
             raise Stopped("stopped")
         before = data
 
@@ -4108,13 +4107,12 @@ def limited(photos: Iterator[Photo], busy: set[int], run: Run) -> Generator[Phot
 
 
 def in_turn(
-    photos: Iterator[Photo], turn: threading.Lock, busy: set[int], *idle: Library
+    photos: Iterator[Photo], turn: threading.Lock, busy: set[int], library: Library
 ) -> Iterator[Photo]:
     """One worker's share of a stream; it holds `turn` while it waits for the next photo."""
     while True:
         if not turn.acquire(timeout=IDLE):
-            for library in idle:
-                library.close()
+            library.close()
             turn.acquire()
         try:
             photo = next(photos, None)

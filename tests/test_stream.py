@@ -100,7 +100,7 @@ def test_shares_are_disjoint_and_together_all(stop):
 
 def test_those_who_share_a_stream_get_each_photo_once():
     photos, turn = iter([photo(n) for n in range(4)]), threading.Lock()
-    one, other = (ia.in_turn(photos, turn, set()) for _ in range(2))
+    one, other = (ia.in_turn(photos, turn, set(), Desk()) for _ in range(2))
     assert [next(one), next(other), next(other), next(one)] == [photo(n) for n in range(4)]
     assert list(one) == list(other) == []
 
