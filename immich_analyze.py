@@ -190,20 +190,14 @@ class Stopped(AnalyzeError):
     """The tool was asked to stop while it waited."""
 
 
-# The classes by the names that verdicts.toml has for them.
-KINDS: dict[str, type[AnalyzeError]] = {
-    kind.__name__: kind
-    for kind in (Retryable, Unavailable, Permanent, Missing, Skip, Fatal, Unexpected)
-}
-
-
 def verdict(table: str, told: str, **fields: Any) -> AnalyzeError:
     """The error for what was told: the first row of a table in verdicts.toml that fits."""
     rows = toml("verdicts.toml")[table].items()
     fitting = ((match, row) for start, row in rows if (match := re.match(start, told)))
     found, (kind, key, *hints) = next(fitting)
     fields["why"] = " ".join([*map(t, hints), fields["why"]]).strip()
-    return KINDS[kind](key, **fields | found.groupdict())
+    error: AnalyzeError = globals()[kind](key, **fields | found.groupdict())  # a class above
+    return error
 
 
 # ------------------------------------------------------------------------------
