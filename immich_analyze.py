@@ -3135,21 +3135,17 @@ class Stop(threading.Event):
 
     def __init__(self) -> None:
         super().__init__()
-        self._news = threading.Event()
+        self.news = threading.Event()  # ends the current nap or, if nobody naps, the next one
 
     def set(self) -> None:
         """End all waiting for good."""
         super().set()
-        self._news.set()
-
-    def rouse(self) -> None:
-        """End the current nap or, if nobody naps, the next one."""
-        self._news.set()
+        self.news.set()
 
     def nap(self, seconds: float) -> None:
         """Wait until the time is up, news comes, or the process is to end."""
-        self._news.wait(seconds)
-        self._news.clear()
+        self.news.wait(seconds)
+        self.news.clear()
 
 
 def id_hash(photo_id: str) -> int:
@@ -3504,7 +3500,7 @@ def stream(run: Run, library: Library) -> Generator[Photo, None, None]:
     """Photos to describe: arrivals first, then listings; a batch run ends with its listing."""
     mode, cooldown = run.config.mode, run.config.event_cooldown
     listings = [listing(run, counts=True)] if mode.backlog else []
-    watch = library.watch(run.stop.rouse, cooldown) if mode.monitors else None
+    watch = library.watch(run.stop.news.set, cooldown) if mode.monitors else None
     with closing(watch) if watch else nullcontext():
         news = News(library, run, watch) if mode.monitors else None
         while not run.stop.is_set() and (news or listings):

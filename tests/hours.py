@@ -783,22 +783,9 @@ class Stop(ia.Stop):
     def __init__(self, hours: Hours) -> None:
         super().__init__()
         self._hours = hours
-        self._roused = False
-
-    def set(self) -> None:
-        super().set()
-        self.rouse()
-
-    def rouse(self) -> None:
-        self._roused = True
-        self._hours.changed()
 
     def wait(self, timeout: float | None = None) -> bool:
         return self._hours.wait(self.is_set, timeout)
-
-    def nap(self, seconds: float) -> None:
-        self._hours.wait(lambda: self._roused or self.is_set(), seconds)
-        self._roused = False
 
 
 # --- A run -----------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_a_nap_ends_by_news_by_the_end_or_by_itself():
     stop, began = ia.Stop(), ia.time.monotonic()
     stop.nap(0.01)
     assert ia.time.monotonic() >= began + 0.01
-    stop.rouse()
+    stop.news.set()
     stop.nap(FOR_EVER)
     assert not stop.is_set()
     stop.set()
