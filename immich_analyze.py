@@ -3256,9 +3256,8 @@ class Patience:
             try:
                 answer = call(*args)
             except self.passing as error:
-                now = time.monotonic()
-                began = now if began is None else began
-                left = began + self.longest - now
+                began = time.monotonic() if began is None else began
+                left = began + self.longest - time.monotonic()
                 if left <= 0:
                     raise Fatal("library_away", why=error) from error
                 self._turn(error, began)
