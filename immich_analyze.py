@@ -3640,9 +3640,9 @@ def conclude(ending: Ending, run: Run) -> None:
     if not run.taken.leave(photo, outcome, pause):
         return
     if error and outcome is Outcome.FAILED:
+        run.tally.failed.appendleft((photo, error))
         bug = error.fields.get("bug")
         log.error("%s", t("photo_failed", name=photo.name, id=photo.id, why=error), exc_info=bug)
-        run.tally.failed.appendleft((photo, error))
     run.tally.add(outcome, "" if reason == "not_ready" else reason)
     run.show(ending)
 
@@ -3982,7 +3982,7 @@ class Status:
             "lang": _language,
             "waiting": self.waiting(harmless),
             "seconds_left": None if left is None or not done else left * (now - tally.began) / done,
-            "slots": [tally.slots[number] for number in range(slot - SLOTS + 1, slot + 1)],
+            "slots": [max(0, tally.slots[n]) for n in range(slot - SLOTS + 1, slot + 1)],
             "failures": [*tally.failed],
             "harmless": harmless,
             "trouble": self.trouble(),
@@ -4014,7 +4014,7 @@ def serve_health(status: Status, host: str, number: int) -> None:
             self.send_header("Content-Type", kind)
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
-            self.wfile.write(body.encode())
+            self.wfile.write(body.encode("utf-8", "replace"))
 
         def log_message(self, *_: object) -> None:
             """Do not log requests."""

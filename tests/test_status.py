@@ -74,6 +74,15 @@ def test_the_chart_forgets_what_is_older_than_a_day(stop):
     assert len(status.figures()["slots"]) == 288
 
 
+def test_a_text_that_was_lost_later_takes_no_bar_below_nothing(stop):
+    tally, patience = ia.Tally(), ia.Patience(stop, 1, 1)
+    status = ia.Status(ia.parse([], {}), ia.Hosts(["http://model:1"], 1, 1.0), patience, tally)
+    tally.add(ia.Outcome.DESCRIBED)
+    stop.now += 2 * 3600  # Immich was away
+    tally.add(ia.Outcome.DESCRIBED, number=-1)
+    assert min(status.figures()["slots"]) == 0
+
+
 def test_the_page_tells_what_failed_in_our_words(hours, library, ollama):
     fill(library, 2)
     evil = servers.own_picture(7)
@@ -130,3 +139,16 @@ def test_the_page_of_a_real_run_is_fine_in_a_browser(api, ollama, chromium):
         assert chromium.faults(f"http://127.0.0.1:{port}/") == []
         links = chromium.ask("return [...document.querySelectorAll('a')].map(a => a.href)")
         assert links == [f"{api.server.url}/photos/{broken}"]
+
+
+@pytest.mark.unmeasured
+def test_a_name_that_is_no_unicode_does_not_take_the_page_away(immich, api, ollama):
+    broken = b"\xff\xd8\xff no picture \xff\xd9"
+    id, port = api.add(picture=broken), sandbox.free_port()
+    immich.assets[id].name = "half \ud83d.jpg"
+    headers = {"Content-Type": "image/jpeg"}  # without the name, which no header can hold
+    immich.script("GET", f"{id}/thumbnail", servers.Reply(200, broken, headers), forever=True)
+    argv = [*api.argv, *asking(ollama), "--combined", "--health-port", str(port)]
+    with Running(*argv) as run:
+        run.wait_for(ia.t("preview_broken"))
+        assert "half ?.jpg" in page(port)
