@@ -3072,12 +3072,12 @@ def find(photo_id: str, library: Library, config: Config) -> Photo:
     raise Fatal("unknown_photo", photo=photo_id)
 
 
-def open_library(config: Config) -> Opened:
-    """Check the library; return what makes one per worker, and what tells if all is reached."""
+def open_library(config: Config, photos: Iterable[str] = ()) -> Opened:
+    """Check a library and photos; return what makes one per worker, and tells if all is reached."""
     try:
         opened = open_api(config) if config.access is Access.API else open_database(config)
         with closing(opened[0]()) as library:
-            for photo_id in config.photo:
+            for photo_id in photos:
                 find(photo_id, library, config)
         return opened
     except (Retryable, Permanent, Missing, Skip) as error:
@@ -4162,7 +4162,8 @@ def serve(config: Config, stop: Stop, tally: Tally, show: Callable[[Ending], Non
     if service:
         posts = (status, tally, stop)
         threading.Thread(target=keep_posted, args=posts, name="posts", daemon=True).start()
-    new_library, complete = status.waits(open_library, config)
+    named = () if tally.counts else config.photo  # what was described for a column may be gone
+    new_library, complete = status.waits(open_library, config, named)
     if config.preflight_model_check and not config.undo:
         status.waits = at_start(longest if service else 0.0)
         with closing(Ai(config, hosts, stop)) as ai:
@@ -4207,6 +4208,7 @@ def serve_columns(columns: Mapping[str, Config], stop: Stop, tally: Tally) -> bo
         if report and report.photos and not stop.is_set():
             photos = tuple(report.photos)
             same = replace(other, photo=photos, album=(), limit=len(photos), health_port=0)
+            same = replace(same, policy=Policy.ALL, retry_failed=True)  # whatever its notes say
             serve(same, stop, tally, functools.partial(show, column))
     if report:
         report.write()

@@ -387,6 +387,46 @@ def test_a_photo_that_one_model_fails_on_is_described_by_the_other(
     assert marks == [("failed", "ours"), ("ours", "ours"), ("ours", "ours")]
 
 
+def test_a_model_describes_what_it_described_or_failed_on_before(
+    command, library, two_models, tmp_path
+):
+    """A comparison is of models, whatever the notes of a photo say of one of them."""
+    fill(library, 3)
+    bad = servers.own_picture(1)
+
+    def refuse(exchange: servers.Exchange) -> servers.Reply | None:
+        refused = exchange.json["model"] == "other" and shown(exchange) == bad
+        return servers.Reply(400, {"error": "what a picture"}) if refused else None
+
+    two_models.script(*CHATS, refuse, forever=True)
+    argv = [*library.argv, *asking(two_models), *NO_PAUSE]
+    for _ in range(ia.MOST_TRIES):
+        command(*argv, "--model-name", "other", "-O", "outdated")
+    file = tmp_path / "report.html"
+    compared = [*argv, "--dry-run", "--compare", "other", "--report", str(file)]
+    command(*compared, "-O", "outdated")
+    marks = sorted(tuple(cell.whose for cell in row.cells) for row in rows(file))
+    assert marks == [("ours", "failed"), ("ours", "ours"), ("ours", "ours")]
+
+
+@pytest.mark.parametrize("change", ["delete", "describe"])
+def test_a_photo_that_changes_meanwhile_does_not_end_a_comparison(
+    command, library, two_models, tmp_path, change
+):
+    id, *_ = fill(library, 3)
+
+    def last_of_the_first(exchange: servers.Exchange) -> None:
+        if len(two_models.find(*CHATS)) == 3:
+            library.delete(id) if change == "delete" else library.describe(id, "By a person.")
+
+    two_models.script(*CHATS, last_of_the_first, forever=True)
+    file = tmp_path / "report.html"
+    argv = [*library.argv, *asking(two_models), "--dry-run", "--report", str(file)]
+    assert command(*argv, "--compare", "other", "--max-concurrent", "1").returncode == 0
+    cells = sorted(len(row.cells) for row in rows(file))
+    assert cells == ([1, 2, 2] if change == "delete" else [2, 2, 2])
+
+
 # In a browser
 
 
