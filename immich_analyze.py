@@ -518,6 +518,14 @@ class Config:
         further = json.dumps(more) if any(more) else ""
         return sha256((self.prompt + options + further).encode()).hexdigest()[:12]
 
+    @property
+    def secrets(self) -> str:
+        """An expression for what a server may repeat and nobody may see."""
+        # a short header value may be a common word such as `https`
+        sent = [value for _, value in self.immich_header + self.host_header if len(value) > 7]
+        given = filter(None, (self.api_key, *self.immich_api_keys, *sent))
+        return "|".join(map(re.escape, given)) or "(?!)"
+
 
 def opposite(switch: str) -> str:
     """The opposite of what a switch is set to; nonsense stays, and is refused later."""
@@ -3799,7 +3807,7 @@ class Lines(logging.Handler):
     No file name or server message can forge a line, control the terminal or reveal a secret.
     """
 
-    secrets = "(?!)"  # a regular expression
+    secrets: str  # as in Config
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
@@ -3814,7 +3822,7 @@ UNSAFE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"  # control characters
 PRIORITIES = {50: 2, 40: 3, 30: 4, 20: 6, 10: 7}  # sd-daemon(3), by the level of logging
 
 
-def set_up_logging(config: Config | None = None) -> Lines:
+def set_up_logging(config: Config | None = None) -> None:
     """Choose the level and format of the log by who reads it.
 
     People on a terminal get messages, cron only gets problems, a service writes a log with
@@ -3827,10 +3835,7 @@ def set_up_logging(config: Config | None = None) -> Lines:
     if os.environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}":
         form = "<%(priority)d>%(message)s"
     handler = Lines()
-    if config:  # a short header value may be a common word such as `https`
-        sent = [value for _, value in config.immich_header + config.host_header if len(value) > 7]
-        known = filter(None, (config.api_key, *config.immich_api_keys, *sent))
-        handler.secrets = "|".join(map(re.escape, known)) or handler.secrets
+    handler.secrets = config.secrets if config else "(?!)"  # which matches nothing
     handler.setFormatter(logging.Formatter(form))
     log.handlers[:] = [handler]
     log.propagate = False
@@ -3839,7 +3844,6 @@ def set_up_logging(config: Config | None = None) -> Lines:
     # what watchdog misses is found anyway, and it warns of harmless races
     logging.getLogger("watchdog").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="watchdog")
-    return handler
 
 
 BAR = "{bar} {n_fmt}/{total_fmt} {remaining}{postfix}"
@@ -3888,12 +3892,13 @@ class Report:
     It has a column for each of these names.
     """
 
-    def __init__(self, file: str, columns: Sequence[str], tally: Tally) -> None:
+    def __init__(self, file: str, columns: Sequence[str], tally: Tally, secrets: str) -> None:
         self.photos: list[str] = []  # ids, by row
         self._compares, self._tally = len(columns) > 1, tally
         self._lock = threading.Lock()
         self._file, self._size = file, 0  # bytes before the end
         said = {"t": t, "lang": _language, "version": __version__}
+        said["hide"] = functools.partial(re.sub, secrets, "…")
         self._page = template(data_file("report.jinja"), html=True).make_module(said)
         self._head = self._page.head(columns)
         self._save(b"", "ab")  # whether it can be written, before a model is asked
@@ -3904,8 +3909,9 @@ class Report:
         if ending.outcome not in (Outcome.DESCRIBED, Outcome.FAILED):
             return
         if picture and column == 1:
-            small = prepared(base64.b64decode(picture.base64), PREVIEW_SIDE, quality=70)
-            preview = f"data:{small.mime};base64,{small.base64.decode()}"
+            with suppress(AnalyzeError):  # a model may read what Pillow cannot
+                small = prepared(base64.b64decode(picture.base64), PREVIEW_SIDE, quality=70)
+                preview = f"data:{small.mime};base64,{small.base64.decode()}"
         after = replace(photo, description=ending.text, note=Note("", "", text_id(ending.text)))
         with self._lock:
             if column == 1:
@@ -3920,13 +3926,13 @@ class Report:
         done = counts[Outcome.DESCRIBED], counts[Outcome.FAILED]
         data, self._head = (self._head + piece).encode("utf-8", "replace"), ""
         left = None if self._compares else self._tally.left()
-        end = self._page.tail(*done, seconds, left).encode()
+        end = self._page.tail(*done, seconds, left).encode().ljust(2000)  # over a longer one
         self._save(data + end, "r+b" if self._size else "wb")
         self._size += len(data)
 
     def _save(self, data: bytes, mode: str) -> None:
         try:
-            with open(self._file, mode, buffering=0) as file:
+            with open(self._file, mode) as file:
                 file.seek(self._size)
                 file.write(data)
         except OSError as error:
@@ -4192,7 +4198,7 @@ def serve_columns(columns: Mapping[str, Config], stop: Stop, tally: Tally) -> bo
     """Carry out a run for each column, all about the photos of the first; True as from `serve`."""
     config, *others = columns.values()
     file = config.report or (os.devnull if others else "")
-    report = Report(file, [*columns], tally) if file else None
+    report = Report(file, [*columns], tally, config.secrets) if file else None
 
     def show(column: int, ending: Ending) -> None:
         if config.dry_run:
@@ -4225,7 +4231,7 @@ def show_prompt(config: Config) -> int:
     return 0
 
 
-def check_up(config: Config, stop: Stop, secrets: str) -> int:
+def check_up(config: Config, stop: Stop) -> int:
     """Print whether all is in place, and write nothing; 2 if a run would not work."""
     told = dict[str, Any](library={}, trouble=None, config=config, t=t, public=public, toml=toml)
     picture = plain_picture(PLAIN_SIZE)
@@ -4240,7 +4246,7 @@ def check_up(config: Config, stop: Stop, secrets: str) -> int:
     asked = replace(picture, question=question(Photo("", "", "", ""), config))
     with closing(Ai(config, Hosts(config.hosts, 1, 0.0), stop)) as ai:
         hosts = [ai.about(url, asked) for url in config.hosts]
-    told |= {"hide": re.compile(f"{secrets}|{UNSAFE}").sub, "hosts": hosts}
+    told |= {"hide": re.compile(f"{config.secrets}|{UNSAFE}").sub, "hosts": hosts}
     told["env"] = {name for name, text in os.environ.items() if text.strip()}
     with suppress(OSError):  # the reader may be gone
         sys.stdout.write(template(data_file("check.jinja")).render(told, fields=fields(config)))
@@ -4271,13 +4277,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_language(language(arguments, os.environ))
         config = parse(arguments, os.environ)
         use_language(config.lang)
-        lines = set_up_logging(config)
+        set_up_logging(config)
         for notice in config.notices:
             log.warning("%s", notice)
         if config.healthcheck:
             return ask_health(config)
         if config.check or config.show_prompt:
-            return check_up(config, stop, lines.secrets) if config.check else show_prompt(config)
+            return check_up(config, stop) if config.check else show_prompt(config)
         tally.form += "_undo" * config.undo + "_dry_run" * config.dry_run
         signals.grace, signals.sum_up = config.grace, functools.partial(sum_up, config, tally)
         complete = serve_columns(columns_of(arguments, config), stop, tally)

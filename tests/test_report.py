@@ -169,6 +169,36 @@ def test_a_report_shows_what_failed_and_why(command, library, ollama, tmp_path):
     assert figures(file)[ia.t("page_failed")] == "2"
 
 
+def test_a_picture_that_only_the_model_can_read_is_described_without_a_preview(
+    command, library, ollama, tmp_path
+):
+    whole = io.BytesIO()
+    Image.effect_noise((600, 400), 60).convert("RGB").save(whole, "PNG")
+    torn = whole.getvalue()[:100_000] + bytes(1000) + whole.getvalue()[101_000:]
+    library.add("torn.jpg", picture=torn)
+    library.add("whole.jpg", picture=servers.own_picture(0))
+    answer_by_picture(ollama, {torn: "Noise."})
+    file = tmp_path / "report.html"
+    done = command(*library.argv, *asking(ollama), "--report", str(file))
+    assert (done.returncode, done.stderr) == (0, "")
+    by_name = {row.name: row for row in rows(file)}
+    assert (by_name["torn.jpg"].preview, by_name["torn.jpg"].cells[0].text) == ("", "Noise.")
+    assert by_name["whole.jpg"].preview
+
+
+def test_a_key_that_a_server_repeats_is_not_in_the_report(command, immich, api, ollama, tmp_path):
+    fill(api, 1)
+    keys = {"--api-key": "m0del-key", "--host-header": "X-Pass: l0ng-value"}
+    said = f"no {immich.key}, m0del-key or l0ng-value fits this picture"
+    answer_by_picture(ollama, {servers.own_picture(0): servers.Reply(400, {"error": said})})
+    file = tmp_path / "report.html"
+    argv = [*api.argv, *asking(ollama), *NO_PAUSE, "--dry-run", "--report", str(file)]
+    assert command(*argv, *(part for option in keys.items() for part in option)).returncode == 1
+    assert rows(file)[0].cells[0].text.endswith("no …, … or … fits this picture")
+    page = file.read_text(encoding="utf-8")
+    assert [secret for secret in (immich.key, "m0del-key", "l0ng-value") if secret in page] == []
+
+
 def test_a_report_shows_the_facts_that_were_given(command, library, ollama, tmp_path):
     library.add(picture=servers.own_picture(0), people=[Person("Anna")])
     file = tmp_path / "report.html"
@@ -261,6 +291,37 @@ def test_a_report_that_cannot_be_written_is_told_before_a_model_is_asked(
         assert f"{file} cannot be written" in done.stderr
     assert about_photos(ollama) == []
     assert not library.writes()
+
+
+def test_a_shorter_end_leaves_nothing_of_a_longer_one(tmp_path):
+    """What is left is no longer told once all is done."""
+    file, tally = tmp_path / "report.html", ia.Tally()
+    report = ia.Report(str(file), {"a model": ia.parse([], {})}, tally)
+    photo, done, tally.total = ia.Photo("id", "a.jpg", "", "0"), ia.Outcome.DESCRIBED, 98_000
+    tally.add(done)
+    report.add(1, ia.Ending(photo, done, text="A cat.", said=ia.Said("A cat.", 8.0, 300)))
+    assert figures(file)[ia.t("page_left")] == "98\u202f000"
+    tally.listed = 98_000  # the rest has descriptions
+    report.write()
+    assert figures(file)[ia.t("page_left")] == "0"
+    assert [row.cells[0].text for row in rows(file)] == ["A cat."]
+
+
+def test_a_report_that_no_longer_fits_on_the_disk_is_told(process, api, ollama, tmp_path):
+    """The operating system writes a part of it, and says so only to those who ask."""
+    fill(api, 1)
+    file = tmp_path / "report.html"
+    argv = [*api.argv, *asking(ollama), "--dry-run", "--report", str(file)]
+    assert process(*argv).returncode == 0
+    limit = file.stat().st_size - 1
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))
+    try:
+        done = process(*argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert done.returncode == 2
+    assert f"{file} cannot be written" in done.stderr
 
 
 def test_a_run_that_does_not_start_leaves_an_older_report(command, api, ollama, tmp_path):
