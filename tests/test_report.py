@@ -215,9 +215,10 @@ def test_photos_are_linked_where_an_address_is_known(command, api, database, oll
         assert command(*argv).returncode == 0
         own = f"{world.server.url}/photos/{photo}" if isinstance(world, ApiWorld) else ""
         assert rows(file)[0].link == own
-        assert command(*argv, "--link-url", "https://me:s3cret@photos.me").returncode == 0
+        done = command(*argv, "--link-url", "https://me:s3cret@photos.me")
         assert rows(file)[0].link == f"https://photos.me/photos/{photo}"
-        assert "s3cret" not in file.read_text(encoding="utf-8")
+        assert f"\nhttps://photos.me/photos/{photo}\n" in done.stdout
+        assert "s3cret" not in done.stdout + file.read_text(encoding="utf-8")
         world.set_address("https://me:s3cret@family.me/")
         assert command(*argv, "--link-url", "https://photos.me").returncode == 0
         assert rows(file)[0].link == f"https://family.me/photos/{photo}"

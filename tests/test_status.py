@@ -87,13 +87,15 @@ def test_the_page_tells_what_failed_in_our_words(hours, library, ollama):
     fill(library, 2)
     evil = servers.own_picture(7)
     library.add("<b>evil.jpg", picture=evil)
-    library.add("broken.jpg", picture=b"\xff\xd8\xff no picture \xff\xd9")
+    broken = library.add("broken.jpg", picture=b"\xff\xd8\xff no picture \xff\xd9")
     refusal = servers.Reply(400, {"error": f"what a {SECRET} picture"})
     answer_by_picture(ollama, {evil: refusal})
-    with hours.service(library, ollama, *NO_PAUSE, *with_health()) as run:
+    linked = f"--link-url=https://me:{SECRET}@photos.me"
+    with hours.service(library, ollama, *NO_PAUSE, linked, *with_health()) as run:
         run.until(120)
         html = page(run.config.health_port)
     assert SECRET not in html
+    assert f'href="https://photos.me/photos/{broken}"' in html
     assert "A photo dominated" not in html
     assert "&lt;b&gt;evil.jpg" in html
     assert ia.t("preview_broken") in html
@@ -113,11 +115,12 @@ def test_the_page_keeps_the_last_twenty_failures(hours, api, ollama):
     assert failed == said[:-21:-1]  # the latest first
 
 
+@pytest.mark.parametrize("status", [503, 401])
 @pytest.mark.parametrize("lang", ia.LANGUAGES)
-def test_the_page_tells_what_is_waited_for_without_secrets(hours, api, ollama, lang):
+def test_the_page_tells_what_is_waited_for_without_secrets(hours, api, ollama, lang, status):
     fill(api, 1)
-    busy = servers.Reply(503, {"error": f"a {SECRET} queue"}, {"Retry-After": "1000"})
-    ollama.script(*CHATS, busy, forever=True)
+    refusal = servers.Reply(status, {"error": f"a {SECRET} queue"}, {"Retry-After": "1000"})
+    ollama.script(*CHATS, refusal, forever=True)
     with hours.service(api, ollama, "--lang", lang, *with_health()) as run:
         ia.use_language(lang)
         run.until(60)
