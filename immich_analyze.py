@@ -4187,7 +4187,7 @@ def columns_of(arguments: Sequence[str], config: Config) -> dict[str, Config]:
     if not config.compare and len(config.prompt_files) < 2:
         return {config.model_name: config}
     found: dict[str, Config] = {}
-    for model in dict.fromkeys((config.model_name, *config.compare)):
+    for model in (config.model_name, *config.compare):
         for file in config.prompt_files or ("",):
             more = [f"--model-name={model}", *([f"--prompt-file={file}"] if file else [])]
             found[", ".join(filter(None, (model, file)))] = parse([*arguments, *more], os.environ)
