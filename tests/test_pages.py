@@ -290,6 +290,14 @@ def test_a_very_long_text_scrolls_in_its_box(chromium, file, width):
     assert chromium.ask(f"{box} return document.activeElement === box && box.tabIndex === 0")
 
 
+def test_a_very_long_text_is_whole_on_paper(chromium, file):
+    chromium.open(file(report(texts=[HOSTILE["long"]])))
+    chromium.tell("Emulation.setEmulatedMedia", media="print")
+    box = "const box = document.querySelector('.text > .words');"
+    height, inside = chromium.ask(f"{box} return [box.clientHeight, box.scrollHeight]")
+    assert inside == height > 640
+
+
 def test_what_the_model_was_asked_is_folded_away(chromium, file):
     chromium.open(file(report(texts=["A cat."])))
     asked = "const [details] = document.querySelectorAll('details');"
@@ -391,6 +399,7 @@ def test_the_status_of_a_start_says_what_is_not_known_yet(chromium, file):
     assert "Described 0" in text
     assert "Left unknown" in text
     assert "Something is wrong" in text
+    assert chromium.ask("return document.querySelector('main > .state').className") == "state waits"
     assert "None so far" in text
 
 

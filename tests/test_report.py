@@ -152,6 +152,9 @@ def test_a_report_tells_whose_a_text_was_and_is(command, library, ollama, tmp_pa
     assert {row.whose for row in again.values()} == {"ours", "person"}
     assert all(row.before == row.cells[0].text for row in again.values())
 
+    assert command(*argv, "-O", "outdated", "-p", "--prompt", "Anew.").returncode == 0
+    assert rows(file) == []  # of what was left alone
+
 
 def test_a_report_shows_what_failed_and_why(command, library, ollama, tmp_path):
     fill(library, 2)
@@ -305,7 +308,17 @@ def test_a_shorter_end_leaves_nothing_of_a_longer_one(tmp_path):
     tally.listed = 98_000  # the rest has descriptions
     report.write()
     assert figures(file)[ia.t("page_left")] == "0"
+    assert ia.t("page_time_left") not in figures(file)
     assert [row.cells[0].text for row in rows(file)] == ["A cat."]
+
+
+def test_what_is_no_unicode_is_shown_as_far_as_it_goes(tmp_path):
+    file, text = tmp_path / "report.html", "half a \ud83d cat"
+    report = ia.Report(str(file), {"a model": ia.parse([], {})}, ia.Tally())
+    photo, done = ia.Photo("id", text, text, "0"), ia.Outcome.DESCRIBED
+    report.add(1, ia.Ending(photo, done, text=text, said=ia.Said(text, 8.0, 300)))
+    [row] = rows(file)
+    assert {row.name, row.before, row.cells[0].text} == {"half a ? cat"}
 
 
 def test_a_report_that_no_longer_fits_on_the_disk_is_told(process, api, ollama, tmp_path):
@@ -395,9 +408,26 @@ def test_models_describe_the_same_photos_one_after_the_other(
     assert [len(row.cells) for row in rows(file)] == [2, 2, 2]
     page = file.read_text(encoding="utf-8")
     assert [name in page for name in ("tiny-vlm", "other")] == [True, True]
+    assert ia.t("page_left") not in figures(file)  # several models tell no time for the rest
     assert done.stdout.count("photo.jpg\n") == 6
     assert done.stdout.count("\nother\n\n") == 3
     assert not library.writes()
+
+
+def test_models_are_compared_without_a_report_too(command, library, two_models):
+    wanted = fill(library, 2)
+    argv = [*library.argv, *asking(two_models), "--dry-run", "--compare", "other"]
+    done = command(*argv)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [done.stdout.count(text) for text in wanted.values()] == [2, 2]
+    assert [done.stdout.count(f"\n{name}\n\n") for name in ("tiny-vlm", "other")] == [2, 2]
+
+
+def test_what_the_first_model_leaves_alone_no_other_describes(command, library, two_models):
+    library.add(picture=servers.own_picture(0), description="By a person.")
+    argv = [*library.argv, *asking(two_models), "--dry-run", "--compare", "other"]
+    done = command(*argv)
+    assert (done.returncode, done.stdout, two_models.find(*CHATS)) == (0, "", [])
 
 
 def test_prompts_are_compared_too(command, api, two_models, tmp_path):
@@ -435,16 +465,17 @@ def test_a_model_that_is_not_there_is_told_before_anything_is_asked(
 def test_a_photo_that_one_model_fails_on_is_described_by_the_other(
     command, api, two_models, tmp_path
 ):
-    fill(api, 3)
+    fill(api, 5)
 
     def refuse(exchange: servers.Exchange) -> servers.Reply | None:
-        refused = exchange.json["model"] == "tiny-vlm" and shown(exchange) == servers.own_picture(1)
+        first = shown(about_photos(two_models)[0])
+        refused = exchange.json["model"] == "tiny-vlm" and shown(exchange) == first
         return servers.Reply(400, {"error": "what a picture"}) if refused else None
 
     two_models.script(*CHATS, refuse, forever=True)
     file = tmp_path / "report.html"
     argv = [*api.argv, *asking(two_models), *NO_PAUSE, "--dry-run", "--report", str(file)]
-    assert command(*argv, "--compare", "other").returncode == 1
+    assert command(*argv, "--compare", "other", "--limit", "2").returncode == 1
     marks = sorted(tuple(cell.whose for cell in row.cells) for row in rows(file))
     assert marks == [("failed", "ours"), ("ours", "ours"), ("ours", "ours")]
 
