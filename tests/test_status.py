@@ -126,6 +126,7 @@ def test_the_page_tells_what_is_waited_for_without_secrets(hours, api, ollama, l
         html = page(run.config.health_port)
     assert f'<html lang="{lang}">' in html
     assert ia.t("page_unhealthy") in html
+    assert ia.t("no_host", why="") in html
     assert ollama.url in html
     assert SECRET not in html
 
