@@ -2190,8 +2190,7 @@ class Ai:
 
 
 # ------------------------------------------------------------------------------
-# 7 Library: where photos come from and descriptions go. Two implementations of one
-#   protocol; each worker has its own instance. Knows nothing of the AI.
+# 7 Library: where photos come from and descriptions go; each worker has its own. Knows no AI.
 
 PAGE = 1000  # photos on one page of a listing; Immich's maximum
 IMMICH_TIMEOUT = 60.0  # if Redis hangs, Immich stores a write but answers late
@@ -3220,7 +3219,7 @@ class Tally:
         self.listed = 0  # how many of these so far
         self.most: float = math.inf  # photos to describe
         self.began = self.moved = time.monotonic()  # when the stream or a photo last made progress
-        self.slots: Counter[int] = Counter()  # photos described, by the time in SLOTs
+        self.slots: Counter[int] = Counter()  # photos described in the last day, by time in SLOTs
         self.failed: deque[tuple[Photo, AnalyzeError]] = deque(maxlen=20)  # the latest first
 
     def add(self, outcome: Outcome, reason: str = "", number: int = 1) -> None:
@@ -3231,7 +3230,7 @@ class Tally:
             self.moved = time.monotonic()
             if outcome is Outcome.DESCRIBED:
                 self.slots[now := int(self.moved // SLOT)] += number
-                self.slots.pop(now - SLOTS, None)
+                self.slots = Counter({at: n for at, n in self.slots.items() if at > now - SLOTS})
 
     def left(self) -> int | None:
         """How many photos of the backlog are not listed yet, if known."""
@@ -3887,18 +3886,14 @@ def show_text(ending: Ending, column: str) -> None:
 
 
 class Report:
-    """The page of `--report`: each photo is written over its end, and a new end behind that.
-
-    It has a column for each of these names.
-    """
+    """The page of `--report`: each photo is written over its end, and a new end behind that."""
 
     def __init__(self, file: str, columns: Sequence[str], tally: Tally, secrets: str) -> None:
         self.photos: list[str] = []  # ids, by row
         self._compares, self._tally = len(columns) > 1, tally
         self._lock = threading.Lock()
         self._file, self._size = file, 0  # bytes before the end
-        said = {"t": t, "lang": _language, "version": __version__}
-        said["hide"] = functools.partial(re.sub, secrets, "…")
+        said = {"t": t, "lang": _language, "version": __version__, "hide": re.compile(secrets).sub}
         self._page = template(data_file("report.jinja"), html=True).make_module(said)
         self._head = self._page.head(columns)
         self._save(b"", "ab")  # whether it can be written, before a model is asked
@@ -4236,7 +4231,7 @@ def check_up(config: Config, stop: Stop) -> int:
     told = dict[str, Any](library={}, trouble=None, config=config, t=t, public=public, toml=toml)
     picture = plain_picture(PLAIN_SIZE)
     try:
-        with closing(open_library(config)[0]()) as library:
+        with closing(open_library(config, config.photo)[0]()) as library:
             told["library"] = library.about()
             for photo, source in told["library"]["samples"][:1]:
                 data = library.preview(Photo(photo, "", "", source))

@@ -300,7 +300,7 @@ def test_a_report_that_cannot_be_written_is_told_before_a_model_is_asked(
 def test_a_shorter_end_leaves_nothing_of_a_longer_one(tmp_path):
     """What is left is no longer told once all is done."""
     file, tally = tmp_path / "report.html", ia.Tally()
-    report = ia.Report(str(file), {"a model": ia.parse([], {})}, tally)
+    report = ia.Report(str(file), {"a model": ia.parse([], {})}, tally, "(?!)")
     photo, done, tally.total = ia.Photo("id", "a.jpg", "", "0"), ia.Outcome.DESCRIBED, 98_000
     tally.add(done)
     report.add(1, ia.Ending(photo, done, text="A cat.", said=ia.Said("A cat.", 8.0, 300)))
@@ -314,7 +314,7 @@ def test_a_shorter_end_leaves_nothing_of_a_longer_one(tmp_path):
 
 def test_what_is_no_unicode_is_shown_as_far_as_it_goes(tmp_path):
     file, text = tmp_path / "report.html", "half a \ud83d cat"
-    report = ia.Report(str(file), {"a model": ia.parse([], {})}, ia.Tally())
+    report = ia.Report(str(file), {"a model": ia.parse([], {})}, ia.Tally(), "(?!)")
     photo, done = ia.Photo("id", text, text, "0"), ia.Outcome.DESCRIBED
     report.add(1, ia.Ending(photo, done, text=text, said=ia.Said(text, 8.0, 300)))
     [row] = rows(file)
@@ -371,7 +371,7 @@ def test_a_thousand_photos_stay_small(tmp_path):
     target = io.BytesIO()
     noise.save(target, "JPEG", quality=80)
     picture = ia.prepared(target.getvalue(), 0, ia.PROMPT)
-    report = ia.Report(str(file), ["a model"], tally)
+    report = ia.Report(str(file), ["a model"], tally, "(?!)")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(1000):
         photo = ia.Photo(str(number), f"{number}.jpg", "", "0")
