@@ -1581,7 +1581,7 @@ class Dialect:
         alone = len(listed) == 1 and dig(listed, 0, "owned_by") == "llamacpp"
         known = dig(listed, 0) if alone else models.get(model.removesuffix(":latest"))
         if models and not known:
-            some = ", ".join(sorted(models)[:10]) + "." + nearest(model, models)
+            some = ", ".join(sorted(models)[:10]) + nearest(model, models)
             raise Retryable("model_not_listed", model=model, models=some)
         modalities = dig(known, "architecture", "input_modalities")
         if isinstance(modalities, list):
@@ -1608,10 +1608,10 @@ class Dialect:
 
 
 def nearest(model: str, names: Iterable[str]) -> str:
-    """“Did you mean …?” for a similar name, tags aside; "" if there is none."""
+    """The most similar name, tags aside, to add to a message; "" if none is similar."""
     by_base = {name.lower().partition(":")[0]: name for name in names}
     found = difflib.get_close_matches(model.lower().partition(":")[0], by_base, 1)
-    return " " + t("did_you_mean", name=by_base[found[0]]) if found else ""
+    return t("nearest_name", name=by_base[found[0]]) if found else ""
 
 
 def lacks_context(error: AnalyzeError) -> bool:

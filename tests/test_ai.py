@@ -1343,8 +1343,8 @@ def unlisted(*entries):
 @pytest.mark.parametrize(
     ("interface", "path", "reply", "said"),
     [
-        (*unlisted(*map(model, NAMES)), "Did you mean tiny-vlm-2:7b?"),
-        (*unlisted(model("tiny-vlm:7b")), "Did you mean tiny-vlm:7b?"),
+        (*unlisted(*map(model, NAMES)), "; the nearest name is tiny-vlm-2:7b. The first photo"),
+        (*unlisted(model("tiny-vlm:7b")), "; the nearest name is tiny-vlm:7b. The first photo"),
         (*unlisted(model("other", owned_by="vllm")), "these are: other."),
         (*unlisted(model("other", aliases="tiny-vlm")), "these are: other."),
         ("llamacpp", MODELS, Reply(500, "Internal Server Error"), "Internal Server Error"),
@@ -1406,8 +1406,8 @@ def test_the_name_that_was_meant_is_told_with_the_missing_one(make, names, meant
     with servers.FakeOllama(dict.fromkeys(names, SEES)) as server:
         _, error = error_of(make(server).check)
     assert "model 'tiny-vlm:latest' not found" in str(error)
-    assert (f"Did you mean {servers._tagged(meant)}?" in str(error)) is bool(meant)
-    assert ("Did you mean" in str(error)) is bool(meant)
+    assert (f"; the nearest name is {servers._tagged(meant)})" in str(error)) is bool(meant)
+    assert ("nearest" in str(error)) is bool(meant)
 
 
 @pytest.mark.parametrize(

@@ -944,7 +944,7 @@ def test_a_model_that_is_not_listed_is_one_line_and_the_first_photo_decides(comm
     done = command(*api.argv, *asking(llamacpp), *CURIOUS)
     said, *_, last = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "")
-    assert "these are: first, tiny-vlm-2. Did you mean tiny-vlm-2?" in said
+    assert "these are: first, tiny-vlm-2; the nearest name is tiny-vlm-2. The first" in said
     assert "does not have the model (model not found)" in last
 
 
