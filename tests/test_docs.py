@@ -81,7 +81,8 @@ def test_every_documented_option_exists():
 def test_every_flag_and_variable_named_anywhere_exists():
     names = {row[0] for row in SETTINGS} | {row[1] for row in SETTINGS} | {v[0] for v in VARIABLES}
     known = {name for cell in names for name in CODE.findall(cell)}
-    of_others = {"--mmproj", "--now", "--no-deps", "--target"}  # llama.cpp, systemctl, pip
+    of_others = {"--mmproj", "--now"}  # llama.cpp, systemctl
+    of_others |= {"--no-deps", "--target", "--upgrade"}  # pip
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - of_others
     variables = set(re.findall(r"\b(?:IMMICH|DB)_[A-Z_]+[A-Z]\b", README))
     assert sorted((flags | variables) - known) == []
