@@ -4202,7 +4202,7 @@ def serve_columns(columns: Mapping[str, Config], stop: Stop, tally: Tally) -> bo
             report.add(column, ending)
 
     for other in others if config.preflight_model_check else ():  # before any model is asked
-        with closing(Ai(other, Hosts(other.hosts, 1, 0.0), stop)) as ai:
+        with closing(Ai(other, Hosts(other.hosts, 1, other.unavailable_duration), stop)) as ai:
             ai.check()
     complete = serve(config, stop, tally, functools.partial(show, 1))
     for column, other in enumerate(others, 2):
