@@ -438,9 +438,13 @@ def test_its_language_is_that_of_messages(command, api, ollama):
     assert ia.catalogue("ru")["check_notes"] in facts(done, "ok")
 
 
-def test_llamacpp_itself_tells_its_version_and_how_many_at_a_time(check, api, real_llamacpp):
+def test_llamacpp_itself_tells_its_version_and_how_many_at_a_time(
+    check, api, real_llamacpp, monkeypatch
+):
+    monkeypatch.setattr(ia, "CHECK_TIMEOUT", servers.PATIENCE)  # also on a slow machine
     fill(api, 1)
     done = check(*api.argv, *asking(real_llamacpp))
+    assert facts(done, "!!") == []
     [said] = [fact for fact in facts(done, "ok") if fact.startswith(real_llamacpp.url)]
     assert done.returncode == 0
     assert re.search(re.escape(ia.t("check_slots", number="N")).replace("N", r"\d+"), said)
