@@ -4233,9 +4233,12 @@ def check_up(config: Config, stop: Stop) -> int:
     try:
         with closing(open_library(config, config.photo)[0]()) as library:
             told["library"] = library.about()
-            for photo, source in told["library"]["samples"][:1]:
-                data = library.preview(Photo(photo, "", "", source))
-                picture = prepared(data or b"", config.max_image_size)
+            samples = told["library"]["samples"][:3]
+            for tried, (photo, source) in enumerate(samples, 1):  # some may be broken
+                with suppress(*(Skip, Retryable, Permanent) * (tried < len(samples))):
+                    data = library.preview(Photo(photo, "", "", source))
+                    picture = prepared(data or b"", config.max_image_size)
+                    break
     except AnalyzeError as error:
         told["trouble"] = error
     asked = replace(picture, question=question(Photo("", "", "", ""), config))

@@ -295,6 +295,16 @@ def test_a_library_that_would_not_work_is_told_at_once(
     assert any(fact.startswith(ollama.url) for fact in facts(done, "ok"))  # hosts are told, too
 
 
+def test_one_photo_with_a_broken_preview_does_not_stand_for_all(check, api, ollama):
+    api.add(picture=servers.own_picture(0), taken="2020-01-01 10:00:00")
+    api.add(picture=b"GIF89a and more of it", taken="2024-01-01 10:00:00")
+    lost = api.add(picture=servers.own_picture(1), taken="2025-01-01 10:00:00")
+    api.lose_preview(lost)
+    done = check(*api.argv, *asking(ollama))
+    assert (facts(done, "!!"), done.returncode) == ([], 0)
+    assert ia.t("check_preview") in facts(done, "ok")
+
+
 def test_a_role_that_may_not_read_the_version_is_enough(check, database, ollama, postgres):
     if not postgres.own:
         pytest.skip("roles belong to the whole server")
