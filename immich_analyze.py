@@ -2181,7 +2181,8 @@ class Ai:
             told["trouble"] = error
         with suppress(AnalyzeError):
             if not told["trouble"]:
-                told["tells"] = self._call(url, "GET", self._dialect.server["about"]).json()
+                path = self._dialect.server["about"]
+                told["tells"] = self._call(url, "GET", path, timeout=CHECK_TIMEOUT).json()
         return told
 
     def close(self) -> None:

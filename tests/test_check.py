@@ -355,6 +355,15 @@ def test_a_host_that_would_not_describe_is_told_and_one_of_two_is_enough(
         assert any(fact.startswith(ollama.url) for fact in facts(both, "ok"))
 
 
+def test_a_host_need_not_tell_of_itself_soon(hours, command, api, ollama):
+    fill(api, 1)
+    ollama.script("GET", "/api/version", hours.hang)
+    began = hours.now()
+    done = command("--check", *api.argv, *asking(ollama))
+    assert (done.returncode, facts(done, "!!")) == (0, [])
+    assert (hours.now() - began).total_seconds() < 30
+
+
 # --- Settings ----------------------------------------------------------------------------------
 
 
