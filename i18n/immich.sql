@@ -31,11 +31,11 @@
 
 -- The tables with the facts to read; the one with text in photos exists from 2.2 on.
 {% set known_by = {'people': ['person', face], 'albums': [album, in_album, of_album],
-                   'tags': [tag, 'tag_asset'], 'text': ['asset_ocr']} %}
+                   'tags': [tag, 'tag_asset'],
+                   'text': ['asset_ocr'] | select('in', tables) | list} %}
 {% set user = 'user' if 'user' in tables else 'users' %}
 {% set chosen_by = [album, in_album, of_album, user] * (config.album | length > 0) %}
-{% set also_read = chosen_by + (known_by.items() | selectattr(0, 'in', config.context) | map('last') | sum(start=[])
-                    | select('in', tables) | list) %}
+{% set also_read = chosen_by + (known_by.items() | selectattr(0, 'in', config.context) | map('last') | sum(start=[])) %}
 
 -- 1.133 on; before, there is only "isVisible".
 {% set visibility = 'visibility' in tables.get(asset, ()) %}
@@ -80,7 +80,7 @@ SELECT jsonb_agg(to_jsonb(p)) FROM (
     FROM {{ face }} f
     JOIN person p ON p."{{ group_key }}" = f."{{ group }}" AND p."ownerId" = a."ownerId"
     WHERE f."assetId" = a.id AND f."deletedAt" IS NULL
-      {% if 'isVisible' in tables[face] %} AND f."isVisible" {% endif %}
+      {% if 'isVisible' in tables.get(face, ()) %} AND f."isVisible" {% endif %}
     GROUP BY p."ownerId", p."{{ group_key }}"
 ) p
 {% endmacro %}
@@ -93,7 +93,7 @@ JOIN {{ album }} b ON b.id = i."album{{ s }}Id" AND b."deletedAt" IS NULL
 WHERE i."asset{{ s }}Id" = a.id AND (
     EXISTS (SELECT FROM {{ of_album }} u
             WHERE u."album{{ s }}Id" = b.id AND u."user{{ s }}Id" = a."ownerId")
-    {% if 'ownerId' in tables[album] %} OR b."ownerId" = a."ownerId" {% endif %}
+    {% if 'ownerId' in tables.get(album, ()) %} OR b."ownerId" = a."ownerId" {% endif %}
 )
 {% endmacro %}
 

@@ -305,6 +305,17 @@ def test_one_photo_with_a_broken_preview_does_not_stand_for_all(check, api, olla
     assert ia.t("check_preview") in facts(done, "ok")
 
 
+@pytest.mark.parametrize("table", ["asset_face", "album"])
+def test_a_table_that_is_missing_as_while_it_is_restored_is_told(check, database, ollama, table):
+    fill(database, 1)
+    database.photos.run(f'DROP TABLE "{table}" CASCADE')
+    done = check(*database.argv, *asking(ollama), "--context", "people,albums")
+    [told] = facts(done, "!!")
+    assert as_told(beginning("database_refused")) in told
+    assert table in told
+    assert done.returncode == 2
+
+
 def test_a_role_that_may_not_read_the_version_is_enough(check, database, ollama, postgres):
     if not postgres.own:
         pytest.skip("roles belong to the whole server")

@@ -565,10 +565,11 @@ def test_what_the_message_says_to_grant_is_enough(restricted, settings):
 # wrong databases
 
 
-def test_a_database_without_immichs_tables_is_said_to_be_one(photos, settings):
+@pytest.mark.parametrize("options", [(), ("--context", "people,albums")])
+def test_a_database_without_immichs_tables_is_said_to_be_one(photos, settings, options):
     library = photos()
     library.run("DROP TABLE asset_exif")
-    error = error_of(partial(ia.open_library, settings(library)), ia.Fatal)
+    error = error_of(partial(ia.open_library, settings(library, *options)), ia.Fatal)
     assert error.key == "no_immich_tables"
 
 
