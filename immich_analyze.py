@@ -1460,7 +1460,7 @@ def http_error(server: str, reply: Reply) -> AnalyzeError:
     fields = {"url": reply.url, "status": reply.status, "why": why, "words": words}
     fields["said"] = f" “{why}”" if why else ""
     error = verdict(server, f"{reply.status} {why}\n{words}", **fields)
-    with suppress(InvalidHeader, ValueError):  # none was sent, or neither seconds nor a date
+    with suppress(InvalidHeader, ValueError, OverflowError):  # neither seconds nor a date
         asked = Retry().parse_retry_after(reply.headers.get("Retry-After", ""))
         error.pause = min(max(asked, 1.0), 3600.0) if isinstance(error, Unavailable) else 0.0
     return error

@@ -361,6 +361,7 @@ def test_what_a_server_complains_of_is_one_short_line(ask, server, body, complai
         ("soon", 0),
         ("Wed, 21 Oct 2026 07:28:00 GMT", 1.0),
         ("Wed, 21 Oct 2076 07:28:00 GMT", 3600.0),
+        ("Wed, 21 Oct 99999999999 07:28:00 GMT", 0),
         ("\xb2", 0),
         (None, 0),
     ],
