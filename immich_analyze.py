@@ -361,9 +361,9 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (part.strip(" \t\r\"'") for part in re.split("[,\n]", text))))
 
 
-def each(convert: Convert) -> Convert:
-    """Converter for such a list of at least one part, each of which is converted, too."""
-    return lambda text: [convert(word) for word in words(text) or [""]]
+def each(convert: Convert, none: Sequence[str] = ("",)) -> Convert:
+    """Converter for such a list, each part of which is converted, too; `none` stands for none."""
+    return lambda text: [convert(word) for word in words(text) or none]
 
 
 def ids_in(text: str) -> list[str]:
@@ -465,7 +465,7 @@ class Config:
     report: str | None = option("FILE")  # the page to write
     compare: tuple[str, ...] = option("NAMES", words, action="extend")  # further models
     prompt: str = option("TEXT", default=PROMPT, in_file=str)  # a template, if it has a TAG
-    context: tuple[str, ...] = option("LIST", each(one_of((*FACTS, "all"))), action="extend")
+    context: tuple[str, ...] = option("LIST", each(one_of((*FACTS, "all")), ()), action="extend")
     enrich_prompt: bool = switch()  # then they are ENRICHED at least
     description_language: str = option("LANGUAGE", language_name, default="")
     show_prompt: str | None = option("ID", id_in, env="")  # of a photo

@@ -728,6 +728,10 @@ def test_a_list_adds_up(settings, tmp_path, flag, variable, first, second, field
     assert [getattr(made, field) for made in ways] == [value] * len(ways)
 
 
+def test_an_empty_list_of_facts_takes_back_those_of_a_variable(settings):
+    assert settings("--context", "", IMMICH_ANALYZE_CONTEXT="people", **DB).context == ()
+
+
 @pytest.mark.parametrize(
     ("flag", "field", "value"),
     [("--max-tokens", "max_tokens", 2), ("--api-key", "api_key", "2"), ("--prompt", "prompt", "2")],
