@@ -223,6 +223,9 @@ def test_time_left_is_what_it_takes_for_all_that_is_left(config):
     assert ia.t("check_time", time=ia.t("page_minutes", minutes=50), number=4) in shown(
         "--shard", "1/2"
     )
+    assert ia.t("check_time", time=ia.t("page_minutes", minutes=3), number=4) in shown(
+        "--shard", "1/2", "--limit", "120"
+    )
     assert ia.t("check_time", time=ia.t("page_unknown"), number=4) in shown("--undo")
 
 
@@ -375,6 +378,13 @@ def test_a_host_need_not_tell_of_itself_soon(hours, command, api, ollama):
     assert (hours.now() - began).total_seconds() < 30
 
 
+def test_a_host_may_tell_a_version_of_any_length(check, api, ollama):
+    fill(api, 1)
+    ollama.script("GET", "/api/version", Reply(200, {"version": "1" * 5000}), forever=True)
+    [said] = [f for f in facts(check(*api.argv, *asking(ollama)), "ok") if f.startswith(ollama.url)]
+    assert ia.t("check_version", version="1" * 39 + "…") in said
+
+
 # --- Settings ----------------------------------------------------------------------------------
 
 
@@ -423,6 +433,11 @@ def test_the_database_of_immichs_own_variables_is_told(check, ollama):
     own = "DB_HOSTNAME, DB_PASSWORD, DB_PORT"
     assert setting("--postgres-url", "…", own) in facts(done, "ok")
     assert SECRET not in done.stdout + done.stderr
+
+
+def test_large_numbers_are_told_as_they_are_typed(check, ollama):
+    done = check("--limit", "1234567", *asking(ollama))
+    assert setting("--limit", "1234567", ia.t("check_flag")) in facts(done, "ok")
 
 
 def test_a_long_value_is_cut(check, ollama):
