@@ -280,16 +280,23 @@ def test_each_of_several_that_a_host_refuses_is_left_out(make, llamacpp):
         "max_tokens: Extra inputs are not permitted",
     ],
 )
-def test_a_server_that_wants_the_newer_name_of_the_limit_gets_it(make, llamacpp, words):
+@pytest.mark.parametrize(
+    ("argv", "limit"),
+    [([], body("llamacpp")["max_tokens"]), (["--model-options", '{"max_tokens": 700}'], 700)],
+)
+def test_a_server_that_wants_the_newer_name_of_the_limit_gets_it(
+    make, llamacpp, words, argv, limit
+):
     llamacpp.interface = "llamacpp"
     refusal = refuses("max_tokens", words=json.dumps({"error": {"message": words}}))
     llamacpp.script("POST", CHAT["llamacpp"], refusal, forever=True)
-    model = make(llamacpp)
+    model = make(llamacpp, argv=argv)
     for _ in range(2):
         assert model.describe() == servers.told(JPEG)
-    newer = body("llamacpp")
+    asked = body("llamacpp") | {"max_tokens": limit}
+    newer = dict(asked)
     newer["max_completion_tokens"] = newer.pop("max_tokens")
-    assert [exchange.json for exchange in chats(llamacpp)] == [body("llamacpp"), newer, newer]
+    assert [exchange.json for exchange in chats(llamacpp)] == [asked, newer, newer]
 
 
 # The context
