@@ -2767,8 +2767,7 @@ def open_api(config: Config) -> Opened:
 
 def statements(tables: Mapping[str, set[str]], config: Config) -> dict[str, Any]:
     """The SQL of immich.sql for tables with these columns; Unexpected if they are not Immich's."""
-    ignored = expression(config.ignore_descriptions)
-    given = {"tables": tables, "config": config, "ignored": ignored}
+    given = {"tables": tables, "config": config, "ignored": expression(config.ignore_descriptions)}
     named: dict[str, Any] = vars(template(data_file("immich.sql")).make_module(given))
     if not tables.keys() >= {*named["needed"]}:
         raise Unexpected("no_immich_tables")
@@ -4282,6 +4281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.healthcheck:
             return ask_health(config)
         if config.check or config.show_prompt:
+            signals.grace = 0.0  # as no photo is in progress
             return check_up(config, stop) if config.check else show_prompt(config)
         tally.form += "_undo" * config.undo + "_dry_run" * config.dry_run
         signals.grace, signals.sum_up = config.grace, functools.partial(sum_up, config, tally)

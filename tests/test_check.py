@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -476,6 +477,16 @@ def test_it_ends_in_peace_if_nobody_reads_it(api, ollama):
     said = process.stderr.read()
     process.stderr.close()
     assert (process.wait(servers.PATIENCE), said) == (0, "")
+
+
+def test_a_signal_ends_it_at_once(api, ollama):
+    fill(api, 1)
+    ollama.hold(*CHATS)
+    command = [sys.executable, str(ROOT / "immich_analyze.py"), "--check", *api.argv]
+    with subprocess.Popen([*command, *asking(ollama)], stderr=subprocess.DEVNULL) as process:
+        ollama.wait_for(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(ia.parse([], {}).grace / 2) == 128 + signal.SIGINT
 
 
 def test_its_language_is_that_of_messages(command, api, ollama):
