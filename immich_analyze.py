@@ -4161,8 +4161,7 @@ def serve(config: Config, stop: Stop, tally: Tally, show: Callable[[Ending], Non
     if config.access_ambiguous:
         log.info("%s", t("both_given_api" if config.access is Access.API else "both_given"))
     if service:
-        posts = (status, tally, stop)
-        threading.Thread(target=keep_posted, args=posts, name="posts", daemon=True).start()
+        threading.Thread(target=keep_posted, args=(status, tally, stop), daemon=True).start()
     named = () if tally.counts else config.photo  # what was described for a column may be gone
     new_library, complete = status.waits(open_library, config, named)
     if config.preflight_model_check and not config.undo:
@@ -4218,8 +4217,7 @@ def serve_columns(columns: Mapping[str, Config], stop: Stop, tally: Tally) -> bo
 
 def show_prompt(config: Config) -> int:
     """Print what would be asked about one photo, without asking a model or writing anything."""
-    new_library, _ = open_library(config)
-    with closing(new_library()) as library:
+    with closing(open_library(config)[0]()) as library:
         photo = library.with_facts(find(str(config.show_prompt), library, config))
     with suppress(OSError):  # the reader may be gone
         sys.stdout.write(question(photo, config) + "\n")
