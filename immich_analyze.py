@@ -2177,6 +2177,7 @@ class Ai:
             for colour in () if told["trouble"] else ("gray", "red"):  # the first loads the model
                 plain = replace(plain_picture(picture.size, colour), question=picture.question)
                 told["seconds"] = self._described(url, plain, self._hosts.number(url)).seconds
+                self.close()  # as llama.cpp may close a connection after an answer
         except AnalyzeError as error:
             told["trouble"] = error
         with suppress(AnalyzeError):
