@@ -3919,10 +3919,9 @@ class Report:
     def write(self, piece: str = "") -> None:
         """Write a piece of the page, if any, and its end."""
         counts, seconds = self._tally.counts, time.monotonic() - self._tally.began
-        done = counts[Outcome.DESCRIBED], counts[Outcome.FAILED]
         data, self._head = (self._head + piece).encode("utf-8", "replace"), ""
         left = None if self._compares else self._tally.left()
-        end = self._page.tail(*done, seconds, left).encode().ljust(2000)  # over a longer one
+        end = self._page.tail(counts, seconds, left).encode().ljust(2000)  # over a longer one
         self._save(data + end, "r+b" if self._size else "wb")
         self._size += len(data)
 

@@ -82,7 +82,7 @@ def pieces(columns, lang="en", texts=TEXTS):
 
 def report(columns=MODELS[:1], lang="en", texts=TEXTS):
     """A whole report."""
-    end = macros(lang).tail(1205, 1, 10_123.0, 98_000)
+    end = macros(lang).tail(Counter(described=1205, failed=1), 10_123.0, 98_000)
     return "".join([*pieces(columns, lang, texts), end])
 
 
@@ -231,7 +231,7 @@ def test_a_report_that_is_cut_off_after_any_piece_is_a_whole_page(columns):
     page, so_far = macros(), ""
     for piece in pieces(columns):
         so_far += piece
-        root = ElementTree.fromstring(so_far + page.tail(1, 0, 2.0, None))
+        root = ElementTree.fromstring(so_far + page.tail(Counter(described=1, failed=0), 2.0, None))
         assert [child.tag for child in root.find("body")] == ["header", "main", "footer"]
 
 
@@ -346,15 +346,19 @@ def test_what_stood_there_says_whose_it_was(whose, label):
 def test_a_duration_is_told_as_people_do(seconds, en, ru):
     for lang, told in (("en", en), ("ru", ru)):
         text = told.replace(" ", "\u00a0")
-        assert f"<dd>{text}</dd>" in macros(lang).tail(0, 0, seconds, None)
+        assert f"<dd>{text}</dd>" in macros(lang).tail(
+            Counter(described=0, failed=0), seconds, None
+        )
         assert f"<dd>{text}</dd>" in status(lang, seconds_left=seconds)
 
 
 def test_the_time_for_the_rest_is_told_where_it_is_known():
     page, label = macros(), f"<dt>{ia.t('page_time_left')}</dt>"
-    assert f"{label}<dd>1\u00a0h\u00a040\u00a0min</dd>" in page.tail(10, 0, 60.0, 1000)
-    assert label not in page.tail(10, 0, 60.0, None)
-    assert label not in page.tail(0, 3, 60.0, 1000)
+    assert f"{label}<dd>1\u00a0h\u00a040\u00a0min</dd>" in page.tail(
+        Counter(described=10, failed=0), 60.0, 1000
+    )
+    assert label not in page.tail(Counter(described=10, failed=0), 60.0, None)
+    assert label not in page.tail(Counter(described=0, failed=3), 60.0, 1000)
 
 
 def test_a_thousand_photos_stay_small():
