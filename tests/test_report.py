@@ -263,6 +263,7 @@ def test_a_text_that_immich_did_not_keep_is_shown_as_lost(command, immich, api, 
 # How it is written
 
 
+@pytest.mark.unmeasured
 def test_a_run_that_is_killed_leaves_a_whole_report(api, ollama, tmp_path):
     wanted = fill(api, 6)
     file = tmp_path / "report.html"
