@@ -15,6 +15,7 @@ import requests
 import sandbox
 import servers
 from servers import CUT, HANG, RESET, recorded
+from urllib3.exceptions import ProxySchemeUnsupported
 
 import immich_analyze as ia
 
@@ -641,6 +642,7 @@ def test_a_server_that_gives_up_on_a_request_costs_a_try(ask, reply, timeout, ke
         (requests.exceptions.InvalidURL(), (ia.Fatal, "not_an_address")),
         (requests.exceptions.InvalidSchema(), (ia.Fatal, "not_an_address")),
         (requests.exceptions.InvalidProxyURL(), (ia.Fatal, "not_an_address")),
+        (ProxySchemeUnsupported("TLS in TLS"), (ia.Fatal, "not_an_address")),
         (OSError("no TLS CA certificate bundle, invalid path: /x"), (ia.Fatal, "tls_failed")),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
@@ -709,6 +711,15 @@ def test_half_an_answer_or_none_costs_a_try(ask, data, how, key):
     timeout = 2 if how.get("hold") else servers.PATIENCE
     with saying(data, **how) as place:
         assert blamed(ask, f"http://{place}/x", timeout=timeout)[0] == (ia.Retryable, key)
+
+
+@pytest.mark.parametrize(
+    ("body", "key"), [(b"", "timed_out"), (b"4\r\nhalf\r\n", "timed_out_reading")]
+)
+def test_headers_alone_are_no_answer_to_who_listens(ask, body, key):
+    with saying(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + body, hold=True) as place:
+        found = blamed(ask, f"http://{place}/x", timeout=2, watch=lambda piece: None)[0]
+    assert found == (ia.Retryable, key)
 
 
 def closed_port():
