@@ -89,12 +89,12 @@ _language = "en"
 
 
 @functools.cache
-def data_file(name: str) -> str:
-    """Read a data file from the folder beside this module, which may be in a zip archive."""
+def data_file(*names: str) -> str:
+    """Read data files, one after the other, beside this module, which may be in a zip archive."""
     home = Path(__file__).parent
     root = home if home.is_dir() else zipfile.Path(home)
-    files = (root / folder / name for folder in DATA_FOLDERS)
-    return next(file for file in files if file.is_file()).read_text(encoding="utf-8")
+    files = (next(f for d in DATA_FOLDERS if (f := root / d / name).is_file()) for name in names)
+    return "".join(file.read_text(encoding="utf-8") for file in files)
 
 
 @functools.cache
@@ -3895,7 +3895,7 @@ class Report:
         self._lock = threading.Lock()
         self._file, self._size = file, 0  # bytes before the end
         said = {"t": t, "lang": _language, "version": __version__, "hide": re.compile(secrets).sub}
-        self._page = template(data_file("report.jinja"), html=True).make_module(said)
+        self._page = template(data_file("words.jinja", "report.jinja"), html=True).make_module(said)
         self._head = self._page.head(columns)
         self._save(b"", "ab")  # whether it can be written, before a model is asked
 
@@ -3918,11 +3918,10 @@ class Report:
 
     def write(self, piece: str = "") -> None:
         """Write a piece of the page, if any, and its end."""
-        counts, seconds = self._tally.counts, time.monotonic() - self._tally.began
+        seconds = time.monotonic() - self._tally.began
         data, self._head = (self._head + piece).encode("utf-8", "replace"), ""
-        left = None if self._compares else self._tally.left()
-        end = self._page.tail(counts, seconds, left).encode().ljust(2000)  # over a longer one
-        self._save(data + end, "r+b" if self._size else "wb")
+        end = self._page.tail(self._tally, seconds, self._compares).encode().ljust(2000)
+        self._save(data + end, "r+b" if self._size else "wb")  # over an end that may be longer
         self._size += len(data)
 
     def _save(self, data: bytes, mode: str) -> None:
@@ -4008,9 +4007,9 @@ def serve_health(status: Status, host: str, number: int) -> None:
             pages = toml("pages.toml")
             code, kind, body = 404, "text/plain", " ".join(pages) + "\n"
             if self.path in pages:
-                (file, kind), figures = pages[self.path], status.figures()
+                (files, kind), figures = pages[self.path], status.figures()
                 code = 503 if self.path == "/health" and figures["trouble"] else 200
-                body = template(data_file(file), "html" in kind).render(figures)
+                body = template(data_file(*files), "html" in kind).render(figures)
             self.send_response(code)
             self.send_header("Content-Type", kind)
             self.send_header("Cache-Control", "no-store")
@@ -4245,7 +4244,8 @@ def check_up(config: Config, stop: Stop) -> int:
     told |= {"hide": re.compile(f"{config.secrets}|{UNSAFE}").sub, "hosts": hosts}
     told["env"] = {name for name, text in os.environ.items() if text.strip()}
     with suppress(OSError):  # the reader may be gone
-        sys.stdout.write(template(data_file("check.jinja")).render(told, fields=fields(config)))
+        page = template(data_file("words.jinja", "check.jinja"))
+        sys.stdout.write(page.render(told, fields=fields(config)))
     return 2 if told["trouble"] or all(host["trouble"] for host in hosts) else 0
 
 

@@ -214,7 +214,7 @@ def test_time_left_is_what_it_takes_for_all_that_is_left(config):
     def shown(*argv: str) -> str:
         given = {"t": ia.t, "public": ia.public, "toml": ia.toml, "config": config(*argv)}
         given |= {"fields": [], "env": set(), "hide": lambda _, text: text, "trouble": None}
-        return ia.template(ia.data_file("check.jinja")).render(told | given)
+        return ia.template(ia.data_file("words.jinja", "check.jinja")).render(told | given)
 
     hours = ia.t("page_hours", hours=1, minutes=40)  # 4,000 of 6 s, four at a time
     assert ia.t("check_time", time=hours, number=4) in shown()

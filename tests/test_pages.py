@@ -47,7 +47,7 @@ def macros(lang="en"):
     """The macros of the report, in a language."""
     ia.use_language(lang)
     given = {"t": ia.t, "lang": lang, "version": "0.1.0", "hide": lambda _, text: text}
-    return ia.template(ia.data_file("report.jinja"), True).make_module(given)
+    return ia.template(ia.data_file("words.jinja", "report.jinja"), True).make_module(given)
 
 
 def photo(name="a.jpg", before="", id="id", site=SITE):
@@ -80,9 +80,15 @@ def pieces(columns, lang="en", texts=TEXTS):
         yield page.text(row, column, failed, "ours")
 
 
+def tail(described, failed, seconds, left, lang="en"):
+    """The end of a report."""
+    counts = Counter(described=described, failed=failed)
+    return macros(lang).tail(SimpleNamespace(counts=counts, left=lambda: left), seconds, False)
+
+
 def report(columns=MODELS[:1], lang="en", texts=TEXTS):
     """A whole report."""
-    end = macros(lang).tail(Counter(described=1205, failed=1), 10_123.0, 98_000)
+    end = tail(1205, 1, 10_123.0, 98_000, lang)
     return "".join([*pieces(columns, lang, texts), end])
 
 
@@ -114,7 +120,7 @@ def status(lang="en", **figures):
         "seconds_left": 422_396.0, "slots": [n // 12 for n in range(288)], "hosts": HOSTS,
         "now": 0.0, "failures": FAILURES, "harmless": str,
     }  # fmt: skip
-    return ia.template(ia.data_file("status.jinja"), True).render(usual | figures)
+    return ia.template(ia.data_file("words.jinja", "status.jinja"), True).render(usual | figures)
 
 
 PAGES = {
@@ -228,10 +234,10 @@ def test_a_page_can_be_printed(chromium, file, name):
 
 @pytest.mark.parametrize("columns", [MODELS[:1], MODELS], ids=["report", "comparison"])
 def test_a_report_that_is_cut_off_after_any_piece_is_a_whole_page(columns):
-    page, so_far = macros(), ""
+    so_far = ""
     for piece in pieces(columns):
         so_far += piece
-        root = ElementTree.fromstring(so_far + page.tail(Counter(described=1, failed=0), 2.0, None))
+        root = ElementTree.fromstring(so_far + tail(1, 0, 2.0, None))
         assert [child.tag for child in root.find("body")] == ["header", "main", "footer"]
 
 
@@ -346,19 +352,15 @@ def test_what_stood_there_says_whose_it_was(whose, label):
 def test_a_duration_is_told_as_people_do(seconds, en, ru):
     for lang, told in (("en", en), ("ru", ru)):
         text = told.replace(" ", "\u00a0")
-        assert f"<dd>{text}</dd>" in macros(lang).tail(
-            Counter(described=0, failed=0), seconds, None
-        )
+        assert f"<dd>{text}</dd>" in tail(0, 0, seconds, None, lang)
         assert f"<dd>{text}</dd>" in status(lang, seconds_left=seconds)
 
 
 def test_the_time_for_the_rest_is_told_where_it_is_known():
-    page, label = macros(), f"<dt>{ia.t('page_time_left')}</dt>"
-    assert f"{label}<dd>1\u00a0h\u00a040\u00a0min</dd>" in page.tail(
-        Counter(described=10, failed=0), 60.0, 1000
-    )
-    assert label not in page.tail(Counter(described=10, failed=0), 60.0, None)
-    assert label not in page.tail(Counter(described=0, failed=3), 60.0, 1000)
+    label = f"<dt>{ia.t('page_time_left')}</dt>"
+    assert f"{label}<dd>1\u00a0h\u00a040\u00a0min</dd>" in tail(10, 0, 60.0, 1000)
+    assert label not in tail(10, 0, 60.0, None)
+    assert label not in tail(0, 3, 60.0, 1000)
 
 
 def test_a_thousand_photos_stay_small():
