@@ -396,17 +396,11 @@ def wall_clock(text: str, *, end: bool = False) -> datetime:
     raise argparse.ArgumentTypeError(t("not_a_date", value=text))
 
 
-@functools.cache
-def languages() -> dict[str, list[str]]:
-    """The name of a language and its scripts, by its code and by that name in lower case."""
-    rows = toml("languages.toml").items()
-    return {key: row for code, row in rows for key in (code, row[0].lower())}
-
-
 def language_name(text: str) -> str:
     """Converter for a language: its name in English, or the text as it is for an unknown one."""
-    name = unicode_text(text).strip()
-    return languages().get(name.lower().replace("_", "-"), [name])[0]
+    given = unicode_text(text).strip()
+    known, code = toml("languages.toml").items(), given.lower().replace("_", "-")
+    return next((name for name, row in known if code in (name.lower(), *row["codes"])), given)
 
 
 def file_text(file: str) -> str:
@@ -1297,7 +1291,7 @@ def refusal(text: str) -> str:
 
 def is_foreign(text: str, language: str) -> bool:
     """Whether a text is mainly in scripts that a language does not use, but for quotations."""
-    scripts, letters = languages().get(language.lower(), [])[1:], Counter[bool]()
+    scripts, letters = dig_list(toml("languages.toml"), language, "scripts"), Counter[bool]()
     said = unicodedata.normalize("NFKC", patterns()["quotation"].sub("", text))
     for letter in filter(str.isalpha, said):
         script = re.split("[ -]", unicodedata.name(letter, ""))[0]
