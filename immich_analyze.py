@@ -238,12 +238,6 @@ class Policy(StrEnum):
     ALL = "all"
 
 
-PROMPT = (
-    "Create a detailed description for the image for proper image search functionality. In the "
-    "response, provide only the description without introductory words. Also specify the image "
-    "format (Wallpaper, Screenshot, Drawing, City photo, Selfie, etc.). The format must be "
-    "correct. If in doubt, name the most likely option and don't think too long."
-)
 # What can be known of a photo, by the names of the placeholders.
 ENRICHED = ("people", "place", "date", "tags", "camera", "file")
 FACTS = (*ENRICHED, "gps", "albums", "text", "description")
@@ -458,7 +452,7 @@ class Config:
     dry_run: bool = switch()  # also true with show_prompt
     report: str | None = option("FILE")  # the page to write
     compare: tuple[str, ...] = option("NAMES", words, action="extend")  # further models
-    prompt: str = option("TEXT", default=PROMPT, in_file=str)  # a template, if it has a TAG
+    prompt: str = option("TEXT", in_file=str)  # a template, if it has a TAG
     context: tuple[str, ...] = option("LIST", each(one_of((*FACTS, "all")), ()), action="extend")
     enrich_prompt: bool = switch()  # then they are ENRICHED at least
     description_language: str = option("LANGUAGE", language_name, default="")
@@ -566,7 +560,7 @@ def add(group: Any, *flags: str, env: str | None = None, **more: Any) -> None:
     """Add an option; its variable is IMMICH_ANALYZE_<OPTION> unless named."""
     option = flags[0].lstrip("-").replace("-", "_")
     variable = f"IMMICH_ANALYZE_{option.upper()}" if env is None else env
-    text, default = t(f"help_{option}"), more.get("default")
+    text, default = t(f"help_{option}"), more.get("default", group.get_default(option))
     if default not in (None, False, "", argparse.SUPPRESS):
         text += f" ({default})".replace("%", "%%")
     text += f" [{variable}]" if variable else ""
@@ -604,6 +598,7 @@ def build_parser() -> Parser:
         config_file_parser_class=FileParser,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
     )
+    parser.set_defaults(prompt=toml("settings.toml")["prompt"])
     group: Any = parser
     headings = toml("settings.toml")["headings"]
     for setting in fields(Config):
@@ -1105,7 +1100,7 @@ def question(photo: Photo, config: Config) -> str:
             prompt = tidy(marked(prompt).render(facts, context=context, language=language))
     request = "" if "language" in shown else tidy(words.request(language))
     rest = GAP.join(filter(None, ["" if shown - {"language"} else context, request]))
-    return prompt.rstrip("\n") + GAP + rest if rest else prompt or PROMPT
+    return prompt.rstrip("\n") + GAP + rest if rest else prompt or toml("settings.toml")["prompt"]
 
 
 def picture_type(data: bytes) -> tuple[str | None, bool]:

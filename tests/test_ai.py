@@ -15,6 +15,7 @@ import pytest
 import servers
 from hours import BEGIN, Stop
 from servers import CUT, RESET, Exchange, FakeServer, Reply, Stream
+from worlds import PROMPT
 
 import immich_analyze as ia
 
@@ -118,7 +119,7 @@ def only(picture: ia.Picture, reply: Any) -> Callable[[Exchange], Any]:
 # --- The question ----------------------------------------------------------------------------
 
 
-def body(interface, picture=JPEG, mime="image/jpeg", tokens=4096, prompt=ia.PROMPT, think=False):
+def body(interface, picture=JPEG, mime="image/jpeg", tokens=4096, prompt=PROMPT, think=False):
     """The whole body of a question."""
     encoded = base64.b64encode(picture).decode()
     if interface == "ollama":
@@ -146,7 +147,7 @@ def test_a_picture_is_described_by_one_request(fake, make):
     assert make(fake).describe() == servers.told(JPEG)
     [exchange] = fake.exchanges
     assert (exchange.path, exchange.json) == (fake.chat, body(fake.interface))
-    assert fake.asked == [(JPEG, ia.PROMPT)]
+    assert fake.asked == [(JPEG, PROMPT)]
 
 
 def test_prompt_and_limit_are_as_set(fake, make):

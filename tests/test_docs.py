@@ -9,7 +9,7 @@ from pathlib import Path
 import psycopg2.extensions
 import pytest
 import sandbox
-from worlds import check_note
+from worlds import PROMPT, check_note
 
 import immich_analyze as ia
 
@@ -63,7 +63,7 @@ def test_every_option_is_documented_with_its_variable_and_default(action):
     assert CODE.findall(variable) == ([action.env_var] if action.env_var else [])
     assert meaning
     literal = re.fullmatch(CODE, default)
-    if action.default in (None, "", ia.PROMPT, argparse.SUPPRESS):
+    if action.default in (None, "", PROMPT, argparse.SUPPRESS):
         assert not literal, "a default that is no value of the setting is told in words"
     elif isinstance(action.default, bool):
         assert default == f"`{str(action.default).lower()}`"
@@ -89,7 +89,7 @@ def test_every_flag_and_variable_named_anywhere_exists():
 
 
 def test_the_default_prompt_is_quoted_in_full():
-    assert ia.PROMPT in " ".join(section("Settings").split())
+    assert PROMPT in " ".join(section("Settings").split())
 
 
 def test_the_default_database_is_told():

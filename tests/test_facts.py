@@ -14,7 +14,7 @@ import servers
 from facts import Album, Line, Person
 from hours import Hours
 from servers import FakeImmich, FakeOllama
-from worlds import CHATS, ApiWorld, SqlWorld, World, asking, readable_immich, shown
+from worlds import CHATS, PROMPT, ApiWorld, SqlWorld, World, asking, readable_immich, shown
 
 import immich_analyze as ia
 
@@ -641,7 +641,7 @@ def test_a_persons_text_is_told_without_ours(
         pass
     asked = questions(ollama)
     assert told(asked[servers.own_picture(1)]) == {"A person's description": "By Anna."}
-    assert asked[servers.own_picture(2)] == ia.PROMPT
+    assert asked[servers.own_picture(2)] == PROMPT
 
 
 def test_the_question_about_a_photo_can_be_seen_without_asking(

@@ -16,14 +16,14 @@ import pytest
 import servers
 from hours import Hours, Run
 from servers import FakeImmich, FakeKey, FakeOllama, Reply
-from worlds import CHATS, ApiWorld, SqlWorld, World, answer_by_picture, asking
+from worlds import CHATS, PROMPT, ApiWorld, SqlWorld, World, answer_by_picture, asking
 
 import immich_analyze as ia
 
 pytestmark = pytest.mark.slow
 
 KEY = "immich-analyze"
-PROMPT_ID = hashlib.sha256(ia.PROMPT.encode()).hexdigest()[:12]
+PROMPT_ID = hashlib.sha256(PROMPT.encode()).hexdigest()[:12]
 NOWHERE = ["--hosts", "http://127.0.0.1:9"]
 SAID = "A blue ship on a lake."
 BLOCK = f"[AI]\n{SAID}\n[/AI]"

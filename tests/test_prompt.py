@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 import servers
-from worlds import CHATS, ApiWorld, asking
+from worlds import CHATS, PROMPT, ApiWorld, asking
 
 import immich_analyze as ia
 
@@ -30,7 +30,7 @@ def asked(config):
     return ask
 
 
-@pytest.mark.parametrize("prompt", ["Describe.\n", "\r\n\n\n Say {}, }} or % \n\n", ia.PROMPT])
+@pytest.mark.parametrize("prompt", ["Describe.\n", "\r\n\n\n Say {}, }} or % \n\n", PROMPT])
 def test_a_plain_prompt_is_asked_to_the_byte_and_keeps_the_name_it_had(asked, config, prompt):
     assert asked("--prompt", prompt) == prompt
     before = hashlib.sha256(prompt.encode()).hexdigest()[:12]
@@ -67,7 +67,7 @@ def test_nothing_is_left_where_nothing_is_known(asked):
     assert "Date: Sunday, 14 July 2019, afternoon\n" in told
     assert "People" not in told
     assert told.count("\n\n") == 1
-    assert asked("--prompt", "{{ context }}", "--context", "people", told={}) == ia.PROMPT
+    assert asked("--prompt", "{{ context }}", "--context", "people", told={}) == PROMPT
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_photo_whose_answer_is_in_another_script_is_asked_about_again(api, oll
     assert (done.returncode, done.stderr) == (0, "")
     assert api.texts() == {id: GERMAN}
     asked = {chat.json["messages"][0]["content"] for chat in ollama.find(*CHATS)}
-    assert asked == {f"{ia.PROMPT}\n\nWrite the description in this language: German."}
+    assert asked == {f"{PROMPT}\n\nWrite the description in this language: German."}
 
 
 @pytest.mark.slow
@@ -239,7 +239,7 @@ def test_a_host_that_repeats_itself_is_shown_plain_pictures_with_the_same_words(
     ollama.answer = lambda picture, _: "A lake." if picture in photos else "Grey."
     assert command(*api.argv, *asking(ollama)).returncode == 0
     asked = [chat.json["messages"][0]["content"] for chat in ollama.find(*CHATS)]
-    assert asked == [ia.PROMPT] * 3
+    assert asked == [PROMPT] * 3
 
 
 @pytest.mark.slow

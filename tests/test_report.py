@@ -19,6 +19,7 @@ from servers import FakeKey
 from worlds import (
     CHATS,
     NO_PAUSE,
+    PROMPT,
     ApiWorld,
     Running,
     about_photos,
@@ -129,7 +130,7 @@ def test_a_report_shows_each_photo_with_what_it_got(command, library, ollama, tm
         assert max(pixels(row.preview)) <= 320
         assert row.cells[0].whose == "ours"
         assert re.fullmatch(r"[\d.]+\xa0s · \d+ tokens", row.cells[0].cost)
-        assert row.cells[0].question == ia.PROMPT
+        assert row.cells[0].question == PROMPT
     assert figures(file)[ia.t("page_described")] == "5"
     assert library.texts() == dict.fromkeys(wanted, "") if dry else wanted
 
@@ -371,7 +372,7 @@ def test_a_thousand_photos_stay_small(tmp_path):
     noise = Image.effect_noise((1440, 1080), 60).convert("RGB")
     target = io.BytesIO()
     noise.save(target, "JPEG", quality=80)
-    picture = ia.prepared(target.getvalue(), 0, ia.PROMPT)
+    picture = ia.prepared(target.getvalue(), 0, PROMPT)
     report = ia.Report(str(file), ["a model"], tally, "(?!)")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(1000):

@@ -9,9 +9,7 @@ import pytest
 import servers
 from hours import Hours
 from servers import Exchange, Reply
-from worlds import ApiWorld, SqlWorld, World, asked_about, failure_notes, fill
-
-import immich_analyze as ia
+from worlds import PROMPT, ApiWorld, SqlWorld, World, asked_about, failure_notes, fill
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +25,7 @@ def text_id(text: str) -> str:
 
 def keep_note(library: World, id: str, **fields: Any) -> None:
     """Put a note in, made by this model and prompt unless told otherwise."""
-    own = {"v": 1, "model": "tiny-vlm", "prompt": sha256(ia.PROMPT.encode()).hexdigest()[:12]}
+    own = {"v": 1, "model": "tiny-vlm", "prompt": sha256(PROMPT.encode()).hexdigest()[:12]}
     note = own | {"at": "2026-01-02T03:04:05.678Z"} | fields
     if isinstance(library, ApiWorld):
         library.server.assets[id].notes = {KEY: note}

@@ -24,6 +24,7 @@ from servers import Exchange, FakeImmich, FakeLlamaCpp, FakeServer, Reply
 import immich_analyze as ia
 
 ROOT = Path(__file__).parent.parent
+PROMPT = ia.toml("settings.toml")["prompt"]
 CHATS = ("POST", "/api/chat|/v1/chat/completions")
 NO_PAUSE = ["--retry-delay-seconds", "0"]
 BUSY = replace(  # for longer than any test takes
@@ -363,7 +364,7 @@ def failure(id: str, name: str, key: str, **fields: Any) -> str:
 
 
 def check_note(
-    notes: dict[str, Any], text: str, model: str = "tiny-vlm", prompt: str = ia.PROMPT
+    notes: dict[str, Any], text: str, model: str = "tiny-vlm", prompt: str = PROMPT
 ) -> None:
     """All that is kept of a photo is the one note for a text of ours, made just now."""
     [(key, note)] = notes.items()
