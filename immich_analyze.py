@@ -38,6 +38,7 @@ import socketserver
 import sys
 import threading
 import time
+import tomllib
 import traceback
 import unicodedata
 import warnings
@@ -100,8 +101,6 @@ def data_file(*names: str) -> str:
 @functools.cache
 def toml(name: str) -> dict[str, Any]:
     """A data file in TOML."""
-    import tomllib  # here, as each start would wait for it
-
     return tomllib.loads(data_file(name))
 
 
