@@ -1180,7 +1180,7 @@ def plain_picture(size: tuple[int, int], colour: str = "gray") -> Picture:
 def patterns() -> dict[str, re.Pattern[str]]:
     """What models and servers say, and the like, by the names in patterns.toml."""
     texts: dict[str, str] = {}
-    for name, text in toml("patterns.toml").items():  # may name those above it
+    for name, text in toml("patterns.toml")["patterns"].items():  # may name those above it
         texts[name] = re.sub(r"\{([a-z_]+)\}", lambda part: f"(?:{texts[part[1]]}\n)", text)
     return {name: re.compile(text, re.VERBOSE) for name, text in texts.items()}
 
@@ -1229,26 +1229,17 @@ def from_json(text: str) -> str:
     return text
 
 
-# Patterns that are taken away or put right, in this order, by what takes their place.
-CLEANING: dict[str, str | Callable[[re.Match[str]], str]] = {
-    "html": meaning,
-    "line_end": "\n",
-    "not_storable": "",
-    "lost_tags": "",
-    "fence": r"\g<inside>",
-    "lead_in": lambda lead: "" if lead["closed"] or lead["closed_after"] else lead["marks"],
-    "prelude": "",
-    "quotes_around": r"\g<inside>",
-    "block_mark": r"(\g<mark>)",
-    "blank_lines": "\n\n",
-}
+def still_open(lead: re.Match[str]) -> str:
+    """The marks of a lead-in, such as **, which belong to what follows if it closes none."""
+    return "" if lead["closed"] or lead["closed_after"] else lead["marks"]
 
 
 def clean(text: str) -> str:
     """What a model said, as a description: nothing but what it says of the picture."""
+    places = toml("patterns.toml")["places"] | {"html": meaning, "lead_in": still_open}
     for _ in range(5):  # as one thing is wrapped into another
         before, text = text, from_json(without_thoughts(text))
-        for name, place in CLEANING.items():
+        for name, place in places.items():
             text = patterns()[name].sub(place, text)
         text = (text[:-600] + patterns()["offer"].sub("", text[-600:])).strip()  # as Immich does
         if text == before:

@@ -285,6 +285,7 @@ def test_every_pattern_is_used_by_the_module_or_in_another():
     text = module.with_name("i18n").joinpath("patterns.toml").read_text(encoding="utf-8")
     used = re.findall(r"\{([a-z_]+)\}", text)
     used += re.findall(r'"([a-z_]+)"', module.read_text(encoding="utf-8"))
+    used += ia.toml("patterns.toml")["places"]
     assert set(ia.patterns()) - set(used) == set()
 
 
