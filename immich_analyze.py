@@ -2039,6 +2039,7 @@ class Ai:
         key = [("Authorization", f"Bearer {config.api_key}")] if config.api_key else []
         usual = self._dialect.server["headers"].items()
         self._session = Session([*usual, *key, *config.host_header])
+        self.close = self._session.close
 
     def describe(self, picture: Picture, check: Callable[[], None]) -> Said:
         """Have a picture described by a host that is well; waits for one.
@@ -2164,10 +2165,6 @@ class Ai:
                 path = self._dialect.server["about"]
                 told["tells"] = self._call(url, "GET", path, timeout=CHECK_TIMEOUT).json()
         return told
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._session.close()
 
 
 # ------------------------------------------------------------------------------
