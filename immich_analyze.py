@@ -1832,10 +1832,6 @@ class Hosts:
         with self._lock:
             return [replace(host) for host in self._hosts.values()]
 
-    def usable(self) -> bool:
-        """Whether any host is well, as far as is known."""
-        return any(host.why is None for host in self.seen())
-
 
 class Tries:
     """What one photo met at the hosts, and who is to blame for it; only its worker knows.
@@ -3936,7 +3932,7 @@ class Status:
             return "starting"
         if away > AWAY_LIMIT:
             return "library_away"
-        if not self._hosts.usable():
+        if all(host.why for host in self._hosts.seen()):
             return "no_model_host"
         return "stalled" if not away and time.monotonic() - moved > self._longest else ""
 
@@ -3944,9 +3940,9 @@ class Status:
         """What the run waits for, with the reasons as `tell` puts them; "" if it can go on."""
         if why := self.waits.why:
             return t("waiting", why=tell(why))
-        if self.ready and not self._hosts.usable():
-            troubles = (tell(host.why) for host in self._hosts.seen() if host.why)
-            return t("no_host", why="; ".join(troubles))
+        troubles = [host.why for host in self._hosts.seen()]
+        if self.ready and all(troubles):
+            return t("no_host", why="; ".join(map(tell, troubles)))
         return "" if self.ready else t("checking")
 
     def figures(self) -> dict[str, Any]:
