@@ -1286,9 +1286,9 @@ def is_foreign(text: str, language: str) -> bool:
     return bool(scripts) and letters[False] > max(few, letters[True])
 
 
-def description_in(answer: object, language: str = "") -> str:
+def description_in(answer: str, language: str = "") -> str:
     """The description in a model's answer; Retryable if there is none."""
-    text = clean(answer) if isinstance(answer, str) else ""
+    text = clean(answer)
     # no bare number: Immich would store 1.50 as 1.5
     if not any(c.isalpha() for c in text) or patterns()["web_page"].match(text):
         raise Retryable("answer_empty")
