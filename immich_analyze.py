@@ -1002,14 +1002,10 @@ def dig_list(data: object, *path: str | int) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def one_line(text: object) -> str:
-    """A text in one line; "" for anything else."""
+def one_line(data: object, *path: str | int) -> str:
+    """A text, or the one at a path into JSON, in one line; "" for anything else."""
+    text = dig(data, *path)
     return " ".join(text.split()) if isinstance(text, str) else ""
-
-
-def text_at(data: object, *path: str | int) -> str:
-    """The text at a path into JSON, in one line; "" where there is none."""
-    return one_line(dig(data, *path))
 
 
 def number_at(data: object, *path: str | int) -> float:
@@ -1046,7 +1042,7 @@ def people_in(told: object) -> list[str]:
     """People with a name and their age, left to right where Immich tells, else by name."""
     found, taken = [], taken_at(told)
     for person in dig_list(told, "people"):
-        name, faces = text_at(person, "name"), dig_list(person, "faces")
+        name, faces = one_line(person, "name"), dig_list(person, "faces")
         if name and dig(person, "isHidden") is not True:
             xs = [number_at(f, "boundingBoxX1") / (number_at(f, "imageWidth") or 1) for f in faces]
             age = age_at(dig(person, "birthDate"), taken)
@@ -1056,11 +1052,11 @@ def people_in(told: object) -> list[str]:
 
 def names(told: object) -> dict[str, list[str]]:
     """What has a name on a photo, by fact, each once; our text is outdated once it changes."""
-    tags = [text_at(tag, "value") for tag in dig_list(told, "tags")]
+    tags = [one_line(tag, "value") for tag in dig_list(told, "tags")]
     inner = [tag for tag in tags if not any(other.startswith(f"{tag}/") for other in tags)]
     found = {
         "people": people_in(told),
-        "place": [text_at(told, "exifInfo", part) for part in ("city", "state", "country")],
+        "place": [one_line(told, "exifInfo", part) for part in ("city", "state", "country")],
         "albums": map(one_line, dig_list(told, "albums")),
         "tags": [tag.rpartition("/")[2] for tag in inner],
     }
@@ -1076,7 +1072,7 @@ def names_id(photo: Photo, config: Config) -> str:
 
 def file_name(told: object) -> str:
     """The name of the file without its ending, "" if a camera or a messenger gave it."""
-    name = re.sub(r"\.\w{1,5}$", "", text_at(told, "originalFileName"))
+    name = re.sub(r"\.\w{1,5}$", "", one_line(told, "originalFileName"))
     return "" if patterns()["unchosen_name"].fullmatch(name) else name
 
 
@@ -1086,7 +1082,7 @@ def question(photo: Photo, config: Config) -> str:
     if not (config.context or language or re.search(TAG, prompt)):
         return prompt
     told, typed = photo.told, replace(photo, description=unmerge(photo))
-    ways = {"text_at": text_at, "number_at": number_at, "list_at": dig_list}
+    ways = {"text_at": one_line, "number_at": number_at, "list_at": dig_list}
     found = {"names": names(told), "taken": taken_at(told), "file_name": file_name(told)}
     found["persons_text"] = "" if undescribed(typed, config) else typed.description
     words = marked(data_file("question.jinja")).make_module({"told": told} | ways | found)
@@ -2385,7 +2381,7 @@ class ApiLibrary(Library):
             raise Fatal("immich_permission_missing", permission=", ".join(missing))
         try:
             told = self._send(account.key, "GET", "/users/me", timeout=CHECK_TIMEOUT).json()
-            account.user_id, account.name = text_at(told, "id"), text_at(told, "email")
+            account.user_id, account.name = one_line(told, "id"), one_line(told, "email")
         except Fatal as error:
             if error.key != "immich_permission_missing":
                 raise
@@ -2540,7 +2536,7 @@ class ApiLibrary(Library):
             paths.append("/albums?shared=true")
         listed = [one for path in paths for one in dig_list(self._call(account, "GET", path))]
         told = {str(dig(one, "id")): one for one in listed}
-        return {n: text_at(o, "albumName") for n, o in told.items()} if kind == "albums" else told
+        return {n: one_line(o, "albumName") for n, o in told.items()} if kind == "albums" else told
 
     def known_albums(self, ids: Sequence[str], *, named: bool) -> list[tuple[str, str]]:
         """Id and name of each album in `ids` that a user sees; of all albums if `named`."""
