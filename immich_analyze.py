@@ -1225,14 +1225,9 @@ def from_json(text: str) -> str:
     return text
 
 
-def still_open(lead: re.Match[str]) -> str:
-    """The marks of a lead-in, such as **, which belong to what follows if it closes none."""
-    return "" if lead["closed"] or lead["closed_after"] else lead["marks"]
-
-
 def clean(text: str) -> str:
     """What a model said, as a description: nothing but what it says of the picture."""
-    places = toml("patterns.toml")["places"] | {"html": meaning, "lead_in": still_open}
+    places = toml("patterns.toml")["places"] | {"html": meaning}
     for _ in range(5):  # as one thing is wrapped into another
         before, text = text, from_json(without_thoughts(text))
         for name, place in places.items():

@@ -343,6 +343,7 @@ LEAD_INS = [
     "Here is a detailed description of the image for search:\n\n",
     "This is a description of the image: ",
     "**Here is a detailed description of the image:**\n\n",
+    "**Here is a detailed description of the image**: ",
     "Description: ",
     "**Description:** ",
     "**Description**: ",
