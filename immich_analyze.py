@@ -2931,21 +2931,19 @@ class PreviewWatch(fs.FileSystemEventHandler):
         threading.Thread(target=self._begin, name="watch", daemon=True).start()
 
     def _begin(self) -> None:
-        observer = None
         try:
             os.scandir(self._folder).close()  # watchdog would skip it silently
             self._observer = observer = Observer()
             observer.schedule(self, str(self._folder), recursive=True, event_filter=WRITTEN)
             observer.start()
+            self.since = time.monotonic()
             # folders beyond the limit are skipped silently, but then one more raises an error
             observer.unschedule(observer.schedule(self, str(self._folder.parent), event_filter=[]))
         except OSError as error:
-            if error.errno == errno.ENOSPC or not (observer and observer.is_alive()):
+            if error.errno == errno.ENOSPC or self.since == math.inf:
                 keys = {errno.ENOSPC: "watch_limit", errno.EMFILE: "watch_instances"}
                 key = keys.get(error.errno or 0, "watch_failed")
                 log.warning("%s", t(key, folder=self._folder, why=error.strerror))
-        if observer and observer.is_alive():
-            self.since = time.monotonic()
 
     def on_any_event(self, event: fs.FileSystemEvent) -> None:
         """Handle an event, in the observer's thread."""
