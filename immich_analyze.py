@@ -2235,8 +2235,8 @@ class Library(Protocol):
         """Descriptions written in the last `age` seconds, by id; photos that are gone have none."""
         return {}
 
-    def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
-        """Store or delete the notes, if this Immich keeps notes."""
+    def remember(self, photo: Photo, note: Note | None) -> None:
+        """Store a note or, with None, delete the photo's; if this Immich keeps notes."""
 
     def close(self) -> None:
         """Close the connections; may be called twice."""
@@ -2649,20 +2649,21 @@ class ApiLibrary(Library):
         if len(json.dumps(new)) > BODY_LIMIT:
             raise Permanent("description_too_long")
         if note:
-            self.remember([(photo, note)])
+            self.remember(photo, note)
         if stored != text:
             self._ask(photo, "PUT", json=new)
         return True
 
-    def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
-        """PUT or DELETE /assets/{id}/metadata for each; if one is refused, the others still go."""
-        for photo, note in notes if self.keeps_notes() else ():
-            with suppress(Permanent, Skip, Missing):
-                if note:
-                    item = {"key": KEY, "value": note.value(datetime.now(UTC))}
-                    self._ask(photo, "PUT", "/metadata", json={"items": [item]})
-                else:
-                    self._ask(photo, "DELETE", f"/metadata/{KEY}", raw=True)
+    def remember(self, photo: Photo, note: Note | None) -> None:
+        """PUT or DELETE /assets/{id}/metadata; if that is refused, no harm is done."""
+        if not self.keeps_notes():
+            return
+        with suppress(Permanent, Skip, Missing):
+            if note:
+                item = {"key": KEY, "value": note.value(datetime.now(UTC))}
+                self._ask(photo, "PUT", "/metadata", json={"items": [item]})
+            else:
+                self._ask(photo, "DELETE", f"/metadata/{KEY}", raw=True)
 
     def close(self) -> None:
         self._session.close()
@@ -2896,10 +2897,9 @@ class DbLibrary(Library):
             raise Skip("photo_gone")
         return stored.description == text
 
-    def remember(self, notes: Sequence[tuple[Photo, Note | None]]) -> None:
-        for photo, note in notes:
-            if note:
-                self._rows("remember", id=photo.id, note=note)
+    def remember(self, photo: Photo, note: Note | None) -> None:
+        """Store a note; none is deleted alone, as nothing is read back."""
+        self._rows("remember", note, id=photo.id)
 
     def close(self) -> None:
         if self._connection:
@@ -3633,7 +3633,7 @@ def note_failures(library: Library, run: Run) -> None:
     """Note what failed, once a described photo shows that others succeed."""
     with suppress(IndexError):  # when nothing is left
         while run.tally.counts[Outcome.DESCRIBED]:
-            run.patience(library.remember, [run.tally.unnoted.popleft()])
+            run.patience(library.remember, *run.tally.unnoted.popleft())
 
 
 # --- Reading back what was written ---
@@ -3652,21 +3652,19 @@ def read_back(batch: Sequence[Ending], library: Library, run: Run) -> None:
     """Compare what Immich stored with what was written, and correct the notes."""
     age, photos = time.monotonic() - batch[0].at, [ending.photo for ending in batch]
     found = run.patience(library.read_back, photos, age, tries=VALUABLE_TRIES)
-    notes, losses = [], []
+    losses = []
     for ending in batch:
         photo = ending.photo
         note, trouble = judged(ending, found.get(photo.id))
         if isinstance(trouble, Permanent) and len(batch) > 1:  # a search may lag
             again = run.patience(library.read_back, [photo], age, tries=VALUABLE_TRIES)
             note, trouble = judged(ending, again.get(photo.id))
-        if note != ending.note or (not note and not trouble):
-            notes.append((photo, note))
         if run.checks.count(photo, lost=isinstance(trouble, Permanent)):
             log.error("%s", t("library_loses", library=photo.library or "-"))
+        if note != ending.note or (not note and not trouble):
+            run.patience(library.remember, photo, note, tries=VALUABLE_TRIES)
         if trouble:
             losses.append((ending, trouble))
-    if notes:
-        run.patience(library.remember, notes, tries=VALUABLE_TRIES)
     for ending, trouble in losses:
         outcome = Outcome.FAILED if isinstance(trouble, Permanent) else Outcome.SKIPPED
         take_off(ending, outcome, trouble, run)

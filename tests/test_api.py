@@ -352,7 +352,8 @@ def test_each_photo_is_read_and_written_with_the_key_of_its_owner(family, opened
         assert library.write(asset, f"By the key of {asset.name}.", NOTE) is True
     written = {asset.id: family.assets[asset.id].description for asset in assets}
     assert library.read_back(assets, 0) == written
-    library.remember([(asset, NOTE) for asset in assets])
+    for asset in assets:
+        library.remember(asset, NOTE)
     for exchange in family.exchanges[listed:]:
         one = exchange.params.get("id")
         sent = exchange.json if isinstance(exchange.json, dict) else {}
@@ -367,7 +368,7 @@ def test_partners_photos_are_never_written(family, opened):
     library = opened(family)
     for asset in listing(library):
         library.write(asset, "New.", NOTE)
-        library.remember([(asset, NOTE)])
+        library.remember(asset, NOTE)
     shared = [asset for asset in family.assets.values() if asset.owner == "carl"]
     assert [(asset.description, asset.notes) for asset in shared] == [("", {})] * 2
     texts = [exchange.json for exchange in family.find("PUT", "/assets/")]
@@ -567,10 +568,10 @@ def test_an_upgrade_that_one_worker_sees_all_know_of(fake, settings):
     new_library, _ = ia.open_library(settings(server))
     with closing(new_library()) as one, closing(new_library()) as other:
         [asset] = listing(one)
-        one.remember([(asset, NOTE)])
+        one.remember(asset, NOTE)
         assert server.assets[asset.id].notes == {}
         other.clock()
-        one.remember([(asset, NOTE)])
+        one.remember(asset, NOTE)
     assert server.assets[asset.id].notes.keys() == {ia.KEY}
 
 
@@ -601,8 +602,8 @@ def test_an_immich_in_trouble_later_costs_no_photo(fake, opened, trouble):
         lambda: library.write(asset, "Not now.", NOTE),
         lambda: library.read_back([asset], 0),
         lambda: library.read_back([asset] * 3, 0),
-        lambda: library.remember([(asset, NOTE)]),
-        lambda: library.remember([(asset, None)]),
+        lambda: library.remember(asset, NOTE),
+        lambda: library.remember(asset, None),
     ):
         with pytest.raises(ia.Unavailable):
             call()
@@ -804,7 +805,7 @@ def test_redirects_are_named_and_not_followed(fake, opened, status):
         lambda: library.claim(asset),
         lambda: library.write(asset, "Nowhere.", NOTE),
         lambda: library.read_back([asset], 0),
-        lambda: library.remember([(asset, NOTE)]),
+        lambda: library.remember(asset, NOTE),
     ):
         with pytest.raises(ia.Unavailable) as raised:
             call()
@@ -828,7 +829,8 @@ def test_a_photo_taken_away_is_gone_for_preview_and_write(fake, opened, version,
     with pytest.raises(ia.Skip):
         library.write(asset, "Too late.", NOTE)
     assert library.read_back([asset], 0) == {}
-    library.remember([(asset, NOTE), (asset, None)])  # nobody is told
+    library.remember(asset, NOTE)  # nobody is told
+    library.remember(asset, None)
 
 
 # whatever the other side says
@@ -873,8 +875,8 @@ def test_whatever_the_reply_only_our_errors_are_raised(fake, settings, opened, r
         lambda: library.write(asset, "Perhaps.", NOTE),
         lambda: library.read_back([asset], 0),
         lambda: library.read_back([asset] * 3, 0),
-        lambda: library.remember([(asset, NOTE)]),
-        lambda: library.remember([(asset, None)]),
+        lambda: library.remember(asset, NOTE),
+        lambda: library.remember(asset, None),
         library.total,
         lambda: ia.open_library(settings(server)),
     ]

@@ -511,7 +511,7 @@ def test_a_restricted_role_is_enough(restricted, opened, version):
     assert tool.write(asset, "Written.", NOTE) is True
     assert tool.write(asset, "Written.", NOTE) is True
     assert library.description(id) == "Written."
-    tool.remember([(asset, replace(NOTE, text="another"))])
+    tool.remember(asset, replace(NOTE, text="another"))
     assert tool.look(asset).note == (replace(NOTE, text="another") if version in NOTING else None)
     assert tool.write(tool.look(asset), "", None) is True
     assert (library.description(id), library.notes(id)) == ("", {})

@@ -303,7 +303,7 @@ def test_the_grants_are_enough(photos, postgres, version, config):
     assert opened.preview(asset)
     note = ia.Note("tiny-vlm", settings.prompt_id, text=ia.text_id("A lake."))
     assert opened.write(asset, "A lake.", note)
-    opened.remember([(asset, note)])
+    opened.remember(asset, note)
     assert library.description(photo) == "A lake."
     if version != "2.3.1":
         check_note(library.notes(photo), "A lake.")

@@ -434,7 +434,7 @@ def test_a_library_that_vanished_raises_only_errors_of_ours(store, opened, monke
         "first page": lambda: library.page(None),
         "total": library.total,
         "write": lambda: library.write(asset, "Never written.", NOTE),
-        "remember": lambda: library.remember([(asset, NOTE)]),
+        "remember": lambda: library.remember(asset, NOTE),
     }
     for _ in range(2):  # the second time there is no connection left to lose
         for call in calls.values():

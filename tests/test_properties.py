@@ -352,8 +352,8 @@ class Story:
     def read_back(self, photos: list[ia.Photo], age: float) -> dict[str, str]:
         return {found.id: self.text for found in photos}
 
-    def remember(self, notes: list[tuple[ia.Photo, ia.Note | None]]) -> None:
-        [(_, self.note)] = notes
+    def remember(self, _: ia.Photo, note: ia.Note | None) -> None:
+        self.note = note
 
     def _kept(self, text: str) -> str:
         return text.strip(JS_BLANKS) if self.must_confirm else text

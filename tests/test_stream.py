@@ -482,8 +482,8 @@ class Desk:
         assert note == ia.Note(MODEL, PROMPT, text=ia.text_id(text))
         return self._next(f"write {text}", self._writes)
 
-    def remember(self, notes):
-        self.noted += notes
+    def remember(self, photo, note):
+        self.noted.append((photo, note))
 
 
 def tell(run, desk):
