@@ -2207,12 +2207,9 @@ class Library(Protocol):
     def about(self) -> dict[str, Any]:
         """What `--check` tells; `samples` has a few photos, each as its id and Photo.source."""
 
-    def claim(self, photo: Photo) -> Photo:
-        """Claim the photo and read its note; Skip if another instance has claimed it."""
-
-    def release(self, photo: Photo) -> None:
-        """Release a claimed photo, if this library makes claims; never raises."""
-        return
+    @contextmanager
+    def claimed(self, photo: Photo) -> Iterator[Photo]:
+        """Claim the photo, with its note, for a while; Skip if another instance has claimed it."""
 
     def look(self, photo: Photo) -> Photo:
         """The photo as it is now, with its note; Skip if it is not to be described."""
@@ -2600,19 +2597,21 @@ class ApiLibrary(Library):
             raise Retryable("not_json", url=public(self._config.immich_api_url))
         return dict(told)
 
-    def claim(self, photo: Photo) -> Photo:
+    @contextmanager
+    def claimed(self, photo: Photo) -> Iterator[Photo]:
         """GET /assets/{id}/metadata/{key}; only `--shard` keeps instances apart."""
         told = None
         with suppress(Missing):
             if self.keeps_notes():
                 told = self._ask(photo, "GET", f"/metadata/{KEY}")
-        return replace(photo, note=note_in(dig(told, "value")))
+        yield replace(photo, note=note_in(dig(told, "value")))
 
     def look(self, photo: Photo) -> Photo:
         found = self._photo(self._read(photo), self._accounts[photo.source])
         if not found:
             raise Skip("photo_excluded")
-        return self.claim(found)
+        with self.claimed(found) as noted:
+            return noted
 
     def with_facts(self, photo: Photo) -> Photo:
         """GET /assets/{id} for tags, GET /assets/{id}/ocr for the text in the picture."""
@@ -2852,22 +2851,18 @@ class DbLibrary(Library):
     def watch(self, event: Callable[[], None], cooldown: float) -> PreviewWatch:
         return PreviewWatch(self._root / self._thumbs, event, cooldown)
 
-    def claim(self, photo: Photo) -> Photo:
+    @contextmanager
+    def claimed(self, photo: Photo) -> Iterator[Photo]:
         """Take an advisory lock, which ends with this connection; then look."""
         if self._rows("claim", id=photo.id) != [(True,)]:
             raise Skip("claimed_elsewhere")
         try:
-            return self.look(photo)
-        except AnalyzeError:
-            self.release(photo)
-            raise
-
-    def release(self, photo: Photo) -> None:
-        """Release the lock, if need be by closing the connection."""
-        try:
-            self._rows("release", id=photo.id)
-        except AnalyzeError:
-            self.close()
+            yield self.look(photo)
+        finally:
+            try:
+                self._rows("release", id=photo.id)
+            except AnalyzeError:
+                self.close()
 
     def look(self, photo: Photo) -> Photo:
         rows = self._rows("look", id=photo.id)
@@ -3515,14 +3510,12 @@ def story(photo: Photo, library: Library, ai: Ai, run: Run) -> Ending:
 @contextmanager
 def claimed(photo: Photo, library: Library, run: Run) -> Iterator[Photo]:
     """Claim the photo, with its note, for as long as it is needed; Skip if it is left alone."""
-    photo = run.patience(library.claim, photo)
-    try:
+    with ExitStack() as claims:
+        photo = run.patience(lambda: claims.enter_context(library.claimed(photo)))
         if reason := left_alone(photo, run.config) if photo.ready else "not_ready":
             raise Skip(reason)
         run.checks.check_library(photo)
         yield photo
-    finally:
-        library.release(photo)
 
 
 def settled(photo: Photo, library: Library, run: Run) -> bytes:

@@ -78,6 +78,12 @@ def listing(library):
     return [asset for assets, _ in walk(library) for asset in assets]
 
 
+def claimed(library, asset):
+    """The photo as it is while it is claimed."""
+    with library.claimed(asset) as found:
+        return found
+
+
 def ids(assets):
     return [asset.id for asset in assets]
 
@@ -348,7 +354,7 @@ def test_each_photo_is_read_and_written_with_the_key_of_its_owner(family, opened
     listed = len(family.exchanges)
     for asset in assets:
         assert library.preview(asset) == family.assets[asset.id].preview
-        assert library.claim(asset).note is None
+        assert claimed(library, asset).note is None
         assert library.write(asset, f"By the key of {asset.name}.", NOTE) is True
     written = {asset.id: family.assets[asset.id].description for asset in assets}
     assert library.read_back(assets, 0) == written
@@ -361,7 +367,7 @@ def test_each_photo_is_read_and_written_with_the_key_of_its_owner(family, opened
             assert exchange.headers["x-api-key"] == f"{family.assets[id].owner}-key"
     assert all("By the key" in asset.description for asset in owned)
     assert all(asset.notes.keys() == {ia.KEY} for asset in owned)
-    assert [library.claim(asset).note for asset in assets] == [NOTE] * 4
+    assert [claimed(library, asset).note for asset in assets] == [NOTE] * 4
 
 
 def test_partners_photos_are_never_written(family, opened):
@@ -598,7 +604,7 @@ def test_an_immich_in_trouble_later_costs_no_photo(fake, opened, trouble):
     for call in (
         lambda: library.page(None),
         lambda: library.preview(asset),
-        lambda: library.claim(asset),
+        lambda: claimed(library, asset),
         lambda: library.write(asset, "Not now.", NOTE),
         lambda: library.read_back([asset], 0),
         lambda: library.read_back([asset] * 3, 0),
@@ -655,7 +661,7 @@ def test_a_described_photo_costs_few_requests(fake, opened, version, number):
     assets = listing(library)
     opening = len(server.exchanges)
     for asset in assets:
-        library.claim(asset)
+        claimed(library, asset)
         library.preview(asset)
         assert library.write(asset, "A photo.", NOTE) is True
     stored = library.read_back(assets, 2.5)
@@ -739,7 +745,7 @@ def test_headers_for_a_login_go_with_each_request(fake, config):
     with closing(new_library()) as library:
         asset = listing(library)[0]
         library.preview(asset)
-        library.claim(asset)
+        claimed(library, asset)
         library.write(asset, "A text.", NOTE)
         library.clock()
     assert len(server.exchanges) > 6
@@ -802,7 +808,7 @@ def test_redirects_are_named_and_not_followed(fake, opened, status):
     for call in (
         lambda: library.page(None),
         lambda: library.preview(asset),
-        lambda: library.claim(asset),
+        lambda: claimed(library, asset),
         lambda: library.write(asset, "Nowhere.", NOTE),
         lambda: library.read_back([asset], 0),
         lambda: library.remember(asset, NOTE),
@@ -871,7 +877,7 @@ def test_whatever_the_reply_only_our_errors_are_raised(fake, settings, opened, r
     calls = [
         lambda: library.page(None),
         lambda: library.preview(asset),
-        lambda: library.claim(asset),
+        lambda: claimed(library, asset),
         lambda: library.write(asset, "Perhaps.", NOTE),
         lambda: library.read_back([asset], 0),
         lambda: library.read_back([asset] * 3, 0),

@@ -815,14 +815,17 @@ def test_a_photo_is_claimed_by_one_instance_at_a_time(photos, opened):
     library.add_many(2)
     one, other = opened(library), opened(library)
     first, second = listing(one)
-    assert one.claim(first) == first
-    assert error_of(partial(other.claim, first), ia.Skip).key == "claimed_elsewhere"
-    assert other.claim(second) == second
-    one.release(first)
-    assert other.claim(first) == first
-    one.close()
-    other.close()  # as when it is killed
-    assert one.claim(first) == first
+    with one.claimed(first) as found:
+        assert found == first
+        assert error_of(other.claimed(first).__enter__, ia.Skip).key == "claimed_elsewhere"
+        with other.claimed(second) as found:
+            assert found == second
+    with other.claimed(first) as found:
+        assert found == first
+        one.close()
+        other.close()  # as when it is killed
+        with one.claimed(first) as found:
+            assert found == first
 
 
 def test_what_another_instance_wrote_is_seen_when_it_is_claimed(photos, opened):
@@ -830,13 +833,14 @@ def test_what_another_instance_wrote_is_seen_when_it_is_claimed(photos, opened):
     library.add_many(2)
     one, other = opened(library), opened(library)
     first, second = listing(other)
-    one.claim(first)
-    one.write(first, "A lake.", NOTE)
-    one.release(first)
-    assert other.claim(first).description == "A lake."
-    library.trash(second.id)
-    error_of(partial(other.claim, second), ia.Skip)
-    assert library.run("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == [(1,)]
+    with one.claimed(first):
+        one.write(first, "A lake.", NOTE)
+    with other.claimed(first) as found:
+        assert found.description == "A lake."
+        library.trash(second.id)
+        error_of(other.claimed(second).__enter__, ia.Skip)
+        held = library.run("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")
+        assert held == [(1,)]
 
 
 # what changes while it runs
