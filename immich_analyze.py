@@ -2291,25 +2291,22 @@ class Walk:
     part: int = 0  # index of the key and visibility
     before: datetime | None = None  # the latest date taken
     page: int = 1  # above 1 only while a whole page lies within one millisecond
-    seen: Mapping[str, datetime] = field(default_factory=dict)  # photos that may come again
+    seen: frozenset[str] = frozenset()  # ids of photos that may come again
     quiet: int = 0  # consecutive pages without a new photo
 
+    def onward(self, ids: frozenset[str], last: datetime, more: bool, stable: bool) -> Walk | None:
+        """The cursor after a page of photos back to the `last` date; None at the end of the part.
 
-def onward(walk: Walk, listed: Mapping[str, datetime], more: bool, stable: bool) -> Walk | None:
-    """The cursor after a page with these photos; None at the end of the part.
-
-    If the order of photos of one date is not `stable`, pages within one millisecond are
-    requested again until they bring nothing new.
-    """
-    quiet = 0 if listed.keys() - walk.seen.keys() else walk.quiet + 1
-    seen = {**walk.seen, **listed}
-    # responses have milliseconds, the database microseconds
-    bound = min(listed.values(), default=FAR_FUTURE) + timedelta(milliseconds=1)
-    within = more and walk.before and bound >= walk.before  # still the same millisecond
-    if within or (walk.page > 1 and not stable and quiet < 4 * walk.page):
-        return replace(walk, page=walk.page + 1 if within else 1, seen=seen, quiet=quiet)
-    again = {asset_id: date for asset_id, date in seen.items() if date <= bound}
-    return Walk(walk.part, bound, seen=again) if more else None
+        If the order of photos of one date is not `stable`, pages within one millisecond are
+        requested again until they bring nothing new.
+        """
+        quiet = self.quiet + 1 if ids <= self.seen else 0
+        seen = ids | self.seen
+        bound = last + timedelta(milliseconds=1)  # as the database has microseconds, too
+        within = more and self.before and bound >= self.before  # still the same millisecond
+        if within or (self.page > 1 and not stable and quiet < 4 * self.page):
+            return replace(self, page=self.page + 1 if within else 1, seen=seen, quiet=quiet)
+        return Walk(self.part, bound, seen=seen if self.page > 1 else ids) if more else None
 
 
 def chosen(config: Config) -> list[dict[str, Any]]:
@@ -2451,16 +2448,15 @@ class ApiLibrary(Library):
         if not isinstance(found, dict):
             raise Retryable("not_json", url=public(self._config.immich_api_url))
         items = [item for item in dig_list(found, "items") if isinstance(dig(item, "id"), str)]
-        listed: dict[str, datetime] = {}
-        date = walk.before or FAR_FUTURE
+        last = walk.before or FAR_FUTURE
         for item in items:
             with suppress(ValueError, OverflowError):  # for a date that Python cannot represent
                 told = datetime.fromisoformat(str(item.get("fileCreatedAt")))
-                date = min(told.astimezone(UTC), FAR_FUTURE)
-            listed[item["id"]] = date
+                last = min(last, told.astimezone(UTC))
         more, stable = dig(found, "nextPage") is not None, self._server.version >= (3, 1, 0)
         fresh = [item for item in items if item["id"] not in walk.seen]
-        return fresh, onward(walk, listed, more, stable)
+        ids = frozenset(item["id"] for item in items)
+        return fresh, walk.onward(ids, last, more, stable)
 
     def _filter(self, visibility: str) -> dict[str, Any]:
         """The filter for one visibility, always explicit, as the default differs by release."""
