@@ -3490,7 +3490,11 @@ def story(photo: Photo, library: Library, ai: Ai, run: Run) -> Ending:
     """
     if run.config.undo:
         return take_back(photo, library, run)
-    with claimed(photo, library, run) as photo:
+    with ExitStack() as claims:  # each try makes one of its own
+        photo = run.patience(lambda: claims.enter_context(library.claimed(photo)))
+        if reason := left_alone(photo, run.config) if photo.ready else "not_ready":
+            raise Skip(reason)
+        run.checks.check_library(photo)
         photo = run.patience(library.with_facts, photo)
         preview, picture = settled(photo, library, run), None
         try:
@@ -3501,17 +3505,6 @@ def story(photo: Photo, library: Library, ai: Ai, run: Run) -> Ending:
         except Permanent as error:
             run.tally.unnoted.append((photo, failure_note(photo, error, run.config)))
             return Ending(photo, Outcome.FAILED, error, picture=picture)
-
-
-@contextmanager
-def claimed(photo: Photo, library: Library, run: Run) -> Iterator[Photo]:
-    """Claim the photo, with its note, for as long as it is needed; Skip if it is left alone."""
-    with ExitStack() as claims:
-        photo = run.patience(lambda: claims.enter_context(library.claimed(photo)))
-        if reason := left_alone(photo, run.config) if photo.ready else "not_ready":
-            raise Skip(reason)
-        run.checks.check_library(photo)
-        yield photo
 
 
 def settled(photo: Photo, library: Library, run: Run) -> bytes:
