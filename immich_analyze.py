@@ -3320,6 +3320,8 @@ class Run:
     new_library: Callable[[], Library]
     checks: Checks = field(default_factory=Checks)
     taken: Taken = field(default_factory=Taken)
+    turn: threading.Lock = field(default_factory=threading.Lock)  # to ask for the next photo
+    busy: set[int] = field(default_factory=set)  # threads of workers that have a photo
     show: Callable[[Ending], None] = lambda ending: None
 
 
@@ -3456,14 +3458,27 @@ class News:
 
 
 def stream(run: Run, library: Library) -> Generator[Photo, None, None]:
-    """Photos to describe: arrivals first, then listings; a batch run ends with its listing."""
-    mode, cooldown = run.config.mode, run.config.event_cooldown
+    """Photos to describe, up to the limit: arrivals first, then listings.
+
+    A batch run ends with its listing. A service has a limit for each day.
+    """
+    mode, counts, cooldown = run.config.mode, run.tally.counts, run.config.event_cooldown
     listings = [listing(run, counts=True)] if mode.backlog else []
     watch = library.watch(run.stop.news.set, cooldown) if mode.monitors else None
+    before: dict[date | None, int] = {}  # photos described by the time that each day began
     with closing(watch) if watch else nullcontext():
         news = News(library, run, watch) if mode.monitors else None
         while not run.stop.is_set() and (news or listings):
             run.tally.moved = time.monotonic()
+            # who is busy comes first: a story that ends now may count twice, but never not at all
+            busy, done = len(run.busy), counts[Outcome.DESCRIBED] + counts[Outcome.UNDONE]
+            today = datetime.now(UTC).astimezone().date() if news else None
+            left = run.tally.most + before.setdefault(today, done) - done
+            if left <= 0 and not news:
+                return
+            if left <= busy:  # one of those that are being described may fail
+                run.stop.nap(1.0)
+                continue
             if news and len(listings) < 2 and (sweep := news.sweep()):
                 listings.append(sweep)
             if news and (photo := news.next()):
@@ -4015,44 +4030,21 @@ def keep_posted(status: Status, tally: Tally, stop: Stop) -> None:
     notify("STOPPING=1")
 
 
-def limited(photos: Iterator[Photo], busy: set[int], run: Run) -> Generator[Photo, None, None]:
-    """The photos of a stream until `--limit` of them are described; a service has a limit a day."""
-    day, before = None, 0
-    while not run.stop.is_set():
-        # who is busy comes first: a story that ends now may count twice, but never not at all
-        working, today = len(busy), datetime.now(UTC).astimezone().date()
-        done = sum(run.tally.counts[outcome] for outcome in (Outcome.DESCRIBED, Outcome.UNDONE))
-        if not day or (run.config.mode.monitors and day != today):
-            day, before = today, done
-        left = run.tally.most + before - done
-        if left > working:
-            if not (photo := next(photos, None)):
-                return
-            yield photo
-        elif left <= 0 and not run.config.mode.monitors:
-            return
-        else:  # one of those that are being described may fail
-            run.tally.moved = time.monotonic()
-            run.stop.nap(1.0)
-
-
-def in_turn(
-    photos: Iterator[Photo], turn: threading.Lock, busy: set[int], library: Library
-) -> Iterator[Photo]:
+def in_turn(photos: Iterator[Photo], library: Library, run: Run) -> Iterator[Photo]:
     """One worker's share of a stream; it holds `turn` while it waits for the next photo."""
     while True:
-        if not turn.acquire(timeout=IDLE):
+        if not run.turn.acquire(timeout=IDLE):
             library.close()
-            turn.acquire()
+            run.turn.acquire()
         try:
             photo = next(photos, None)
-            busy.add(threading.get_ident())
+            run.busy.add(threading.get_ident())
         finally:
-            turn.release()
+            run.turn.release()
         if not photo:
             return
         yield photo
-        busy.discard(threading.get_ident())
+        run.busy.discard(threading.get_ident())
 
 
 def describe_library(run: Run) -> None:
@@ -4062,7 +4054,7 @@ def describe_library(run: Run) -> None:
 
     def worker() -> None:
         with closing(run.new_library()) as library, closing(Ai(config, run.hosts, run.stop)) as ai:
-            work(in_turn(photos, turn, busy, library), library, ai, run)
+            work(in_turn(photos, library, run), library, ai, run)
 
     def checker() -> None:
         with closing(run.new_library()) as library:
@@ -4079,9 +4071,7 @@ def describe_library(run: Run) -> None:
             over, pool = threading.Event(), stack.enter_context(ThreadPoolExecutor(1, "progress"))
             pool.submit(show_progress, tally, over)
             stack.callback(over.set)
-        found = stack.enter_context(closing(stream(run, library)))
-        turn, busy = threading.Lock(), set[int]()  # threads of workers that have a photo
-        photos = stack.enter_context(closing(limited(found, busy, run)))
+        photos = stack.enter_context(closing(stream(run, library)))
         # two workers for each place at a host, so that a photo that waits does not hold up others
         workers = [worker] * min(2 * config.max_concurrent, library.most_workers)
         run_all(workers, [checker] if library.must_confirm else [], run)

@@ -98,9 +98,9 @@ def test_shares_are_disjoint_and_together_all(stop):
     assert skipped == sum(bool(p.description) for p in photos)
 
 
-def test_those_who_share_a_stream_get_each_photo_once():
-    photos, turn = iter([photo(n) for n in range(4)]), threading.Lock()
-    one, other = (ia.in_turn(photos, turn, set(), Desk()) for _ in range(2))
+def test_those_who_share_a_stream_get_each_photo_once(run):
+    photos = iter([photo(n) for n in range(4)])
+    one, other = (ia.in_turn(photos, Desk(), run) for _ in range(2))
     assert [next(one), next(other), next(other), next(one)] == [photo(n) for n in range(4)]
     assert list(one) == list(other) == []
 
