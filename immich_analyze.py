@@ -3699,15 +3699,10 @@ def run_all(
     workers: Sequence[Callable[[], None]], checkers: Sequence[Callable[[], None]], run: Run
 ) -> None:
     """Run all threads until the stream ends; an error in one of them ends them all."""
-
-    def ended(job: Future[None]) -> None:
-        if job.exception():
-            run.stop.set()
-
     with ThreadPoolExecutor(len(workers) + len(checkers), "worker") as pool:
         jobs = [pool.submit(call) for call in (*workers, *checkers)]
         for job in jobs:
-            job.add_done_callback(ended)
+            job.add_done_callback(lambda done: run.stop.set() if done.exception() else None)
         wait(jobs[: len(workers)])
         run.checks.close()
     for job in jobs:
