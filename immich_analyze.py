@@ -3636,9 +3636,9 @@ def note_failures(library: Library, run: Run) -> None:
 # --- Reading back what was written ---
 
 
-def check_written(library: Library, run: Run) -> None:
+def check_written(run: Run) -> None:
     """The checker: reads back what was written until nothing is left and no worker writes."""
-    with suppress(Stopped):
+    with suppress(Stopped), closing(run.new_library()) as library:
         while batch := run.checks.next(run.stop):
             if failed := attempt(batch[0].photo, read_back, batch, library, run):
                 for ending in batch:
@@ -4051,10 +4051,6 @@ def describe_library(run: Run) -> None:
         with closing(run.new_library()) as library, closing(Ai(config, run.hosts, run.stop)) as ai:
             work(in_turn(photos, library, run), library, ai, run)
 
-    def checker() -> None:
-        with closing(run.new_library()) as library:
-            check_written(library, run)
-
     with ExitStack() as stack:
         library = stack.enter_context(closing(run.new_library()))
         terminal = sys.stderr.isatty()
@@ -4069,7 +4065,8 @@ def describe_library(run: Run) -> None:
         photos = stack.enter_context(closing(stream(run, library)))
         # two workers for each place at a host, so that a photo that waits does not hold up others
         workers = [worker] * min(2 * config.max_concurrent, library.most_workers)
-        run_all(workers, [checker] if library.must_confirm else [], run)
+        checkers = [functools.partial(check_written, run)] * library.must_confirm
+        run_all(workers, checkers, run)
 
 
 def serve(config: Config, stop: Stop, tally: Tally, show: Callable[[Ending], None]) -> bool:

@@ -355,6 +355,9 @@ class Story:
     def remember(self, _: ia.Photo, note: ia.Note | None) -> None:
         self.note = note
 
+    def close(self) -> None:
+        pass
+
     def _kept(self, text: str) -> str:
         return text.strip(JS_BLANKS) if self.must_confirm else text
 
@@ -384,7 +387,7 @@ class Story:
         if self.must_confirm and not ending.error:
             run.checks.add(ending)
         run.checks.close()
-        ia.check_written(self, run)
+        ia.check_written(run)
         assert not tally.counts  # nothing was taken off: what was written was kept
         return not ending.error
 

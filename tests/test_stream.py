@@ -262,7 +262,8 @@ def test_the_end_for_all_leaves_the_photo_in_hand_uncounted(monkeypatch, run, er
 
 def test_a_worker_that_waits_does_not_hide_why_another_ended_the_run():
     stop, waits = ia.Stop(), threading.Event()
-    run = replace(run_of(stop), patience=ia.Patience(stop, pause=60, longest=math.inf))
+    run = run_of(stop, library=Desk())
+    run = replace(run, patience=ia.Patience(stop, pause=60, longest=math.inf))
 
     class Away(Desk):
         def claimed(self, photo):
@@ -277,7 +278,7 @@ def test_a_worker_that_waits_does_not_hide_why_another_ended_the_run():
         ia.work([photo(1)], Away(), None, run)
 
     with pytest.raises(ia.Fatal) as raised:
-        ia.run_all([waiting, fails], [lambda: ia.check_written(Desk(), run)], run)
+        ia.run_all([waiting, fails], [lambda: ia.check_written(run)], run)
     assert raised.value.key == "database_refused"
     assert run.tally.counts == {}
 
@@ -460,6 +461,9 @@ class Desk:
 
     def claimed(self, photo):
         return nullcontext(photo)
+
+    def close(self):
+        pass
 
     def look(self, photo):
         return replace(photo, description=self._next("look", self._found))
