@@ -3926,22 +3926,19 @@ class Status:
 
     def figures(self) -> dict[str, Any]:
         """What the pages at the health port are made of."""
-        tally, hosts, now = self._tally, self._hosts.seen(), time.monotonic()
-        left, done, slot = tally.left(), tally.counts[Outcome.DESCRIBED], int(now // SLOT)
+        now = time.monotonic()
+        slots = range(int(now // SLOT) - SLOTS + 1, int(now // SLOT) + 1)
         return {
             "t": t,
             "lang": _language,
             "waiting": self.waiting(harmless),
-            "seconds_left": None if left is None or not done else left * (now - tally.began) / done,
-            "slots": [max(0, tally.slots[n]) for n in range(slot - SLOTS + 1, slot + 1)],
-            "failures": [*tally.failed],
+            "slots": [max(0, self._tally.slots[slot]) for slot in slots],
             "harmless": harmless,
             "trouble": self.trouble(),
             "version": __version__,
             "away": self.waits.away() if self.ready else 0.0,
-            "hosts": hosts,
-            "left": left,
-            "tally": tally,
+            "hosts": self._hosts.seen(),
+            "tally": self._tally,
             "now": now,
             "public": public,
             "json": functools.partial(json.dumps, ensure_ascii=False),

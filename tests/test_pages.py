@@ -110,15 +110,17 @@ FAILURES = [
 ]
 
 
-def status(lang="en", **figures):
-    """The status page, in a language."""
+COUNTS = Counter(described=18_204, failed=4, skipped=310, not_ready=12)
+
+
+def status(lang="en", left=81_230, seconds=94_665.0, counts=COUNTS, failed=FAILURES, **figures):
+    """The status page, in a language, so many seconds after the run began."""
     ia.use_language(lang)
-    counts = Counter(described=18_204, failed=4, skipped=310, not_ready=12)
+    tally = SimpleNamespace(counts=counts, left=lambda: left, began=-seconds, failed=failed)
     usual = {
         "t": ia.t, "lang": lang, "version": "0.1.0", "public": ia.public, "waiting": "",
-        "trouble": "", "tally": SimpleNamespace(counts=counts), "left": 81_230,
-        "seconds_left": 422_396.0, "slots": [n // 12 for n in range(288)], "hosts": HOSTS,
-        "now": 0.0, "failures": FAILURES, "harmless": str,
+        "trouble": "", "tally": tally, "slots": [n // 12 for n in range(288)], "hosts": HOSTS,
+        "now": 0.0, "harmless": str,
     }  # fmt: skip
     return ia.template(ia.data_file("words.jinja", "status.jinja"), True).render(usual | figures)
 
@@ -132,10 +134,9 @@ PAGES = {
         trouble="starting",
         waiting=HOSTILE["attribute"],
         left=None,
-        seconds_left=None,
         slots=[0] * 288,
-        failures=[],
-        tally=SimpleNamespace(counts=Counter()),
+        failed=[],
+        counts=Counter(),
     ),
 }
 
@@ -206,7 +207,7 @@ def test_a_page_is_dark_where_one_likes_it_dark_and_light_on_paper(chromium, fil
 @pytest.mark.parametrize("site", [SITE, "", "javascript:alert(1)//"])
 def test_a_link_leads_to_the_web(site):
     one = photo(site=site)
-    for shown in (macros().photo(1, one, "", ""), status(failures=[(one, "why")])):
+    for shown in (macros().photo(1, one, "", ""), status(failed=[(one, "why")])):
         assert ("href=" in shown.split("<main")[-1]) == (site == SITE)
 
 
@@ -353,7 +354,8 @@ def test_a_duration_is_told_as_people_do(seconds, en, ru):
     for lang, told in (("en", en), ("ru", ru)):
         text = told.replace(" ", "\u00a0")
         assert f"<dd>{text}</dd>" in tail(0, 0, seconds, None, lang)
-        assert f"<dd>{text}</dd>" in status(lang, seconds_left=seconds)
+        one = Counter(described=1)
+        assert f"<dd>{text}</dd>" in status(lang, left=1, seconds=seconds, counts=one)
 
 
 def test_the_time_for_the_rest_is_told_where_it_is_known():
@@ -444,7 +446,7 @@ def test_the_status_renews_itself_and_keeps_scroll_and_focus(chromium):
             assert chromium.ask("return same.isConnected")
 
             newer = (photo("newest.jpg"), "why")
-            now["html"] = status(left=77, failures=[newer, *FAILURES])
+            now["html"] = status(left=77, failed=[newer, *FAILURES])
             chromium.driver.execute_async_script(RENEW)
             assert "Left 77" in shown_on(chromium)
             assert "newest.jpg" in shown_on(chromium)
