@@ -2225,7 +2225,7 @@ class Library(Protocol):
         """Replace the description that the photo had, and store its note.
 
         False, with nothing written, if the description has changed meanwhile; if it already is
-        `text`, that counts as written.
+        `text`, that counts as written, as all does in a dry run, which writes nothing.
         """
 
     def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
@@ -2635,6 +2635,8 @@ class ApiLibrary(Library):
         The GET also tells whether a write that timed out succeeded: a second PUT soon after the
         first could be lost. The note goes first, so that no text of ours ever lacks one.
         """
+        if self._config.dry_run:
+            return True
         current, new = self._read(photo), {"description": text}
         stored = dig(current, "exifInfo", "description") or ""
         if dig(current, "isTrashed") is True:
@@ -3556,7 +3558,7 @@ def store(photo: Photo, said: Said, library: Library, run: Run) -> Ending:
         was = text_id(photo.description) if library.must_confirm and is_ours(photo) else ""
         own = text_id(text)
         note = Note(config.model_name, config.prompt_id, text=own, was=was, facts=facts)
-        if put(photo, text, note, library, run):
+        if run.patience(library.write, photo, text, note, tries=VALUABLE_TRIES):
             log.debug("%s (%s), written: %s", photo.name, photo.id, text)
             return Ending(photo, Outcome.DESCRIBED, text=text, note=note, said=said)
         before, photo = photo, run.patience(library.look, photo)
@@ -3566,19 +3568,12 @@ def store(photo: Photo, said: Said, library: Library, run: Run) -> Ending:
     raise Retryable("changed")
 
 
-def put(photo: Photo, text: str, note: Note | None, library: Library, run: Run) -> bool:
-    """Write, unless in a dry run; False if the description has changed."""
-    if run.config.dry_run:
-        return True
-    return run.patience(library.write, photo, text, note, tries=VALUABLE_TRIES)
-
-
 def take_back(photo: Photo, library: Library, run: Run) -> Ending:
     """Take back the description of one photo, if it is ours."""
     photo = run.patience(library.look, photo)
     left = unmerge(photo)
     nothing = left == photo.description or left_alone(photo, run.config)
-    if nothing or not put(photo, left, None, library, run):
+    if nothing or not run.patience(library.write, photo, left, None, tries=VALUABLE_TRIES):
         raise Skip("has_description")
     return Ending(photo, Outcome.UNDONE, text=left)
 

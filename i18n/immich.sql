@@ -327,7 +327,9 @@ WHERE key = %(key)s AND "assetId" IN (SELECT id FROM {{ photo }})
 
 -- Change a description, if it is still as listed, together with its note: both or neither.
 -- It is locked even when ours is taken back, as Immich may have written ours to the XMP file.
+-- In a dry run, nothing is changed, which counts as written.
 {% macro change(note) %}
+{% if not writes %} SELECT true {% else %}
 WITH written AS (
     UPDATE {{ exif }} e SET description = %(text)s
     {% if locks %}
@@ -345,6 +347,7 @@ WITH written AS (
 )
 {% if notes %}, kept AS ({{ note }}) {% endif %}
 SELECT id FROM written
+{% endif %}
 {% endmacro %}
 
 -- id, text, listed, note → a row if the description was written. The second deletes the note.
