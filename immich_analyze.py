@@ -55,7 +55,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from http.cookiejar import DefaultCookiePolicy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -3110,27 +3110,22 @@ class Stop(threading.Event):
         self.news.clear()
 
 
-def id_hash(photo_id: str) -> int:
-    """An eight-byte hash of an id."""
-    return int.from_bytes(blake2b(photo_id.encode(), digest_size=8).digest())
-
-
 class Taken:
     """The photos taken in this run; one that failed can be taken again after a pause."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._in_hand: set[str] = set()  # ids
-        self._hashes = array("Q")  # of ids, sorted; compact, as a service may run for months
+        self._hashes = array("q")  # of ids, sorted; compact, as a service may run for months
         # by id: when it can be taken again, the pause until then, and its outcome
         self._failed: dict[str, tuple[float, float, str]] = {}
 
     def take(self, photo: Photo) -> bool:
         """Take a photo; False if a worker has it, or had it before."""
-        value = id_hash(photo.id)
+        value = hash(photo.id)
         with self._lock:
             at = bisect_left(self._hashes, value)
-            if self._hashes[at : at + 1] != array("Q", [value]):
+            if self._hashes[at : at + 1] != array("q", [value]):
                 self._hashes.insert(at, value)
             else:
                 free, *_ = self._failed.get(photo.id, (math.inf,))
@@ -3158,7 +3153,7 @@ class Taken:
         with self._lock:
             self._failed = dict.fromkeys(self._failed, (0.0, 0.0, ""))
             if described:
-                self._hashes = array("Q", sorted(map(id_hash, self._in_hand)))
+                self._hashes = array("q", sorted(map(hash, self._in_hand)))
 
 
 class Tally:
