@@ -59,6 +59,7 @@ from hashlib import sha256
 from http.cookiejar import DefaultCookiePolicy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NoReturn, Protocol, TypeVar, TypeVarTuple
 from urllib.parse import urlsplit, urlunsplit
 
@@ -3254,55 +3255,40 @@ class Checks:
     """Descriptions written through the API, to be read back once Immich could have lost them.
 
     The first three texts of a library are read back one by one, the others in bulk. After
-    it has lost three in a row, it gets no more.
+    it has lost three in a row, it gets no more. Only one thread, the checker, takes from the queue
+    and counts.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()  # holds the lock of all that follows
-        self._written: list[Ending] = []  # in the order of their writes
+        self.written: SimpleQueue[Ending | None] = SimpleQueue()  # None after the last one
+        self._waiting: list[Ending | None] = []  # out of the queue, in the order of their writes
         self._checked: Counter[tuple[str, str]] = Counter()
         self._losses: Counter[tuple[str, str]] = Counter()  # in a row
-        self._closed = False
-
-    def add(self, written: Ending) -> None:
-        """Queue a description to be read back."""
-        with self._changed:
-            self._written.append(written)
-            self._changed.notify()
-
-    def close(self) -> None:
-        """Say that nothing more will be added."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
 
     def next(self, stop: threading.Event) -> list[Ending]:
         """Wait for the next batch to read back; empty at the end, or when stopped."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._written or self._closed)
-            alone = [w for w in self._written if self._checked[w.photo.home] < MOST_LOSSES][:1]
-            first = (alone or self._written)[:1]
-        pause = first[0].at + CHECK_PAUSE - time.monotonic() if alone else CHECK_PAUSE
-        if not first or stop.wait(max(0.0, pause)):
+        while not (self._waiting and self.written.empty()):
+            self._waiting.append(self.written.get())
+        written = [ending for ending in self._waiting if ending]
+        alone = [w for w in written if self._checked[w.photo.home] < MOST_LOSSES][:1]
+        pause = alone[0].at + CHECK_PAUSE - time.monotonic() if alone else CHECK_PAUSE
+        if not written or stop.wait(max(0.0, pause)):
             return []
-        with self._changed:
-            now = time.monotonic()
-            due = alone or [w for w in self._written if w.at + CHECK_PAUSE <= now] or first
-            self._written = [written for written in self._written if written not in due]
-            return due
+        now = time.monotonic()
+        due = alone or [w for w in written if w.at + CHECK_PAUSE <= now] or written[:1]
+        self._waiting = [ending for ending in self._waiting if ending not in due]
+        return due
 
     def count(self, photo: Photo, *, lost: bool) -> bool:
         """Count whether a photo's library kept a text; True if that was one loss too many."""
-        with self._changed:
-            self._checked[photo.home] += 1
-            self._losses[photo.home] = self._losses[photo.home] + 1 if lost else 0
-            return self._losses[photo.home] == MOST_LOSSES
+        self._checked[photo.home] += 1
+        self._losses[photo.home] = self._losses[photo.home] + 1 if lost else 0
+        return self._losses[photo.home] == MOST_LOSSES
 
     def check_library(self, photo: Photo) -> None:
         """Skip if the photo's library keeps no descriptions."""
-        with self._changed:
-            if self._losses[photo.home] >= MOST_LOSSES:
-                raise Skip("library_loses", library=photo.library or "-")
+        if self._losses[photo.home] >= MOST_LOSSES:
+            raise Skip("library_loses", library=photo.library or "-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -3612,7 +3598,7 @@ def work(photos: Iterable[Photo], library: Library, ai: Ai, run: Run) -> None:
             if run.config.dry_run:
                 continue
             if library.must_confirm and ending.outcome in (Outcome.DESCRIBED, Outcome.UNDONE):
-                run.checks.add(ending)
+                run.checks.written.put(ending)
             attempt(photo, note_failures, library, run)
 
 
@@ -3694,7 +3680,7 @@ def run_all(
         for job in jobs:
             job.add_done_callback(lambda done: run.stop.set() if done.exception() else None)
         wait(jobs[: len(workers)])
-        run.checks.close()
+        run.checks.written.put(None)
     for job in jobs:
         job.result()
 

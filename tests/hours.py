@@ -389,6 +389,7 @@ class Hours:
         patch.setattr(ia, "time", Instead(time, **clocks))
         patch.setattr(ia, "datetime", self._datetime())
         patch.setattr(ia, "POST_INTERVAL", POSTS)
+        patch.setattr(ia, "SimpleQueue", self._bound(SimpleQueue))
         patch.setattr(ia, "ThreadPoolExecutor", self._bound(Pool))
         patch.setattr(ia, "wait", self.wait_for_futures, raising=False)
         patch.setattr(ia, "as_completed", self.as_completed, raising=False)
@@ -677,6 +678,26 @@ class Condition:
 
     def notify_all(self) -> None:
         self.notify(len(self._told))
+
+
+class SimpleQueue:
+    """`queue.SimpleQueue`, for one thread that takes from it."""
+
+    hours: Hours
+
+    def __init__(self) -> None:
+        self._items: deque[Any] = deque()
+
+    def put(self, item: Any) -> None:
+        self._items.append(item)
+        self.hours.changed()
+
+    def get(self) -> Any:
+        self.hours.wait(lambda: bool(self._items))
+        return self._items.popleft()
+
+    def empty(self) -> bool:
+        return not self._items
 
 
 class Thread(threading.Thread):

@@ -385,8 +385,8 @@ class Story:
         ending = ia.attempt(self.look(), story, run)
         assert not ending.error or ending.error.key == "has_description"
         if self.must_confirm and not ending.error:
-            run.checks.add(ending)
-        run.checks.close()
+            run.checks.written.put(ending)
+        run.checks.written.put(None)
         ia.check_written(run)
         assert not tally.counts  # nothing was taken off: what was written was kept
         return not ending.error

@@ -606,7 +606,7 @@ def wrote(number, at, library=""):
 def test_the_first_three_are_read_back_alone_and_the_others_together(stop):
     checks = ia.Checks()
     for number in range(8):
-        checks.add(wrote(number, stop.now + number / 10))
+        checks.written.put(wrote(number, stop.now + number / 10))
     for number in range(3):
         [alone] = checks.next(stop)
         assert alone.photo.id == str(number)
@@ -614,9 +614,9 @@ def test_the_first_three_are_read_back_alone_and_the_others_together(stop):
         assert checks.count(alone.photo, lost=False) is False
     assert [each.photo.id for each in checks.next(stop)] == ["3", "4", "5", "6", "7"]
     late, later = wrote(8, stop.now), wrote(9, stop.now + 0.5)
-    checks.add(late)
-    checks.add(later)
-    checks.close()
+    checks.written.put(late)
+    checks.written.put(later)
+    checks.written.put(None)
     assert checks.next(stop) == [late]
     assert stop.now == late.at + 2
     assert checks.next(stop) == [later]
@@ -629,8 +629,8 @@ def test_those_of_a_new_library_do_not_wait_behind_others(stop):
     checks = ia.Checks()
     for number in range(3):
         checks.count(photo(number), lost=False)
-    checks.add(wrote(1, stop.now - 1))
-    checks.add(written := wrote(2, stop.now, library="another"))
+    checks.written.put(wrote(1, stop.now - 1))
+    checks.written.put(written := wrote(2, stop.now, library="another"))
     assert checks.next(stop) == [written]
     assert stop.now == written.at + 2
     assert [each.photo.id for each in checks.next(stop)] == ["1"]
@@ -638,7 +638,7 @@ def test_those_of_a_new_library_do_not_wait_behind_others(stop):
 
 def test_nothing_is_read_back_once_the_run_is_to_stop(stop):
     checks = ia.Checks()
-    checks.add(wrote(1, stop.now))
+    checks.written.put(wrote(1, stop.now))
     stop.set()
     assert checks.next(stop) == []
 
