@@ -905,6 +905,14 @@ TROUBLES: dict[str, tuple[Any, str]] = {
     "no model": (MISSING, "model_missing"),
     "cannot see": (CANNOT_SEE, "model_blind"),
 }
+# each with so many hosts, and one of each kind with one, two and three
+TROUBLE_OF_SO_MANY = [(trouble, 1 + n % 3) for n, trouble in enumerate(TROUBLES)]
+TROUBLE_OF_SO_MANY += [
+    (trouble, number)
+    for trouble in ("500", "silence", "503", "429", "401")
+    for number in (1, 2, 3)
+    if (trouble, number) not in TROUBLE_OF_SO_MANY
+]
 TIMEOUT = 20.0
 ARGV = ["--timeout", f"{TIMEOUT}", "--unavailable-duration", "60"]
 BEFORE = 100.0  # when sick hosts are well again
@@ -930,8 +938,7 @@ def lines(caplog) -> Callable[[], list[str]]:
     return lambda: [record.levelname for record in caplog.records]
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
-@pytest.mark.parametrize("trouble", TROUBLES)
+@pytest.mark.parametrize(("trouble", "number"), TROUBLE_OF_SO_MANY)
 def test_a_picture_that_hosts_fail_on_is_given_up_after_three_tries_and_costs_no_host(
     hosts, make, reply, lines, trouble, number
 ):
@@ -956,8 +963,7 @@ def test_a_picture_that_hosts_fail_on_is_given_up_after_three_tries_and_costs_no
     assert "ERROR" not in lines()
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
-@pytest.mark.parametrize("trouble", TROUBLES)
+@pytest.mark.parametrize(("trouble", "number"), TROUBLE_OF_SO_MANY)
 def test_hosts_that_fail_on_all_are_waited_for_and_cost_the_picture_nothing(
     hosts, make, hours, reply, lines, trouble, number
 ):
