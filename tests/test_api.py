@@ -173,8 +173,8 @@ def test_however_ties_are_shuffled_none_is_lost(fake, opened, monkeypatch):
     server = fake("2.7.5")  # each search of it has an order of its own
     server.add_many(26, created=TAKEN)
     library = opened(server)
-    lost = [len(server.assets.keys() - ids(listing(library))) for _ in range(40)]
-    assert lost == [0] * 40
+    lost = [len(server.assets.keys() - ids(listing(library))) for _ in range(10)]
+    assert lost == [0] * 10
 
 
 @pytest.mark.parametrize(("version", "most"), [("3.1.0", 5), ("2.7.5", 60)])
@@ -651,8 +651,11 @@ def test_what_is_no_photo_is_not_overwritten(fake, opened, told):
 # the way of one photo
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 50])
-@pytest.mark.parametrize("version", IMMICH_VERSIONS)
+@pytest.mark.parametrize(
+    ("version", "number"),
+    [(version, 2) for version in IMMICH_VERSIONS]
+    + [(version, number) for version in ("1.132.3", "3.1.0") for number in (1, 3, 50)],
+)
 def test_a_described_photo_costs_few_requests(fake, opened, version, number):
     """Three, two more for its note if there are any, and a few for up to fifty together."""
     server = fake(version)
