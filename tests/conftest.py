@@ -4,6 +4,7 @@ No test sees the settings of whoever runs it, waits for real time, or leaves a t
 """
 
 import contextlib
+import functools
 import logging
 import os
 import subprocess
@@ -55,6 +56,16 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("LANG", "C.UTF-8")
     monkeypatch.setattr(ia, "_language", "en")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def parsers() -> Iterator[None]:
+    """Keeps the parser of each language: to build one takes most of what reading settings takes."""
+    build = ia.build_parser
+    kept = functools.cache(lambda *_: build())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ia, "build_parser", lambda: kept(ia._language, *ia.CONFIG_FILES))
+        yield
 
 
 @pytest.fixture(autouse=True)
