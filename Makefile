@@ -17,6 +17,9 @@
 PYTHON ?= python3
 IN_VENV = .venv/bin/python
 
+# pytest keeps the tests as it rewrites them; otherwise each of its processes does so at each start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo check lint test lowest faults bench clean
 
 demo: .venv/sandbox
