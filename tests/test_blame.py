@@ -17,6 +17,7 @@ HOUR = 3600.0
 POISON = servers.own_picture(1000)
 ONE = ["--max-concurrent", "1"]
 SELDOM = ["--api-poll-interval", "900"]
+HOURLY = ["--api-poll-interval", "3600"]
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_a_service_asks_about_a_sick_picture_three_times_a_day(hours, api, hosts
     for host in models:
         host.script(*CHATS, only(POISON, sick(trouble, hours)), forever=True)
     times = 1 if trouble == "cut answer" else 3  # which would be cut again
-    with hours.service(api, *models, *SELDOM) as run:
+    with hours.service(api, *models, *HOURLY) as run:
         run.until(HOUR)
         assert len(asked_about(POISON, *models)) == times
         run.until(0.95 * DAY)
@@ -106,7 +107,7 @@ def test_on_the_next_day_a_sick_picture_is_tried_three_times_more(hours, api, ho
     api.add(picture=POISON)
     for host in models:
         host.script(*CHATS, only(POISON, SICK["500"]), forever=True)
-    with hours.service(api, *models, *SELDOM) as run:
+    with hours.service(api, *models, *HOURLY) as run:
         run.until(1.95 * DAY)
     assert len(asked_about(POISON, *models)) == 6
     assert failure_notes(api).popitem()[1]["tries"] == 2
@@ -131,8 +132,11 @@ IMMICH_FAILS = {
 }
 
 
-@pytest.mark.parametrize("trouble", IMMICH_FAILS)
-@pytest.mark.parametrize(("lasting", "most"), [(10, 40), (40, 80), (600, HOUR + 300)])
+@pytest.mark.parametrize(
+    ("trouble", "lasting", "most"),
+    [(trouble, *times) for trouble in IMMICH_FAILS for times in ((10, 40), (40, 80))]
+    + [("500", 600, HOUR + 300)],
+)
 def test_a_photo_that_immich_fails_on_for_a_while_is_taken_again(
     hours, api, immich, ollama, trouble, lasting, most
 ):

@@ -545,7 +545,7 @@ def test_a_service_says_it_once(
 ) -> None:
     monkeypatch.setattr(ia, "WHOLE_SWEEP", 1)
     add_described(library, "SONY DSC", 21)
-    with hours.service(library, ollama) as run:
+    with hours.service(library, ollama, "--api-poll-interval", "900") as run:
         run.until(3 * 3600)
     assert len(run.lines("SONY DSC")) == 1
 

@@ -44,8 +44,8 @@ def test_the_page_tells_how_far_a_run_is(hours, immich, api, ollama):
         picture = servers.own_picture(number)
         api.add(picture=picture, created_at=yesterday, updated=yesterday)
     hours.pace(ollama, seconds=600.0)
-    argv = ["--max-concurrent", "1", "--timeout", "1000", *with_health()]
-    with hours.service(api, ollama, *argv) as run:
+    argv = ["--max-concurrent", "1", "--timeout", "1000", "--api-poll-interval", "300"]
+    with hours.service(api, ollama, *argv, *with_health()) as run:
         run.until(2.5 * 3600 - 1)
         html = page(run.config.health_port)
         told = figures(html)
