@@ -55,8 +55,8 @@ def kill_within(tool: Running, there: FakeServer, requests: int) -> None:
 @pytest.mark.parametrize(
     ("access", "policy", "photos_there", "kills"),
     [
-        ("api", "none", 60, 4),
-        ("database", "missing-ai", 60, 4),
+        ("api", "none", 40, 2),
+        ("database", "missing-ai", 40, 2),
         pytest.param("api", "none", 1000, 50, marks=pytest.mark.long),
         pytest.param("api", "missing-ai", 200, 10, marks=pytest.mark.long),
         pytest.param("database", "none", 200, 10, marks=pytest.mark.long),
@@ -118,8 +118,8 @@ def each_text_has_its_note(library: World, ids: Iterable[str]) -> int:
 @pytest.mark.parametrize(
     ("access", "policy", "photos_there", "kills"),
     [
-        ("api", "none", 60, 5),
-        ("api", "all", 12, 5),
+        ("api", "none", 40, 3),
+        ("api", "all", 12, 3),
         pytest.param("api", "none", 1000, 50, marks=pytest.mark.long),
         pytest.param("api", "all", 40, 50, marks=pytest.mark.long),
         pytest.param("database", "all", 40, 10, marks=pytest.mark.long),
