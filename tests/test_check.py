@@ -64,6 +64,7 @@ def photos_line(**numbers: Any) -> str:
 # --- All is well -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("check", ["en"], indirect=True)
 def test_every_generation_is_told_and_nothing_is_written(command, check, any_library, ollama):
     fill(any_library, 4)
     person = any_library.add(picture=servers.own_picture(4), description="By a person.")
@@ -97,6 +98,7 @@ def test_every_generation_is_told_and_nothing_is_written(command, check, any_lib
     assert any_library.texts()[person] == "By a person."
 
 
+@pytest.mark.parametrize("check", ["ru"], indirect=True)
 def test_the_release_decides_what_lasts(check, any_library, ollama):
     fill(any_library, 1)
     said = facts(check(*any_library.argv, *asking(ollama)))
