@@ -205,7 +205,7 @@ def assert_all_well(run: Run, library: World, wanted: dict[str, str]) -> None:
 def test_a_host_in_trouble_for_a_while_costs_one_line_and_no_photo(
     hours, api, ollama, state, seconds
 ):
-    wanted = fill(api, 60)
+    wanted = fill(api, 32)
     status, why = STATES[state]
     trouble = hours.between(4, 4 + seconds, Reply(status, {"error": why}))
     ollama.script(*CHATS, trouble, forever=True)
@@ -222,7 +222,7 @@ def test_a_host_in_trouble_for_a_while_costs_one_line_and_no_photo(
     "trouble", ["cut connection", "closed connection", "not JSON", "a page", "empty"]
 )
 def test_a_host_that_gives_no_answers_for_a_while_costs_no_photo(hours, library, ollama, trouble):
-    wanted = fill(library, 40)
+    wanted = fill(library, 20)
     ollama.script(*CHATS, hours.between(3, 30, SICK[trouble]), forever=True)
     hours.pace(ollama)
     with hours.batch(library, ollama, "--unavailable-duration", "5") as run:

@@ -44,10 +44,15 @@ def dotted(node: ast.AST) -> str:
     return f"{inner}.{node.attr}" if inner else ""
 
 
+@functools.cache
+def named() -> list[tuple[str, int]]:
+    """The dotted names in the module, by line."""
+    return [(name, node.lineno) for node in ast.walk(TREE) if (name := dotted(node))]
+
+
 def places(*wanted: str) -> list[tuple[str, int]]:
     """Where the module says one of these dotted names, by line."""
-    named = [(dotted(node), node) for node in ast.walk(TREE)]
-    return [(name, node.lineno) for name, node in named if name in wanted]
+    return [(name, line) for name, line in named() if name in wanted]
 
 
 def bound(node: ast.AST) -> set[str]:
