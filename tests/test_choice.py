@@ -128,6 +128,7 @@ def test_every_generation_lists_what_is_chosen(hours, any_library, ollama):
 @pytest.mark.parametrize("mode", ["combined", "monitor"])
 def test_a_service_describes_only_what_is_chosen(hours, choosable, ollama, mode):
     options = ["--mode", mode, "--favorites", "--taken-after", "2020-01-01"]
+    options += ["--api-poll-interval", "300"]
     old = choosable.add(picture=servers.own_picture(0), favorite=True, taken="2020-02-02T10:00")
     with hours.service(choosable, ollama, *options) as run:
         run.until(60)
@@ -307,22 +308,24 @@ def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("tokyo")
 def test_a_service_describes_its_limit_each_day(hours, library, ollama):
-    fill(library, 8)
+    fill(library, 5)
     now, day = hours.now().astimezone(), 24 * 3600.0
     midnight = day - (now - now.replace(hour=0, minute=0, second=0)).total_seconds()
+    hours.sleep(midnight - 300)
     with hours.service(library, ollama, "--limit", "3", *with_health()) as run:
-        for moment, number in ((-60, 3), (60, 6), (day - 60, 6), (day + 60, 8)):
-            run.until(midnight + moment)
+        for moment, number in ((240, 3), (360, 5)):
+            run.until(moment)
             assert len(described(library)) == number
             assert run.health()[1]["status"] == "ok"
         library.add(picture=servers.own_picture(30))
-        run.until(midnight + day + 180)
-        assert len(described(library)) == 9
+        run.until(480)
+        assert len(described(library)) == 6
         library.add(picture=servers.own_picture(31))
-        run.until(midnight + 2 * day - 60)
-        assert len(described(library)) == 9
-        run.until(midnight + 2 * day + 120)
-        assert len(described(library)) == 10
+        run.until(day + 240)
+        assert len(described(library)) == 6
+        assert run.health()[1]["status"] == "ok"
+        run.until(day + 420)
+        assert len(described(library)) == 7
 
 
 # --- Nothing is written ------------------------------------------------------------------------
