@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import immich_analyze as ia
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
 
 hypothesis.configuration.set_hypothesis_home_dir(tempfile.gettempdir() + "/hypothesis")
 
