@@ -28,6 +28,8 @@ from worlds import (
 
 import immich_analyze as ia
 
+pytestmark = pytest.mark.slow
+
 LIBRARY = facts.own_id("an external library")
 NOBODY = facts.own_id("no such thing")
 

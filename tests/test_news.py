@@ -11,6 +11,8 @@ from worlds import CHATS, SqlWorld, World, asked_about, fill
 
 import immich_analyze as ia
 
+pytestmark = pytest.mark.slow
+
 HOUR = 3600.0
 ONE = ["--max-concurrent", "1"]
 SELDOM = ["--api-poll-interval", "1800"]

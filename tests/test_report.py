@@ -31,6 +31,8 @@ from worlds import (
 
 import immich_analyze as ia
 
+pytestmark = pytest.mark.slow
+
 BROKEN = b"\xff\xd8\xff no picture \xff\xd9"
 
 
