@@ -51,6 +51,13 @@ DEBUG, MONITOR = ["--log-level", "debug"], ["--mode", "monitor"]
 READY = ia.t("ready")
 
 
+@pytest.fixture(autouse=True)
+def unmeasured_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coverage doubles the time of a start, and the tests of the command line measure it, too."""
+    if "systemd" not in request.fixturenames:  # nobody else tells it anything
+        monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+
+
 # --- The service -----------------------------------------------------------------------------
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ([A-Z]+) (.*)")
