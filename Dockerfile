@@ -2,7 +2,7 @@ FROM python:3.13-slim AS build
 # What .dockerignore lets through: what the package is made of.
 COPY . /src
 # Wheels only, so that it needs no compiler, on amd64 and arm64 alike.
-RUN pip install --no-cache-dir --only-binary=:all: --prefix=/install /src
+RUN pip install --no-cache-dir --only-binary=:all: --prefix=/install "/src[video]"
 
 FROM python:3.13-slim
 LABEL org.opencontainers.image.title="immich-analyze" \

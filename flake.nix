@@ -18,6 +18,7 @@
           src = ./.;
           build-system = [ pkgs.python3Packages.hatchling ];
           dependencies = with pkgs.python3Packages; [
+            av
             configargparse
             jinja2
             pillow

@@ -2,11 +2,9 @@
 """Describe every photo in an Immich library.
 
 A vision model on the user's own machine looks at the preview that Immich made.
-Its description is written back to Immich, so that search finds the photo by what it shows:
-
-    arrivals, listings ──► preview ──► model host ──► description ──► Immich
-       └─ one stream feeds identical workers; each takes its photo from
-          start to finish on its own, over its own connections
+Its description is written back to Immich, so that search finds the photo by what it shows.
+One stream of arrivals and listings feeds identical workers; each takes its photo from start to
+finish on its own, over its own connections.
 
 The photos that lack a description are the work list; all state is in Immich. `stream` chooses
 the next photo, and only it knows the modes; `story` decides what happens to the photo. To stop
@@ -58,16 +56,17 @@ from enum import StrEnum
 from hashlib import sha256
 from http.cookiejar import DefaultCookiePolicy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NoReturn, Protocol, TypeVar, TypeVarTuple
+from typing import Any, Literal, NoReturn, TypeAlias, TypeVar, TypeVarTuple
 from urllib.parse import urlsplit, urlunsplit
 
 import configargparse
 import psycopg2.errors
 import psycopg2.extensions
 import requests
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageChops, ImageOps, ImageStat
 from tqdm import tqdm
 from urllib3 import Retry
 from urllib3.exceptions import InvalidHeader
@@ -182,6 +181,10 @@ class Fatal(AnalyzeError):
     """A person must act before this host, this key or the whole run can work."""
 
 
+class Refused(Fatal):
+    """Immich does not accept this key, or not for this request."""
+
+
 class Unexpected(Fatal):
     """An answer that a healthy server never gives: fatal at the start, waited out later on."""
 
@@ -222,13 +225,6 @@ class Mode(StrEnum):
         return self is not Mode.BATCH
 
 
-class Access(StrEnum):
-    """How the library is reached."""
-
-    DATABASE = "database"
-    API = "immich-api"
-
-
 class Policy(StrEnum):
     """Which photos get a text."""
 
@@ -243,6 +239,7 @@ ENRICHED = ("people", "place", "date", "tags", "camera", "file")
 FACTS = (*ENRICHED, "gps", "albums", "text", "description")
 PLACEHOLDERS = (*FACTS, "context", "language")
 TAG = "{[{%#]"  # how a placeholder, a statement or a comment of a template begins
+DATABASE, API = "database", "immich-api"  # how the library is reached
 INTERFACES = ("ollama", "llamacpp", "openrouter")
 SIZES = ("preview", "thumbnail", "fullsize")  # of a picture, as Immich calls them
 SHORTEST_PAUSE = 0.5  # seconds, where 0 is asked for
@@ -304,6 +301,11 @@ def one_of(names: Iterable[str], **values: Any) -> Convert:
         raise argparse.ArgumentTypeError(t("not_one_of", value=text, names=", ".join(names)))
 
     return convert
+
+
+def asset_types(text: str) -> tuple[str, ...]:
+    """Converter for whether videos are described: the types of asset, as Immich calls them."""
+    return tuple(one_of(("false", "true", "only"), **toml("settings.toml")["videos"])(text))
 
 
 def unicode_text(text: str) -> str:
@@ -448,6 +450,8 @@ class Config:
     taken_before: datetime | None = option("DATE", functools.partial(wall_clock, end=True))
     favorites: bool = switch()
     library: str | None = option("ID", id_in)  # an external one
+    videos: tuple[str, ...] = option("WHICH", asset_types, nargs="?", const="true")
+    video_frames: int = option("N", number(1, int), default=4)
     undo: bool = switch(action="store_true", env="")
     dry_run: bool = switch()  # also true with show_prompt
     report: str | None = option("FILE")  # the page to write
@@ -458,7 +462,7 @@ class Config:
     description_language: str = option("LANGUAGE", language_name, default="")
     show_prompt: str | None = option("ID", id_in, env="")  # of a photo
     check: bool = switch(action="store_true", env="")
-    access: Access = option("ACCESS", one_of(Access), flags=("--data-access-mode", "-d"))
+    access: str = option("ACCESS", one_of((DATABASE, API)), flags=("--data-access-mode", "-d"))
     immich_root: Path = option("FOLDER", Path, default=Path("/var/lib/immich"))
     thumbs_root: Path | None = option("FOLDER", Path)
     postgres_url: str = secret("URL")
@@ -515,12 +519,6 @@ class Config:
         return "|".join(map(re.escape, given)) or "(?!)"
 
 
-def opposite(switch: str) -> str:
-    """The opposite of what a switch is set to; nonsense stays, and is refused later."""
-    off = {"true": "no", "yes": "no", "on": "no", "1": "no"}
-    return (off | dict.fromkeys(("false", "no", "off", "0"), "yes")).get(switch.lower(), switch)
-
-
 class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
     """`key = value` lines, lists as [a, b]; errors quote no line, as it may hold a secret."""
 
@@ -534,11 +532,12 @@ class FileParser(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
         except (configargparse.ConfigFileParserException, UnicodeDecodeError) as error:
             raise Fatal("bad_config_file", file=file) from error
         lists = [f.name for f in fields(Config) if f.metadata.get("action") == "extend"]
+        opposites = toml("settings.toml")["opposites"]
         for name, value in items:
             key = name.lstrip("-")
             text = "\n".join(map(str, value)) if isinstance(value, list) else value
-            if key.startswith("no-") and opposite(text) != text:
-                key, text = key.removeprefix("no-"), opposite(text)
+            if key.startswith("no-") and text.lower() in opposites:
+                key, text = key.removeprefix("no-"), opposites[text.lower()]
             adds_up = key in settings and key.replace("-", "_") in lists
             settings[key] = f"{settings[key]}\n{text}" if adds_up else text
         return settings
@@ -584,25 +583,20 @@ def add_setting(group: Any, name: str, row: dict[str, Any]) -> None:
 
 def build_parser() -> Parser:
     """All options: those of Config, and the parser's own."""
+    read = toml("settings.toml")
     parser = Parser(
-        prog="immich-analyze",
-        usage="%(prog)s [options]",
+        **read["parser"],
         description=t("help_description"),
         epilog=t("help_epilog"),
-        add_help=False,
-        allow_abbrev=False,
-        add_config_file_help=False,
-        add_env_var_help=False,
         default_config_files=CONFIG_FILES,
         config_file_open_func=str,  # FileParser opens it
         config_file_parser_class=FileParser,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
     )
-    parser.set_defaults(prompt=toml("settings.toml")["prompt"])
+    parser.set_defaults(prompt=read["prompt"])
     group: Any = parser
-    headings = toml("settings.toml")["headings"]
     for setting in fields(Config):
-        if heading := headings.get(setting.name):
+        if heading := read["headings"].get(setting.name):
             group = parser.add_argument_group(t(f"help_group_{heading}"))
         if setting.metadata:
             add_setting(group, setting.name, dict(setting.metadata))
@@ -620,10 +614,11 @@ def known_names(environ: Mapping[str, str], interface: str = "") -> dict[str, st
             known[name] *= bool(plain(file_text(known[name])).strip())
     known = {name: text for name, text in known.items() if text.strip()}
     off = {f"IMMICH_ANALYZE_{name}_HOSTS".upper() for name in INTERFACES[1:] if name != interface}
+    opposites: dict[str, str] = toml("settings.toml")["opposites"]
     for older, (name, pattern) in toml("settings.toml")["older"].items():
         if older not in off and (found := re.match(pattern, known.get(older, ""))):
             text = found[found.lastindex or 0]
-            known.setdefault(name, opposite(text) if "_NO_" in older else text)
+            known.setdefault(name, opposites.get(text.lower(), text) if "_NO_" in older else text)
     return known
 
 
@@ -671,7 +666,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     return config_from(options, known)
 
 
-def contradiction(options: argparse.Namespace, preserve: bool) -> str:
+def contradiction(options: argparse.Namespace) -> str:
     """Why settings do not go together, as a key; "" if they do."""
     ends = options.undo or options.dry_run or options.report
     compares = options.compare or len(options.prompt_file or ()) > 1
@@ -681,7 +676,10 @@ def contradiction(options: argparse.Namespace, preserve: bool) -> str:
         return "no_report"
     if ends and options.mode.monitors:
         return "batch_only"
-    return "wrapper_needed" if preserve and options.disable_ai_wrapper else ""
+    decodes = "VIDEO" in (options.videos or ()) and options.video_frames > 1
+    if decodes and not options.undo and not find_spec("av"):
+        return "no_pyav"
+    return "wrapper_needed" if options.preserve_human and options.disable_ai_wrapper else ""
 
 
 def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Config:
@@ -699,24 +697,24 @@ def config_from(options: argparse.Namespace, environ: Mapping[str, str]) -> Conf
     url, (database_url, named) = (options.postgres_url or "").strip(), database(environ)
     api_url, keys = re.sub("(?<!/)/api$", "", options.immich_api_url or ""), options.immich_api_keys
     wanted = (api_url and keys) or ((api_url or keys) and not named)
-    access = options.access or (Access.API if wanted and not url else Access.DATABASE)
-    if access == Access.API and not (api_url and keys):
+    access = options.access or (API if wanted and not url else DATABASE)
+    if access == API and not (api_url and keys):
         raise Fatal("api_key_missing" if api_url else "api_url_missing")
     if options.undo:  # of all that is ours
         given |= {"policy": Policy.ALL, "retry_failed": True, "ignore_descriptions": ()}
     policy = options.policy or (Policy.ALL if options.overwrite_existing else Policy.NONE)
     preserve = options.preserve_human or policy is Policy.MISSING_AI
-    if why := contradiction(options, preserve):
+    given |= {"policy": policy, "preserve_human": preserve}
+    if why := contradiction(options):
         raise Fatal(why)
     asked = placeholders(options.prompt)[0].union(options.context, ENRICHED * options.enrich_prompt)
     given |= roots | {
         "context": tuple(n for n in FACTS if n in asked or ("all" in asked and n != "gps")),
-        "policy": policy,
-        "preserve_human": preserve,
         "access": access,
         "dry_run": options.dry_run or bool(options.show_prompt),
+        "videos": options.videos or asset_types("true" if options.undo else "false"),
         "prompt_files": tuple(dict.fromkeys(options.prompt_file or ())),
-        "link_url": public(options.link_url or (api_url if access is Access.API else "")),
+        "link_url": public(options.link_url or (api_url if access == API else "")),
         "access_ambiguous": bool((url or named) and keys and not options.access),
         "notices": (*options.notices, *(AnalyzeError("root_relative", root=r) for r in moved)),
         "postgres_url": url or database_url or "host=localhost user=postgres dbname=immich",
@@ -862,6 +860,7 @@ class Photo:
     note: Note | None = None
     library: str = ""  # id of its external library
     told: Mapping[str, Any] = field(default_factory=dict)  # what Immich's API tells, for facts
+    video: bool = False
     site: str = ""  # Immich's address for people; "" if it is not known
 
     @property
@@ -877,12 +876,23 @@ class Photo:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A preview ready to be sent; its base64 is made once for all tries."""
+    """A JPEG ready to be sent; its base64 is made once for all tries."""
 
-    mime: str
     base64: bytes
     size: tuple[int, int]
-    question: str = ""  # what is asked about it
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a model is asked about a photo, or about frames of a video in their order."""
+
+    text: str
+    pictures: tuple[Picture, ...]
+
+    def about(self, colour: str, size: tuple[int, int] | None = None) -> Question:
+        """The same about plain pictures, as large as its own if no `size` is given."""
+        plain = (plain_picture(size or picture.size, colour) for picture in self.pictures)
+        return replace(self, pictures=tuple(plain))
 
 
 @dataclass(frozen=True, slots=True)
@@ -903,6 +913,12 @@ SHORTEST_SIDE = 56  # pixels: servers of Qwen's models crash below 28 to 32
 USUAL_PIXELS, USUAL_SIDE = 50_000_000, 4096  # above the first, pictures are shrunk to the second
 MOST_PIXELS = 270_000_000  # a gigabyte in memory
 JPEG_SIDE = 65_500  # the longest that JPEG can have
+FRAME_SIDE = 1024  # pixels of a frame, if --max-image-size allows as many
+# Where in its part of a video a frame may be, and how much earlier if that is easier to get.
+LOOKS = {0.5: 0.5, 0.625: 0.125, 0.75: 0.125, 0.875: 0.125}
+DARK, MOVES = 32, 4  # of 255: no pixel of a black frame is lighter; how far frames differ at least
+HDR = (16, 18)  # the transfer functions PQ and HLG, as ITU-T H.273 numbers them
+SRGB = {"dst_color_trc": 13, "dst_color_primaries": 1}
 OLDEST = 120  # years
 GAP = "\n\n"  # between a person's text, or a prompt, and what is added
 
@@ -946,7 +962,7 @@ def left_alone(photo: Photo, config: Config) -> str:
     note = photo.note or Note("", "")
     same = note.model == config.model_name and note.prompt == config.prompt_id
     # what Immich did not keep through its API, the database may keep
-    other_way = note.failed == "not_kept" and config.access is Access.DATABASE
+    other_way = note.failed == "not_kept" and config.access == DATABASE
     gave_up = same and note.failed and note.tries >= MOST_TRIES
     if gave_up and not (config.retry_failed or other_way):
         return "failed_before"
@@ -1071,20 +1087,18 @@ def names_id(photo: Photo, config: Config) -> str:
     return text_id(json.dumps(asked)) if asked else ""
 
 
-def file_name(told: object) -> str:
-    """The name of the file without its ending, "" if a camera or a messenger gave it."""
-    name = re.sub(r"\.\w{1,5}$", "", one_line(told, "originalFileName"))
-    return "" if patterns()["unchosen_name"].fullmatch(name) else name
+def question(photo: Photo, config: Config, frames: int = 1, seconds: float = 0.0) -> str:
+    """What is asked about a photo, or about so many frames of a video that lasts so long.
 
-
-def question(photo: Photo, config: Config) -> str:
-    """What is asked about a photo: the prompt, then the facts and language that it leaves out."""
+    That is the prompt, then the facts and the language that it leaves out.
+    """
     prompt, language = config.prompt, config.description_language
-    if not (config.context or language or re.search(TAG, prompt)):
+    if frames == 1 and not (config.context or language or re.search(TAG, prompt)):
         return prompt
     told, typed = photo.told, replace(photo, description=unmerge(photo))
-    ways = {"text_at": one_line, "number_at": number_at, "list_at": dig_list}
-    found = {"names": names(told), "taken": taken_at(told), "file_name": file_name(told)}
+    ways = {"one_line": one_line, "number_at": number_at, "dig_list": dig_list}
+    chosen = patterns()["unchosen_name"].sub("", one_line(told, "originalFileName"))
+    found = {"names": names(told), "taken": taken_at(told), "file_name": chosen}
     found["persons_text"] = "" if undescribed(typed, config) else typed.description
     words = marked(data_file("question.jinja")).make_module({"told": told} | ways | found)
     # in one line, whatever people wrote
@@ -1095,47 +1109,52 @@ def question(photo: Photo, config: Config) -> str:
         with template_trouble(Permanent):  # what fails for this photo alone
             prompt = tidy(marked(prompt).render(facts, context=context, language=language))
     request = "" if "language" in shown else tidy(words.request(language))
-    rest = GAP.join(filter(None, ["" if shown - {"language"} else context, request]))
+    moments = tidy(words.moments(frames, seconds))
+    rest = GAP.join(filter(None, [moments, "" if shown - {"language"} else context, request]))
     return prompt.rstrip("\n") + GAP + rest if rest else prompt or toml("settings.toml")["prompt"]
 
 
-def picture_type(data: bytes) -> tuple[str | None, bool]:
-    """A picture's MIME type, None for one that we do not know, and whether it is whole."""
+def picture_type(data: bytes) -> tuple[str, bool]:
+    """A picture's kind, "" for one that we do not know, and whether it is whole."""
     tail = data[-64:]  # previews are rewritten in place, and seen cut then
     if data.startswith(b"\xff\xd8\xff"):
-        return "image/jpeg", b"\xff\xd9" in tail
+        return "JPEG", b"\xff\xd9" in tail
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "image/png", b"IEND" in tail
+        return "PNG", b"IEND" in tail
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "image/webp", len(data) >= 8 + int.from_bytes(data[4:8], "little")
-    return None, len(data) >= 12
+        return "WebP", len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    return "", len(data) >= 12
 
 
-def prepared(data: bytes, max_size: int, asked: str = "", quality: int = 90) -> Picture:
-    """Check a preview and make it ready to be asked about; Retryable while it is being written."""
-    # Decoding costs four times all the rest. It is done only for a picture that is too large, too
-    # narrow, on its side or transparent, to see whether one without its usual end is whole, and
-    # for WebP, which llama.cpp and some releases of Ollama cannot read.
-    mime, whole = picture_type(data)
-    cut = Permanent("preview_broken") if whole else Retryable("preview_cut")
-    if not mime:
-        raise Permanent("preview_unknown") if whole else cut
+def jpeg(image: Image.Image, quality: int = 90) -> bytes:
+    """A picture as a JPEG."""
     target = io.BytesIO()
+    image.save(target, "JPEG", quality=quality)
+    return target.getvalue()
+
+
+def prepared(data: bytes, max_size: int, quality: int = 90) -> Picture:
+    """Check a picture and make it ready to be sent; Retryable while it is being written."""
+    # Decoding costs four times all the rest. It is done only for a JPEG that is too large, too
+    # narrow or on its side, to see whether one without its usual end is whole, and for other kinds:
+    # llama.cpp and some releases of Ollama cannot read WebP.
+    kind, whole = picture_type(data)
+    cut = Permanent("preview_broken") if whole else Retryable("preview_cut")
+    if not kind:
+        raise Permanent("preview_unknown") if whole else cut
     Image.MAX_IMAGE_PIXELS = None  # ours is MOST_PIXELS: previews are the user's own
     try:
         with Image.open(io.BytesIO(data)) as image:
             usual = USUAL_SIDE if math.prod(image.size) > USUAL_PIXELS else JPEG_SIDE
             most = min(max_size or usual, JPEG_SIDE)
             fits = min(image.size) >= SHORTEST_SIDE and max(image.size) <= most
-            if mime == "image/jpeg":  # a PNG would be decoded for it
-                fits = fits and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-            if whole and fits and mime != "image/webp" and not image.has_transparency_data:
-                return Picture(mime, base64.b64encode(data), image.size, asked)
+            upright = kind == "JPEG" and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+            if whole and fits and upright:
+                return Picture(base64.b64encode(data), image.size)
             picture = plain_copy(image, most)
     except (OSError, ValueError, SyntaxError) as error:  # by Pillow
         raise cut from error
-    picture.save(target, "JPEG", quality=quality)
-    return Picture("image/jpeg", base64.b64encode(target.getvalue()), picture.size, asked)
+    return Picture(base64.b64encode(jpeg(picture, quality)), picture.size)
 
 
 def plain_copy(image: Image.Image, most: int) -> Image.Image:
@@ -1168,9 +1187,19 @@ def opaque(image: Image.Image) -> Image.Image:
 @functools.lru_cache(8)
 def plain_picture(size: tuple[int, int], colour: str = "gray") -> Picture:
     """A picture of one colour, which every model can take."""
-    target = io.BytesIO()
-    Image.new("RGB", size, colour).save(target, "JPEG")
-    return prepared(target.getvalue(), 0)
+    return prepared(jpeg(Image.new("RGB", size, colour)), 0)
+
+
+def sheet(pictures: Sequence[Picture], side: int, quality: int = 90) -> Picture:
+    """All pictures as one that is no longer than `side`, row by row."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    cells = [prepared(base64.b64decode(one.base64), side // columns) for one in pictures]
+    width, height = size = cells[0].size  # the others may have another one
+    whole = Image.new("RGB", (columns * width, math.ceil(len(cells) / columns) * height))
+    for number, cell in enumerate(cells):
+        image = ImageOps.pad(Image.open(io.BytesIO(base64.b64decode(cell.base64))), size)
+        whole.paste(image, (number % columns * width, number // columns * height))
+    return prepared(jpeg(whole, quality), side)
 
 
 @functools.cache
@@ -1292,7 +1321,7 @@ def description_in(answer: str, language: str = "") -> str:
 
 
 # ------------------------------------------------------------------------------
-# 5 Wire: only it handles exceptions of requests and psycopg2. It says who is to blame; no retries.
+# 5 Wire: only it handles exceptions of requests, psycopg2 and PyAV. It says who is to blame.
 
 CONNECT_TIMEOUT = 10.0
 LONGEST_TIMEOUT = 2e6  # sockets count milliseconds in 31 bits
@@ -1300,6 +1329,9 @@ LONGEST_TIMEOUT = 2e6  # sockets count milliseconds in 31 bits
 LOOPBACK = r"(.*\.|ip6-)?localhost(\.localdomain)?\.?|(::ffff:)?127\.[\d.]+|0\.0\.0\.0|::1?"
 JSON_BODY = {"Content-Type": "application/json"}  # for JSON that we encode ourselves
 REPLY_LIMIT = 64 * 2**20  # bytes; a page of 1,000 photos is about 1.3 MB
+VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,asf,flv,mxf,ogg"  # FFmpeg's names of containers
+PIECE = 200_000  # bytes of a remote file
+LEAST_PIECES, MOST_PIECES = 10, 60  # of it, at most; between them, a twentieth of the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -1437,6 +1469,116 @@ def http_error(server: str, reply: Reply) -> AnalyzeError:
     return error
 
 
+class RemoteFile:
+    """A file on a server, to be read as any other; `fetch` gets one of its pieces by number.
+
+    Each piece is fetched once; Permanent once too many were. After an error, it is at its end.
+    """
+
+    def __init__(self, fetch: Callable[[int], Reply]) -> None:
+        first, self._fetch, self._at = fetch(0), fetch, 0
+        self._pieces = {0: first.body}
+        size = first.headers.get("Content-Range", "").rpartition("/")[2]
+        self._size = int(size[:15]) if size.isdecimal() else len(first.body)
+        self._most = min(max(LEAST_PIECES, self._size // 20 // PIECE), MOST_PIECES)
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end."""
+        number, start = divmod(self._at, PIECE)
+        if number not in self._pieces and self._at < self._size:
+            end, self._size = self._size, 0  # PyAV prints all errors but the last
+            if len(self._pieces) == self._most:
+                raise Permanent("video_scattered")
+            self._pieces[number] = self._fetch(number).body
+            self._size = end
+        data = self._pieces.get(number, b"")[start : start + size]
+        self._at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go on elsewhere; returns where."""
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """Where it is read next."""
+        return self._at
+
+
+def frame_picture(scaler: Any, aspect: float, side: int, frame: Any) -> Image.Image | None:
+    """A frame, if any, as people see it, no longer than `side`; `aspect` is that of a pixel."""
+    if not frame:
+        return None
+    scale = min(1.0, side / max(frame.width * aspect, frame.height))
+    width, height = (max(1, round(scale * n)) for n in (frame.width * aspect, frame.height))
+    colours = SRGB if frame.color_trc in HDR else {}  # else grey; a scaler needs seconds, once
+    scaled = scaler.reformat(frame, width, height, "rgb24", **colours)
+    image: Image.Image = scaled.to_image()
+    return image.rotate(frame.rotation, expand=True)
+
+
+def is_dull(image: Image.Image, others: Iterable[Image.Image]) -> bool:
+    """Whether a frame is black, or nearly the same as one of the others."""
+    few = [one.resize((16, 16), Image.Resampling.BOX) for one in (image, *others)]
+    changes = [ImageStat.Stat(ImageChops.difference(few[0], other)).mean for other in few[1:]]
+    return max(few[0].convert("L").tobytes()) < DARK or any(max(one) < MOVES for one in changes)
+
+
+def seconds_until(end: float) -> float:
+    """The seconds until a monotonic time; Retryable once it is over."""
+    if (left := end - time.monotonic()) <= 0:
+        raise Retryable("video_slow")
+    return left
+
+
+def frame_at(stream: Any, at: float, early: float, end: float) -> Any:
+    """The frame at a time, or a key frame that is not too early; else the last one, if any."""
+    frame, start = None, stream.start_time or 0
+    stream.container.seek(start + int(at / stream.time_base), stream=stream)  # to a key frame
+    for packet in stream.container.demux(stream):
+        seconds_until(end)
+        for frame in packet.decode():
+            if frame.time is None or frame.time - start * stream.time_base >= at - early:
+                return frame
+    return frame
+
+
+def frames_of(files: Iterable[Any], count: int, side: int, end: float) -> tuple[list[bytes], float]:
+    """Frames of a video as JPEGs, out of the first file that has some, and the seconds it lasts.
+
+    They are spread over it without its first and last second, and dull ones give way to later
+    ones. By the monotonic time `end`, what was found is enough. Unavailable if the server is away.
+    """
+    import av  # here, as it is an extra, and would slow down every start
+    from av.video.reformatter import VideoReformatter
+
+    trouble: AnalyzeError = Missing("video_missing")
+    options = {"format_whitelist": VIDEO_FORMATS}  # no playlists, which open other files
+    for file in files:
+        found, seconds, trouble = list[Image.Image](), 0.0, Permanent("video_blank")
+        try:
+            with av.open(file, container_options=options, metadata_errors="ignore") as container:
+                stream: Any = container.streams.best("video")
+                if not (stream and stream.codec_context):  # FFmpeg does not know its kind
+                    continue
+                stream.codec_context.thread_count = 1  # each would keep frames in memory
+                seconds = float(container.duration or 0) / av.time_base
+                edge = 1.0 if seconds > 3 else 0.0
+                step, aspect = (seconds - 2 * edge) / count, float(stream.sample_aspect_ratio or 1)
+                look = functools.partial(frame_picture, VideoReformatter(), aspect, side)
+                for part in range(count):
+                    times = ((edge + step * (part + at), step * gap) for at, gap in LOOKS.items())
+                    looks = (look(frame_at(stream, *time, end)) for time in times)  # one at a time
+                    found += next(([one] for one in looks if one and not is_dull(one, found)), [])
+        except (Retryable, Permanent) as error:
+            trouble = error
+        except (av.FFmpegError, ArithmeticError, LookupError, OSError, ValueError) as error:
+            trouble = Permanent("video_unreadable", why=getattr(error, "strerror", None) or error)
+        if found and not isinstance(trouble, Unavailable):
+            return [jpeg(image) for image in found], seconds
+    raise trouble
+
+
 @contextmanager
 def sql() -> Iterator[None]:
     """Turn psycopg2's exceptions into our errors."""
@@ -1486,7 +1628,8 @@ TEXTS = 1000  # answers of a host that are remembered
 TIMED_OUT = ("timed_out", "timed_out_reading")
 SEES, BLIND = 0, -1  # in Host.texts: no hash of a picture, but what a plain one showed
 CUT = ("answer_cut", "context_full")
-PICTURE = "immich-analyze puts the picture here"  # stands for it in a question
+REFUSALS = ("picture_refused", "host_failed", "connection_cut")
+PICTURE = "immich-analyze puts a picture here"  # stands for it in a question
 WHOLE = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "load")  # no cut answers
 
 
@@ -1511,16 +1654,22 @@ class Dialect:
     config: Config
     server: dict[str, Any]  # what dialects.toml says of this kind
     refused: frozenset[str] = frozenset()  # parts of a question, as the host told
+    one_picture: bool = False  # whether it takes no more at a time
 
-    def body(self, picture: Picture) -> bytes:
+    def body(self, asked: Question) -> bytes:
         """A question as JSON, without what the host refused."""
-        said = {"text": picture.question, "mime": picture.mime, "picture": PICTURE}
-        known = {"config": self.config, "refused": self.refused}
-        asked = json.loads(template(self.server["question"]).render(said, **known))
-        question = self.server["thinks" if self.config.think else "thinks_not"] | asked
+        shown = asked.pictures
+        if self.one_picture and len(shown) > 1:
+            shown = (sheet(shown, self.config.max_image_size or FRAME_SIDE),)
+        pictures = {f"<{PICTURE} {n}>": one for n, one in enumerate(shown)}
+        said = {"text": asked.text, "pictures": [*pictures], "refused": self.refused}
+        rest = json.loads(template(self.server["question"]).render(said, config=self.config))
+        question = self.server["thinks" if self.config.think else "thinks_not"] | rest
         question = {name: part for name, part in question.items() if name not in self.refused}
-        # JSON's encoder would take a millisecond for the picture
-        return json.dumps(question).encode().replace(PICTURE.encode(), picture.base64)
+        body = json.dumps(question).encode()
+        for mark, picture in pictures.items():  # JSON's encoder would take a millisecond for it
+            body = body.replace(mark.encode(), picture.base64)
+        return body
 
     def sees(self, ask: Callable[..., Reply]) -> bool | None:
         """Whether the model takes pictures, where the server tells; an error if it is not there."""
@@ -1560,22 +1709,25 @@ class Dialect:
         vision = dig(ask("GET", "/props").json(), "modalities", "vision") if alone else None
         return vision if isinstance(vision, bool) else None
 
-    def adapted(self, error: AnalyzeError) -> Dialect:
+    def adapted(self, error: AnalyzeError, asked: Question) -> Dialect:
         """How else to ask, by what a host said; re-raises the error if there is no other way."""
-        config, known = self.config, patterns()
-        if lacks_context(error):
+        config, known, lacks = self.config, patterns(), lacks_context(error)
+        several = len(asked.pictures) > 1 and not self.one_picture
+        if lacks and not several:
             told = known["prompt_tokens"].search(error.words)
             prompt = int(told[1]) if told else error.fields.get("prompt", 0)
             tokens = -(-(prompt + config.max_tokens) // CONTEXT_STEP) * CONTEXT_STEP
             if not (self.server["takes_context"] and prompt and tokens > config.context_length):
                 raise error
             return replace(self, config=replace(config, context_length=tokens))
-        refused = set(known["refusable"].findall(error.words))
+        refused = set() if lacks else set(known["refusable"].findall(error.words))
         if not refused and known["thinking"].search(error.words):
             refused = set(self.server["thinks_not"])
-        if refused <= self.refused:
-            raise error
-        return replace(self, refused=self.refused | refused)
+        if not refused <= self.refused:
+            return replace(self, refused=self.refused | refused)
+        if several and (lacks or error.key in REFUSALS):
+            return replace(self, one_picture=True)
+        raise error
 
 
 def nearest(model: str, names: Iterable[str]) -> str:
@@ -1806,9 +1958,9 @@ class Hosts:
         log.debug("%s has too many requests: %d at a time", public(url), host.most)
         return True
 
-    def sees(self, url: str, text: str, picture: Picture, test: Callable[[], bool]) -> bool:
-        """Whether a host looks at pictures; once it says the same of two of them, `test` tells."""
-        texts, key, one = self._hosts[url].texts, text_id(text), hash(picture.base64)
+    def sees(self, url: str, text: str, shown: object, test: Callable[[], bool]) -> bool:
+        """Whether a host looks at what is shown; once it says the same of two, `test` tells."""
+        texts, key, one = self._hosts[url].texts, text_id(text), hash(shown)
         with self._lock:
             known = texts.setdefault(key, one)
             if len(texts) > TEXTS:
@@ -2024,16 +2176,16 @@ class Ai:
         self._config, self._hosts, self._stop = config, hosts, stop
         kinds = toml("dialects.toml")
         self._dialect = Dialect(config, kinds["llamacpp"] | kinds[config.interface])
-        key = [("Authorization", f"Bearer {config.api_key}")] if config.api_key else []
-        usual = self._dialect.server["headers"].items()
-        self._session = Session([*usual, *key, *config.host_header])
+        key = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+        usual = self._dialect.server["headers"] | key
+        self._session = Session([*usual.items(), *config.host_header])
         self.close = self._session.close
 
-    def describe(self, picture: Picture, check: Callable[[], None]) -> Said:
-        """Have a picture described by a host that is well; waits for one.
+    def describe(self, asked: Question, check: Callable[[], None]) -> Said:
+        """Have a question answered by a host that is well; waits for one.
 
         `check` is called just before each request, and may raise. Raises Permanent once the
-        picture is to blame, Unavailable after `--max-retries` waits, Fatal when no host is worth
+        photo is to blame, Unavailable after `--max-retries` waits, Fatal when no host is worth
         waiting for, Stopped. Photos that failed are retried one at a time, so that one that kills
         its host does not take the others down with it twice.
         """
@@ -2048,11 +2200,11 @@ class Ai:
                 check()
                 if not (met.doubtful(url) or met.judge()):  # it may count by now
                     try:
-                        return self._described(url, picture, number)
+                        return self._described(url, asked, number)
                     except AnalyzeError as error:
                         met.blame(url, number, error)
                 doubtful = met.doubtful(url)
-                away = [host for host in doubtful if self._is_away(host, picture, met)]
+                away = [host for host in doubtful if self._is_away(host, asked, met)]
             # where no other host is left, others go first; one that is away may soon be back
             again = doubtful and not away and met.failed >= set(self._config.hosts)
             waits = (again or met.enough()) and not met.judge()
@@ -2060,11 +2212,10 @@ class Ai:
                 raise Stopped("stopped")
         raise met.error.as_kind(Permanent)
 
-    def _is_away(self, url: str, picture: Picture, met: Tries) -> bool:
-        """Show a host a plain picture of the same size; whether it says that it is away."""
-        plain = replace(plain_picture(picture.size), question=picture.question)
+    def _is_away(self, url: str, asked: Question, met: Tries) -> bool:
+        """Show a host plain pictures of the same size; whether it says that it is away."""
         try:
-            self._described(url, plain, self._hosts.number(url))
+            self._described(url, asked.about("gray"), self._hosts.number(url))
         except AnalyzeError as error:
             if error.key == met.error.key == "answer_no_picture":  # of neither picture
                 error = Fatal("model_blind", url=public(url))
@@ -2072,32 +2223,33 @@ class Ai:
             return isinstance(error, Unavailable)
         return False
 
-    def _described(self, url: str, picture: Picture, number: int) -> Said:
-        """What a host says of a picture; Fatal if it says the same of all."""
-        said = self._said(url, picture, number)
-
-        def says_else() -> bool:
-            plain = (plain_picture(PLAIN_SIZE, colour) for colour in ("gray", "red"))
-            shown = (replace(one, question=picture.question) for one in plain)
-            return any(self._said(url, one, number).text != said.text for one in shown)
-
-        if not self._hosts.sees(url, said.text, picture, says_else):
+    def _described(self, url: str, asked: Question, number: int) -> Said:
+        """What a host says of a photo; Fatal if it says the same of all."""
+        said = self._said(url, asked, number)
+        plain = (asked.about(colour, PLAIN_SIZE) for colour in ("gray", "red"))
+        differs = (self._said(url, one, number).text != said.text for one in plain)
+        if not self._hosts.sees(url, said.text, asked.pictures, lambda: any(differs)):
             raise Fatal("model_says_the_same", url=public(url))
         self._hosts.answered(url, number)
         return said
 
-    def _said(self, url: str, picture: Picture, number: int) -> Said:
+    def _said(self, url: str, asked: Question, number: int) -> Said:
         """The description in a host's answer, which is asked in another way if it wants that."""
         dialect = self._hosts.dialects.get(url, self._dialect)
         while True:
-            body = {"data": dialect.body(picture), "headers": JSON_BODY}
+            body = {"data": dialect.body(asked), "headers": JSON_BODY}
             answer = Answer(url, self._config, functools.partial(self._hosts.heard, url, number))
             log.debug("asking %s", public(url))
             try:
                 reply = self._call(url, "POST", dialect.server["chat"], watch=answer.listen, **body)
-                return answer.said(reply)
+                said = answer.said(reply)
+                if dialect.one_picture:  # only now it is known that it takes no more
+                    self._hosts.dialects[url] = dialect
+                return said
             except Retryable as error:
-                dialect = self._hosts.dialects[url] = dialect.adapted(error)
+                dialect = dialect.adapted(error, asked)
+                if not dialect.one_picture:
+                    self._hosts.dialects[url] = dialect
 
     def _probe(self, url: str) -> bool:
         """Whether a host that was absent is back, by a request that costs it nothing."""
@@ -2138,13 +2290,13 @@ class Ai:
                 return error
         return None
 
-    def about(self, url: str, picture: Picture) -> dict[str, Any]:
+    def about(self, url: str, asked: Question) -> dict[str, Any]:
         """A host's trouble, or what it tells of itself and the seconds for a plain picture."""
         told: dict[str, Any] = {"url": public(url), "trouble": self._trouble(url)}
         try:
             for colour in () if told["trouble"] else ("gray", "red"):  # the first loads the model
-                plain = replace(plain_picture(picture.size, colour), question=picture.question)
-                told["seconds"] = self._described(url, plain, self._hosts.number(url)).seconds
+                number = self._hosts.number(url)
+                told["seconds"] = self._described(url, asked.about(colour), number).seconds
                 self.close()  # as llama.cpp may close a connection after an answer
         except AnalyzeError as error:
             told["trouble"] = error
@@ -2168,76 +2320,15 @@ REOPEN_AFTER = 3600.0  # seconds; by then, an upgrade of Immich may have changed
 PREVIEW_NAME = re.compile(r"([0-9a-f]{8}(-[0-9a-f]{4,12}){4})[-_]preview(_edited)?\.(jpe?g|webp)")
 RENEW_AFTER = 3600.0  # seconds between two starts of the watch, as each is expensive
 WRITTEN = [fs.FileCreatedEvent, fs.FileModifiedEvent, fs.FileClosedEvent, fs.FileMovedEvent]
+NOTES_SINCE = (2, 5, 0)  # Immich's first release that lets API keys write metadata of photos
 NEEDED_PERMISSIONS = ("asset.read", "asset.view", "asset.update")  # the last one to write
 # Groups of photos by the path that lists them: the permission needed, and the field to search by.
 GROUPS = {"albums": ("album.read", "albumIds"), "tags": ("tag.read", "tagIds")}
 
 Cursor = Any  # a position in a listing; opaque to all but the library that made it
-Page = tuple[Iterable[Photo], Cursor | None]  # and the next cursor; None at the end
-Opened = tuple[Callable[[], "Library"], Callable[[], bool]]  # factory; whether it reaches all
-
-
-class Library(Protocol):
-    """What the pipeline needs from a library. All methods raise only our own errors.
-
-    Unavailable means that the library is down, Retryable and Permanent that this call failed.
-    """
-
-    must_confirm: bool  # whether a text can be lost after it was written
-    most_workers: int  # that can each have a library at the same time
-
-    def clock(self) -> datetime:
-        """The time by the server's clock, as ours may be wrong or jump."""
-
-    def page(self, cursor: Cursor | None, since: datetime | None = None) -> Page:
-        """The next page of a listing; with `since`, only photos uploaded from then on.
-
-        It leaves out videos and all that is hidden, locked, trashed or offline.
-        """
-
-    def total(self) -> int:
-        """Roughly how many photos the whole listing has; optional, as not every key may ask."""
-
-    def news(self, since: datetime, started: datetime | None) -> list[Photo]:
-        """Photos with a preview made after `since`; with `started`, none uploaded long before."""
-
-    def watch(self, event: Callable[[], None], cooldown: float) -> PreviewWatch | None:
-        """Call `event` when a preview is written, if this library can notice that."""
-        return None
-
-    def about(self) -> dict[str, Any]:
-        """What `--check` tells; `samples` has a few photos, each as its id and Photo.source."""
-
-    @contextmanager
-    def claimed(self, photo: Photo) -> Iterator[Photo]:
-        """Claim the photo, with its note, for a while; Skip if another instance has claimed it."""
-
-    def look(self, photo: Photo) -> Photo:
-        """The photo as it is now, with its note; Skip if it is not to be described."""
-
-    def with_facts(self, photo: Photo) -> Photo:
-        """The photo with all the facts asked for, some of which a listing may lack."""
-        return photo
-
-    def preview(self, photo: Photo) -> bytes | None:
-        """The content of the preview's file; None if there is no preview."""
-
-    def write(self, photo: Photo, text: str, note: Note | None) -> bool:
-        """Replace the description that the photo had, and store its note.
-
-        False, with nothing written, if the description has changed meanwhile; if it already is
-        `text`, that counts as written, as all does in a dry run, which writes nothing.
-        """
-
-    def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
-        """Descriptions written in the last `age` seconds, by id; photos that are gone have none."""
-        return {}
-
-    def remember(self, photo: Photo, note: Note | None) -> None:
-        """Store a note or, with None, delete the photo's; if this Immich keeps notes."""
-
-    def close(self) -> None:
-        """Close the connections; may be called twice."""
+Page = tuple[list[Photo], Cursor | None]  # and the next cursor; None at the end
+Library: TypeAlias = "ApiLibrary | DbLibrary"
+Opened = tuple[Callable[[], Library], Callable[[], bool]]  # factory; whether it reaches all
 
 
 @contextmanager
@@ -2315,6 +2406,7 @@ def chosen(config: Config) -> list[dict[str, Any]]:
     # several albums in one search would mean photos that are in all of them
     common: dict[str, Any] = {"isFavorite": True} if config.favorites else {}
     common |= {"libraryId": config.library} if config.library else {}
+    common |= {"type": config.videos[0]} if len(config.videos) == 1 else {}
     common |= {"takenAfter": iso(config.taken_after - ZONES)} if config.taken_after else {}
     common |= {"takenBefore": iso(config.taken_before + ZONES)} if config.taken_before else {}
     photos = [{"id": photo} for photo in config.photo] or [{}]
@@ -2322,23 +2414,28 @@ def chosen(config: Config) -> list[dict[str, Any]]:
     return [common | photo | album for photo in photos for album in albums]
 
 
-class ApiLibrary(Library):
+class ApiLibrary:
     """Immich's REST API, 1.132 to 3.3; polled, as only unrestricted keys are told of uploads.
 
-    Each photo is read and written with its owner's key. An odd JSON field affects only itself.
+    Each photo is read and written with its owner's key. An odd JSON field affects only itself. All
+    public methods, here and in DbLibrary, raise only our own errors: Unavailable if the library is
+    down, Retryable and Permanent if this call failed, Skip if the photo is to be left alone.
     """
 
-    must_confirm, most_workers = True, sys.maxsize
+    must_confirm: Literal[True] = True  # as a text can be lost after it was written
+    most_workers = sys.maxsize  # that can each have a library at the same time
+    previews: Path | None = None  # the folder in which they appear, if it can be watched
 
     def __init__(self, config: Config, server: Server) -> None:
         self._config, self._server, self._accounts = config, server, server.accounts
         self._session = Session(config.immich_header)
+        self.close = self._session.close
         users, visible = server.accounts.values(), ("timeline", "archive")
         self._parts = [(user, v, one) for user in users for v in visible for one in chosen(config)]
 
     def read_version(self) -> Reply:
         """GET /server/version, which needs no key and also works during maintenance."""
-        reply, told = self._send("", "GET", "/server/version", timeout=CHECK_TIMEOUT), None
+        reply, told = self.send("", "GET", "/server/version", timeout=CHECK_TIMEOUT), None
         with suppress(Retryable):  # it is no JSON
             told = reply.json()
         version = tuple(dig(told, part) for part in ("major", "minor", "patch"))
@@ -2347,55 +2444,42 @@ class ApiLibrary(Library):
         self._server.version = version
         return reply
 
-    def site(self) -> Any:
-        """GET /server/config, which needs no key: `externalDomain`, what people open."""
-        path = "/server/config"
-        return dig(self._send("", "GET", path, timeout=CHECK_TIMEOUT).json(), "externalDomain")
-
-    def keeps_notes(self) -> bool:
-        """Whether this release lets API keys write metadata of photos."""
-        return self._server.version >= (2, 5, 0)
-
     def permissions(self, key: str) -> list[Any]:
         """A key's permissions, by GET /api-keys/me; older releases tell only that it is valid."""
         if self._server.version < (1, 139, 0):
-            self._send(key, "POST", "/auth/validateToken", timeout=CHECK_TIMEOUT).json()
+            self.send(key, "POST", "/auth/validateToken", timeout=CHECK_TIMEOUT).json()
             return ["all"]
-        told = self._send(key, "GET", "/api-keys/me", timeout=CHECK_TIMEOUT).json()
+        told = self.send(key, "GET", "/api-keys/me", timeout=CHECK_TIMEOUT).json()
         return dig_list(told, "permissions")
 
     def identify(self, account: Account, needed: Sequence[str]) -> None:
         """Ask what the key may do and, if it may ask, for its user; Fatal if it cannot work."""
         account.may = allowed = self.permissions(account.key)
         if missing := [p for p in needed if p not in allowed and "all" not in allowed]:
-            raise Fatal("immich_permission_missing", permission=", ".join(missing))
-        try:
-            told = self._send(account.key, "GET", "/users/me", timeout=CHECK_TIMEOUT).json()
+            raise Refused("immich_permission_missing", permission=", ".join(missing))
+        with suppress(Refused):
+            told = self.send(account.key, "GET", "/users/me", timeout=CHECK_TIMEOUT).json()
             account.user_id, account.name = one_line(told, "id"), one_line(told, "email")
-        except Fatal as error:
-            if error.key != "immich_permission_missing":
-                raise
 
-    def _send(self, key: str, method: str, path: str, **options: Any) -> Reply:
+    def send(self, key: str, method: str, path: str, **options: Any) -> Reply:
         """Send one request with a user's key, or without a key if it is ""."""
-        own: dict[str, Any] = {"timeout": IMMICH_TIMEOUT, "headers": {"x-api-key": key or None}}
         url = self._config.immich_api_url + path
-        return http(self._session, method, url, server="immich", **own | options)
+        headers = {"x-api-key": key or None} | options.pop("headers", {})
+        own = {"timeout": IMMICH_TIMEOUT, "headers": headers} | options
+        return http(self._session, method, url, server="immich", **own)
 
     def _call(
         self, account: Account, method: str, path: str, *, raw: bool = False, **options: Any
     ) -> Any:
-        """The response's JSON, or its bytes if `raw`; Skip once the key has been refused."""
+        """The response's JSON, or itself if `raw`; Skip once the key has been refused."""
         if account.refused:
             raise account.refused.as_kind(Skip)
         try:
             with blame(functools.partial(self.permissions, account.key)):
-                reply = self._send(account.key, method, path, **options)
+                reply = self.send(account.key, method, path, **options)
                 page = "text/html" in reply.headers.get("Content-Type", "")  # by a proxy
-                return reply.body if raw and not page else reply.json()
-        except Fatal as error:
-            if error.key not in ("immich_key_refused", "immich_permission_missing"):
-                raise
+                return reply if raw and not page else reply.json()
+        except Refused as error:
             first = not account.refused
             account.refused = Fatal("key_refused", number=account.number + 1, why=error)
             if all(other.refused for other in self._accounts.values()):
@@ -2419,6 +2503,7 @@ class ApiLibrary(Library):
         return datetime.now(UTC)
 
     def page(self, cursor: Walk | None, since: datetime | None = None) -> Page:
+        """The next page of the listing; with `since`, only photos uploaded from then on."""
         for account in () if cursor else self._accounts.values():
             with suppress(Skip):  # its key was refused
                 account.groups = self._groups(account)
@@ -2430,13 +2515,10 @@ class ApiLibrary(Library):
         query = query | self._filter(visibility) | given | {"withExif": True}
         query |= {"withPeople": True} if "people" in self._config.context else {}
         items, step = self._step(account, walk, query)
-        # built lazily, while the next page is fetched, unless it takes requests to find the owner
-        made = iter if account.user_id else list
         found = (self._photo(item, account) for item in items if in_period(item, self._config))
-        photos = made(filter(None, found))
         if step is None and walk.part + 1 < len(self._parts):
             step = Walk(walk.part + 1)
-        return photos, step
+        return [*filter(None, found)], step
 
     def _step(self, account: Account, walk: Walk, query: Any) -> tuple[list[Any], Walk | None]:
         """POST /search/metadata, in the flat form of all releases: new items; next cursor."""
@@ -2450,10 +2532,9 @@ class ApiLibrary(Library):
             raise Retryable("not_json", url=public(self._config.immich_api_url))
         items = [item for item in dig_list(found, "items") if isinstance(dig(item, "id"), str)]
         last = walk.before or FAR_FUTURE
-        for item in items:
-            with suppress(ValueError, OverflowError):  # for a date that Python cannot represent
-                told = datetime.fromisoformat(str(item.get("fileCreatedAt")))
-                last = min(last, told.astimezone(UTC))
+        with suppress(IndexError, ValueError, OverflowError):  # Python lacks dates before Christ
+            told = datetime.fromisoformat(str(items[-1].get("fileCreatedAt")))
+            last = min(last, told.astimezone(UTC))
         more, stable = dig(found, "nextPage") is not None, self._server.version >= (3, 1, 0)
         fresh = [item for item in items if item["id"] not in walk.seen]
         ids = frozenset(item["id"] for item in items)
@@ -2462,12 +2543,13 @@ class ApiLibrary(Library):
     def _filter(self, visibility: str) -> dict[str, Any]:
         """The filter for one visibility, always explicit, as the default differs by release."""
         if self._server.version >= (1, 133, 0):
-            return {"type": "IMAGE", "visibility": visibility}
-        return {"type": "IMAGE", "isArchived": visibility == "archive", "isVisible": True}
+            return {"visibility": visibility}
+        return {"isArchived": visibility == "archive", "isVisible": True}
 
     def _photo(self, item: Any, account: Account) -> Photo | None:
         """The photo in an item of a response; None for one that this user may not describe."""
-        hidden = item.get("type") != "IMAGE" or item.get("visibility") in ("hidden", "locked")
+        hidden = item.get("type") not in self._config.videos
+        hidden = hidden or item.get("visibility") in ("hidden", "locked")
         hidden = hidden or True in (item.get("isTrashed"), item.get("isOffline"))
         if hidden or not self._owns(account, item):
             return None
@@ -2480,9 +2562,10 @@ class ApiLibrary(Library):
             description=description if isinstance(description, str) else "",
             source=str(account.number),
             ready=bool(item.get("thumbhash")),  # null until the preview is made
-            note=UNREAD if self.keeps_notes() else None,
+            note=UNREAD if self._server.version >= NOTES_SINCE else None,
             library=str(item.get("libraryId") or ""),
             told={**item, **account.groups.get(item["id"], {})} if self._config.context else {},
+            video=item["type"] == "VIDEO",
             site=self._config.link_url,
         )
 
@@ -2495,14 +2578,12 @@ class ApiLibrary(Library):
         owner: Any = item.get("ownerId")
         if (self._config.dry_run or self._config.check) and not account.user_id:
             return True
-        if not account.user_id and owner not in account.strangers:
+        known = account.strangers.union(other.user_id for other in self._accounts.values())
+        if not account.user_id and owner not in known:
             path = f"/assets/{item['id']}"
             try:
                 self._call(account, "PUT", path, json={})
-                if owner in [other.user_id for other in self._accounts.values()]:
-                    account.strangers.add(owner)  # another key of the same user
-                else:
-                    account.user_id = owner
+                account.user_id = owner
             except Skip:
                 with suppress(Skip):
                     self._call(account, "GET", path)  # it still exists, so somebody else owns it
@@ -2527,17 +2608,16 @@ class ApiLibrary(Library):
         told = {str(dig(one, "id")): one for one in listed}
         return {n: one_line(o, "albumName") for n, o in told.items()} if kind == "albums" else told
 
-    def known_albums(self, ids: Sequence[str], *, named: bool) -> list[tuple[str, str]]:
+    def known_albums(self, ids: Sequence[str], *, named: bool) -> Iterator[tuple[str, str]]:
         """Id and name of each album in `ids` that a user sees; of all albums if `named`."""
-        known: list[tuple[str, str]] = []
         for account in self._accounts.values():
             for album in ids:  # searches for the photos of one that is not seen are refused
                 with suppress(Skip, Permanent):
                     body = {"albumIds": [album], "size": 1}
                     self._call(account, "POST", "/search/metadata", json=body)
-                    known.append((album, album))
-            known += self.listed_groups(account, "albums").items() if named else ()
-        return known
+                    yield album, album
+            if named:
+                yield from self.listed_groups(account, "albums").items()
 
     def _members(self, account: Account, query: dict[str, Any]) -> Iterator[str]:
         """The ids of the photos in a group, including some of other users."""
@@ -2551,13 +2631,16 @@ class ApiLibrary(Library):
     def total(self, **more: str) -> int:
         """POST /search/statistics, which needs asset.statistics; `more` narrows the search."""
         # not by _call, which would retire a key that lacks this right but can do the work
-        ask = functools.partial(self._send, method="POST", path="/search/statistics")
+        ask = functools.partial(self.send, method="POST", path="/search/statistics")
         queries = [(user.key, self._filter(v) | given | more) for user, v, given in self._parts]
         totals = (number_at(ask(key, json=query).json(), "total") for key, query in queries)
         return len(self._config.photo) or int(sum(totals))
 
     def about(self) -> dict[str, Any]:
-        """By a few requests for each key, which may not be allowed to count."""
+        """What `--check` tells, by a few requests for each key, which may not be allowed to count.
+
+        `samples` has a few photos, each as its id and Photo.source.
+        """
         told: dict[str, Any] = {"version": self._server.version, "keys": self._server.users}
         with suppress(AnalyzeError):  # not every key may ask
             told |= {"photos": self.total(), "described": self.total(description="_")}
@@ -2565,7 +2648,10 @@ class ApiLibrary(Library):
         return told | {"samples": [(one.id, one.source) for one in photos if one.ready]}
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
-        """Photos updated since then, as Immich updates a photo when it makes the preview."""
+        """Photos updated since then, as Immich updates a photo when it makes the preview.
+
+        With `started`, none that was uploaded long before.
+        """
         query = {"updatedAfter": iso(since)}
         query |= {"createdAfter": iso(started - UPLOAD_TIME)} if started else {}
         updated: list[Photo] = []
@@ -2576,7 +2662,10 @@ class ApiLibrary(Library):
         return updated
 
     def read_back(self, photos: Sequence[Photo], age: float) -> dict[str, str]:
-        """One search for recently updated photos, then GET /assets/{id} for each of the others."""
+        """The descriptions, written in the last `age` seconds; photos that are gone have none.
+
+        One search for recently updated photos, then GET /assets/{id} for each of the others.
+        """
         stored: dict[str, str] = {}
         if len(photos) > len(self._parts):  # else that would take more requests
             since = self.clock() - timedelta(seconds=age + 2)  # the clock counts whole seconds
@@ -2599,11 +2688,12 @@ class ApiLibrary(Library):
         """GET /assets/{id}/metadata/{key}; only `--shard` keeps instances apart."""
         told = None
         with suppress(Missing):
-            if self.keeps_notes():
+            if self._server.version >= NOTES_SINCE:
                 told = self._ask(photo, "GET", f"/metadata/{KEY}")
         yield replace(photo, note=note_in(dig(told, "value")))
 
     def look(self, photo: Photo) -> Photo:
+        """The photo as it is now, with its note."""
         found = self._photo(self._read(photo), self._accounts[photo.source])
         if not found:
             raise Skip("photo_excluded")
@@ -2625,16 +2715,32 @@ class ApiLibrary(Library):
         with suppress(Missing):
             for size in dict.fromkeys((self._config.thumbnail_size, "preview")):  # may be a GIF
                 params = {"size": size, "edited": "true"}
-                data = self._ask(photo, "GET", "/thumbnail", raw=True, params=params)
+                data = self._ask(photo, "GET", "/thumbnail", raw=True, params=params).body
                 if picture_type(data)[0]:
                     break
         return data
+
+    def video(self, photo: Photo, end: float) -> list[RemoteFile]:
+        """GET /assets/{id}/video/playback: what Immich transcoded, else the original."""
+
+        def fetch(piece: int) -> Any:
+            part = {"Range": f"bytes={piece * PIECE}-{(piece + 1) * PIECE - 1}"}
+            options = {"headers": part, "limit": PIECE, "timeout": seconds_until(end), "raw": True}
+            options["watch"] = lambda _: seconds_until(end)  # a slow server may never be silent
+            try:
+                return self._ask(photo, "GET", "/video/playback", **options)
+            except Unavailable as error:  # perhaps only for videos, by a proxy's limits
+                with blame(functools.partial(self.permissions, self._accounts[photo.source].key)):
+                    raise error.as_kind(Retryable) from error
+
+        return [RemoteFile(fetch)]
 
     def write(self, photo: Photo, text: str, note: Note | None) -> bool:
         """GET, then PUT /assets/{id}: the API has no conditional write, so read just before it.
 
         The GET also tells whether a write that timed out succeeded: a second PUT soon after the
-        first could be lost. The note goes first, so that no text of ours ever lacks one.
+        first could be lost. The note goes first, so that no text of ours ever lacks one. False,
+        with nothing written, if the description is neither the photo's nor `text`.
         """
         if self._config.dry_run:
             return True
@@ -2654,7 +2760,7 @@ class ApiLibrary(Library):
 
     def remember(self, photo: Photo, note: Note | None) -> None:
         """PUT or DELETE /assets/{id}/metadata; if that is refused, no harm is done."""
-        if not self.keeps_notes():
+        if self._server.version < NOTES_SINCE:
             return
         with suppress(Permanent, Skip, Missing):
             if note:
@@ -2662,9 +2768,6 @@ class ApiLibrary(Library):
                 self._ask(photo, "PUT", "/metadata", json={"items": [item]})
             else:
                 self._ask(photo, "DELETE", f"/metadata/{KEY}", raw=True)
-
-    def close(self) -> None:
-        self._session.close()
 
 
 def with_album_ids(config: Config, known: Sequence[tuple[str, ...]]) -> Config:
@@ -2704,9 +2807,7 @@ def open_api(config: Config) -> Opened:
             account = Account(key, number)
             try:
                 library.identify(account, needed)
-            except Unexpected:  # says nothing about the key
-                raise
-            except Fatal as error:
+            except Refused as error:
                 account.refused = Fatal("key_refused", number=number + 1, why=error)
             accounts.setdefault(account.user_id or key, account)
         users = server.users = [*accounts.values()]
@@ -2715,16 +2816,17 @@ def open_api(config: Config) -> Opened:
             if not server.accounts:
                 raise trouble
             log.error("%s", trouble)
-        if renews and server.version < (2, 5, 0):
+        if renews and server.version < NOTES_SINCE:
             raise Fatal("notes_needed")
         if "albums" in groups and server.version < (1, 135, 0):
             groups.remove("albums")
             log.warning("%s", t("no_albums"))
         if config.album and server.version < (1, 135, 0):  # its searches ignore albums
             raise Fatal("albums_too_old")
-        config = with_album_ids(config, library.known_albums(by_id, named=named))
+        config = with_album_ids(config, [*library.known_albums(by_id, named=named)])
         with suppress(AnalyzeError):
-            config = with_site(config, library.site())
+            told = library.send("", "GET", "/server/config", timeout=CHECK_TIMEOUT).json()
+            config = with_site(config, dig(told, "externalDomain"))
     return lambda: ApiLibrary(config, server), lambda: not any(one.refused for one in users)
 
 
@@ -2737,23 +2839,22 @@ def statements(tables: Mapping[str, set[str]], config: Config) -> dict[str, Any]
     return named
 
 
-class DbLibrary(Library):
+class DbLibrary:
     """Immich's own tables, 1.132 to 3.3, on PostgreSQL 14 and newer.
 
     Its connection is opened on first use, and reopened every hour and after it was lost. A
     description is changed only together with its note, and only if it still is as listed.
     """
 
-    must_confirm = False
+    must_confirm: Literal[False] = False  # what is committed stays
     statements: Mapping[str, Any]  # statements for the tables that this connection found
 
     def __init__(self, config: Config, most_workers: int = 1) -> None:
-        self._config = config
+        self._config, self._opened = config, 0.0
         self._given = {one.name: getattr(config, one.name) for one in fields(config)} | {"key": KEY}
         self._connection: psycopg2.extensions.connection | None = None
-        self._opened = 0.0
         self._root = config.thumbs_root or config.immich_root
-        self._thumbs = "" if config.thumbs_root else "thumbs"
+        self.previews = config.thumbs_root or config.immich_root / "thumbs"
         self.most_workers = most_workers
 
     def rows(self, name: str, **parameters: object) -> list[tuple[Any, ...]]:
@@ -2800,22 +2901,27 @@ class DbLibrary(Library):
             with suppress(Missing, Permanent):
                 self._file(path)
                 return
-        root, thumbs = self._root, self._root / self._thumbs
-        first = thumbs / "".join(samples[:1]).rpartition("thumbs/")[2]
+        first = self.previews / "".join(samples[:1]).rpartition("thumbs/")[2]
         try:
             read_file(first)
         except (Missing, Permanent) as error:
             if isinstance(error.__cause__, PermissionError):  # it may well be there
                 raise
-        if not os.path.isdir(thumbs):
-            raise Unexpected("root_wrong" if self._thumbs else "thumbs_wrong", root=root)
+        if not os.path.isdir(self.previews):
+            key = "thumbs_wrong" if self._config.thumbs_root else "root_wrong"
+            raise Unexpected(key, root=self._root)
         if samples:
-            raise Unexpected("root_empty", root=root, path=first)
+            raise Unexpected("root_empty", root=self._root, path=first)
 
     def _file(self, path: str) -> bytes:
-        return read_file(inside(self._root, path, self._thumbs))
+        _, found, rest = path.rpartition("thumbs/")  # before: a path in Immich's container
+        file = inside(self._root, self.previews / rest) if found else None
+        if not file:
+            raise Permanent("preview_outside", path=path)
+        return read_file(file)
 
     def clock(self) -> datetime:
+        """The server's time."""
         now: datetime = self._rows("clock")[0][0]
         return now
 
@@ -2828,7 +2934,7 @@ class DbLibrary(Library):
 
     def _photo(self, row: Sequence[Any]) -> Photo:
         """The photo in a row that a statement returned."""
-        return replace(Photo(*row[:8]), note=note_in(row[5]), site=self._config.link_url)
+        return replace(Photo(*row[:9]), note=note_in(row[5]), site=self._config.link_url)
 
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
         """One page, by id or the newest first: only photos with work to do."""
@@ -2837,18 +2943,17 @@ class DbLibrary(Library):
         return [*map(self._photo, rows)], mark
 
     def total(self) -> int:
+        """How many photos a listing has."""
         return int(self._rows("count")[0][0])
 
     def about(self) -> dict[str, Any]:
+        """What `--check` tells, by one statement."""
         return dict(self._rows("about")[0][0])
 
     def news(self, since: datetime, started: datetime | None) -> list[Photo]:
         """New preview rows, ordered by `asset_file."updateId"`: only photos with work to do."""
         uploaded = started and started - SWEEP_SPAN  # as previews made anew appear, too
         return [*map(self._photo, self._listed("news", since=since, uploaded=uploaded))]
-
-    def watch(self, event: Callable[[], None], cooldown: float) -> PreviewWatch:
-        return PreviewWatch(self._root / self._thumbs, event, cooldown)
 
     @contextmanager
     def claimed(self, photo: Photo) -> Iterator[Photo]:
@@ -2864,10 +2969,15 @@ class DbLibrary(Library):
                 self.close()
 
     def look(self, photo: Photo) -> Photo:
+        """The photo as it is now, with its note and all facts."""
         rows = self._rows("look", id=photo.id)
         if not rows:
             raise Skip("photo_excluded")
         return self._photo(rows[0])
+
+    def with_facts(self, photo: Photo) -> Photo:
+        """The photo, as `look` has read all facts."""
+        return photo
 
     def preview(self, photo: Photo) -> bytes | None:
         """The file at `asset_file.path`; Unavailable if all are missing, as on an absent disk."""
@@ -2880,6 +2990,12 @@ class DbLibrary(Library):
         with suppress(Missing):
             return self._file(path)
         return None
+
+    def video(self, photo: Photo, end: float) -> list[Path]:
+        """What Immich transcoded, then the original, as far as they are in Immich's folder."""
+        root, folder = self._config.immich_root, photo.source.rpartition("thumbs/")[0]
+        paths = (path.removeprefix(folder) for path, _ in self._rows("video", id=photo.id))
+        return [file for path in paths if (file := inside(root, path)) and os.path.isfile(file)]
 
     def write(self, photo: Photo, text: str, note: Note | None) -> bool:
         """UPDATE the row if it still has the listed text, lock the property, store the note."""
@@ -2896,6 +3012,7 @@ class DbLibrary(Library):
         self._rows("remember", note, id=photo.id)
 
     def close(self) -> None:
+        """Close the connection; the next statement opens another."""
         if self._connection:
             self._connection.close()
         self._connection = None
@@ -2909,9 +3026,7 @@ class PreviewWatch(fs.FileSystemEventHandler):
 
     def __init__(self, folder: Path, event: Callable[[], None], cooldown: float) -> None:
         self.events = 0  # how many it reported
-        self._folder = folder
-        self._event = event
-        self._cooldown = cooldown
+        self._folder, self._event, self._cooldown = folder, event, cooldown
         self._quiet: dict[str, float] = {}  # end of cooldown by id; observer's thread only
         self._missed = False
         self._observer: BaseObserver | None = None
@@ -2942,13 +3057,11 @@ class PreviewWatch(fs.FileSystemEventHandler):
     def on_any_event(self, event: fs.FileSystemEvent) -> None:
         """Handle an event, in the observer's thread."""
         name = os.path.basename(os.fsdecode(event.dest_path or event.src_path))
-        if not (match := PREVIEW_NAME.fullmatch(name)):
-            return
-        now, asset_id = time.monotonic(), match[1]
-        while self._quiet and (first := next(iter(self._quiet))) and self._quiet[first] <= now:
-            del self._quiet[first]
-        if asset_id not in self._quiet:
-            self._quiet[asset_id] = now + self._cooldown
+        match, now = PREVIEW_NAME.fullmatch(name), time.monotonic()
+        if match and self._quiet.get(match[1], now) <= now:
+            while self._quiet and self._quiet[oldest := next(iter(self._quiet))] <= now:
+                del self._quiet[oldest]
+            self._quiet[match[1]] = now + self._cooldown
             self.events += 1
             self._event()
 
@@ -2966,16 +3079,10 @@ class PreviewWatch(fs.FileSystemEventHandler):
             self._observer.stop()
 
 
-def inside(root: Path, path: str, thumbs: str = "thumbs") -> Path:
-    """A preview's path on this machine: Permanent if outside `root`, Missing if unresolvable."""
-    _, found, rest = path.rpartition("thumbs/")  # before: a path in Immich's container
-    try:
-        real = (root / thumbs / rest).resolve()
-    except (OSError, RuntimeError) as error:  # links that form a loop
-        raise Missing("preview_missing") from error
-    if not found or not real.is_relative_to(root.resolve()):
-        raise Permanent("preview_outside", path=path)
-    return real
+def inside(root: Path, path: Path | str) -> Path | None:
+    """A file of Immich's on this machine; None if it is outside `root`."""
+    real = Path(os.path.realpath(root / path))  # unlike resolve(), it takes links that form a loop
+    return real if real.is_relative_to(os.path.realpath(root)) else None
 
 
 def read_file(path: Path) -> bytes:
@@ -3038,7 +3145,7 @@ def find(photo_id: str, library: Library, config: Config) -> Photo:
 def open_library(config: Config, photos: Iterable[str] = ()) -> Opened:
     """Check a library and photos; return what makes one per worker, and tells if all is reached."""
     try:
-        opened = open_api(config) if config.access is Access.API else open_database(config)
+        opened = open_api(config) if config.access == API else open_database(config)
         with closing(opened[0]()) as library:
             for photo_id in photos:
                 find(photo_id, library, config)
@@ -3053,7 +3160,6 @@ def open_library(config: Config, photos: Iterable[str] = ()) -> Opened:
 LIBRARY_TRIES = 3  # for a call that fails while the library is up; an outage costs none
 VALUABLE_TRIES = 12  # for a write, whose text took minutes to make, and for a page
 LONGEST_PAUSE = 60.0  # even if the library asks for a longer one
-
 PROMPT_SPAN = timedelta(seconds=5)  # how far back a look goes if an event triggered it
 PROMPT_PAUSE = 0.15  # Immich writes a preview's row 20 to 110 ms after its file
 SILENCE = 5.0  # seconds beyond the interval in which photos may arrive without an event
@@ -3088,7 +3194,7 @@ class Ending:
     error: AnalyzeError | None = None
     text: str = ""  # the whole description that it got or, in a dry run, would get
     note: Note | None = None  # that was stored with it
-    picture: Picture | None = None  # what a model was asked about
+    asked: Question | None = None
     said: Said | None = None
     at: float = field(default_factory=time.monotonic)  # when, by the monotonic clock
 
@@ -3274,8 +3380,7 @@ class Checks:
         pause = alone[0].at + CHECK_PAUSE - time.monotonic() if alone else CHECK_PAUSE
         if not written or stop.wait(max(0.0, pause)):
             return []
-        now = time.monotonic()
-        due = alone or [w for w in written if w.at + CHECK_PAUSE <= now] or written[:1]
+        due = alone or written
         self._waiting = [ending for ending in self._waiting if ending not in due]
         return due
 
@@ -3305,10 +3410,9 @@ class Run:
     taken: Taken = field(default_factory=Taken)
     turn: threading.Lock = field(default_factory=threading.Lock)  # to ask for the next photo
     busy: set[int] = field(default_factory=set)  # threads of workers that have a photo
+    # one video at a time, in one thread, as the memory for each stays with its thread
+    decoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "decoder"))
     show: Callable[[Ending], None] = lambda ending: None
-
-
-# --- Which photo is next ---
 
 
 def wanted(photos: Iterable[Photo], run: Run, *, counts: bool = False) -> Iterator[Photo]:
@@ -3336,9 +3440,8 @@ def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterato
             while not page.done():
                 wait([page], PAGE_WAIT)
                 yield None
-            found, cursor = page.result()
+            photos, cursor = page.result()
             page = pool.submit(fetch, cursor) if cursor else None
-            photos = list(found)
             for photo in wanted(photos, run, counts=counts):
                 pool.submit(library.close)  # the next page may be a long way off
                 yield photo
@@ -3352,10 +3455,9 @@ def listing(run: Run, since: datetime | None = None, *, counts: bool) -> Iterato
 def fetched(library: Library, run: Run, since: datetime | None, cursor: Cursor | None) -> Page:
     """Fetch a page; a service waits for it as long as it takes, a batch run ends without it."""
     service, pause = run.config.mode.monitors, PAGE_PAUSE
-    tries = 1 if service else VALUABLE_TRIES
     while True:
         try:
-            return run.patience(library.page, cursor, since, tries=tries)
+            return run.patience(library.page, cursor, since, tries=1 if service else VALUABLE_TRIES)
         except (Retryable, Permanent, Skip) as error:
             if not service:
                 raise error.as_kind(Fatal) from error
@@ -3377,8 +3479,7 @@ class News:
         self._next_prompt, self._pause = math.inf, PROMPT_PAUSE
         self._events, self._event_at = 0, -math.inf  # of the watch, up to the latest
         self._complained = False
-        self._next_sweep = time.monotonic() + SWEEP_INTERVAL
-        self._sweeps = 0
+        self._sweeps, self._next_sweep = 0, time.monotonic() + SWEEP_INTERVAL
 
     def next(self) -> Photo | None:
         """A photo that arrived, if there is one."""
@@ -3447,7 +3548,8 @@ def stream(run: Run, library: Library) -> Generator[Photo, None, None]:
     """
     mode, counts, cooldown = run.config.mode, run.tally.counts, run.config.event_cooldown
     listings = [listing(run, counts=True)] if mode.backlog else []
-    watch = library.watch(run.stop.news.set, cooldown) if mode.monitors else None
+    folder = library.previews if mode.monitors else None
+    watch = PreviewWatch(folder, run.stop.news.set, cooldown) if folder else None
     before: dict[date | None, int] = {}  # photos described by the time that each day began
     with closing(watch) if watch else nullcontext():
         news = News(library, run, watch) if mode.monitors else None
@@ -3477,9 +3579,6 @@ def stream(run: Run, library: Library) -> Generator[Photo, None, None]:
                 run.stop.nap(news.seconds_left())
 
 
-# --- What happens to a photo ---
-
-
 def story(photo: Photo, library: Library, ai: Ai, run: Run) -> Ending:
     """Take one photo from the listing to its description, or that back.
 
@@ -3494,15 +3593,33 @@ def story(photo: Photo, library: Library, ai: Ai, run: Run) -> Ending:
             raise Skip(reason)
         run.checks.check_library(photo)
         photo = run.patience(library.with_facts, photo)
-        preview, picture = settled(photo, library, run), None
+        (shown, seconds), asked = pictures(photo, library, run), None
         try:
-            asked = question(photo, run.config)
-            picture = prepared(preview, run.config.max_image_size, asked)
-            said = ai.describe(picture, functools.partial(run.checks.check_library, photo))
-            return replace(store(photo, said, library, run), picture=picture)
+            ready = (prepared(picture, run.config.max_image_size) for picture in shown)
+            asked = Question(question(photo, run.config, len(shown), seconds), tuple(ready))
+            said = ai.describe(asked, functools.partial(run.checks.check_library, photo))
+            return replace(store(photo, said, library, run), asked=asked)
         except Permanent as error:
             run.tally.unnoted.append((photo, failure_note(photo, error, run.config)))
-            return Ending(photo, Outcome.FAILED, error, picture=picture)
+            return Ending(photo, Outcome.FAILED, error, asked=asked)
+
+
+def pictures(photo: Photo, library: Library, run: Run) -> tuple[list[bytes], float]:
+    """What a model is to see: a preview, or frames of a video and the seconds that it lasts."""
+    config = run.config
+
+    def decode() -> tuple[list[bytes], float]:
+        if run.stop.is_set():
+            raise Stopped("stopped")
+        side, end = config.max_image_size or FRAME_SIDE, time.monotonic() + config.timeout
+        return frames_of(library.video(photo, end), config.video_frames, side, end)
+
+    if photo.video and config.video_frames > 1:
+        try:
+            return run.patience(lambda: run.decoder.submit(decode).result(), tries=1)
+        except (Retryable, Permanent, Missing) as error:
+            log.warning("%s", t("video_still", name=photo.name, id=photo.id, why=error))
+    return [settled(photo, library, run)], 0.0
 
 
 def settled(photo: Photo, library: Library, run: Run) -> bytes:
@@ -3537,8 +3654,7 @@ def store(photo: Photo, said: Said, library: Library, run: Run) -> Ending:
     for _ in range(LIBRARY_TRIES):
         text = merge(photo, said.text, config)
         was = text_id(photo.description) if library.must_confirm and is_ours(photo) else ""
-        own = text_id(text)
-        note = Note(config.model_name, config.prompt_id, text=own, was=was, facts=facts)
+        note = Note(config.model_name, config.prompt_id, text_id(text), was=was, facts=facts)
         if run.patience(library.write, photo, text, note, tries=VALUABLE_TRIES):
             log.debug("%s (%s), written: %s", photo.name, photo.id, text)
             return Ending(photo, Outcome.DESCRIBED, text=text, note=note, said=said)
@@ -3609,74 +3725,64 @@ def note_failures(library: Library, run: Run) -> None:
             run.patience(library.remember, *run.tally.unnoted.popleft())
 
 
-# --- Reading back what was written ---
-
-
 def check_written(run: Run) -> None:
     """The checker: reads back what was written until nothing is left and no worker writes."""
     with suppress(Stopped), closing(run.new_library()) as library:
-        while batch := run.checks.next(run.stop):
-            if failed := attempt(batch[0].photo, read_back, batch, library, run):
-                for ending in batch:
-                    take_off(ending, Outcome.FAILED, failed.error, run)
+        while library.must_confirm and (batch := run.checks.next(run.stop)):
+            found = attempt(batch[0].photo, read_back, batch, library, run)
+            if isinstance(found, Ending):  # the call failed, for all of them
+                found = [replace(e, outcome=Outcome.FAILED, error=found.error) for e in batch]
+            for before, ending in zip(batch, found, strict=True):
+                if ending.error:  # it was counted when its text was written
+                    run.tally.add(before.outcome, number=-1)
+                    conclude(ending, run)
 
 
-def read_back(batch: Sequence[Ending], library: Library, run: Run) -> None:
-    """Compare what Immich stored with what was written, and correct the notes."""
+def read_back(batch: Sequence[Ending], library: ApiLibrary, run: Run) -> list[Ending]:
+    """Compare what Immich stored with what was written, and correct the notes and endings."""
     age, photos = time.monotonic() - batch[0].at, [ending.photo for ending in batch]
     found = run.patience(library.read_back, photos, age, tries=VALUABLE_TRIES)
-    losses = []
-    for ending in batch:
-        photo = ending.photo
-        note, trouble = judged(ending, found.get(photo.id))
-        if isinstance(trouble, Permanent) and len(batch) > 1:  # a search may lag
+    endings = []
+    for before in batch:
+        photo = before.photo
+        ending = judged(before, found.get(photo.id))
+        if ending.outcome is Outcome.FAILED and len(batch) > 1:  # a search may lag
             again = run.patience(library.read_back, [photo], age, tries=VALUABLE_TRIES)
-            note, trouble = judged(ending, again.get(photo.id))
-        if run.checks.count(photo, lost=isinstance(trouble, Permanent)):
+            ending = judged(before, again.get(photo.id))
+        if run.checks.count(photo, lost=ending.outcome is Outcome.FAILED):
             log.error("%s", t("library_loses", library=photo.library or "-"))
-        if note != ending.note or (not note and not trouble):
-            run.patience(library.remember, photo, note, tries=VALUABLE_TRIES)
-        if trouble:
-            losses.append((ending, trouble))
-    for ending, trouble in losses:
-        outcome = Outcome.FAILED if isinstance(trouble, Permanent) else Outcome.SKIPPED
-        take_off(ending, outcome, trouble, run)
+        if ending.note != before.note or not (ending.note or ending.error):
+            run.patience(library.remember, photo, ending.note, tries=VALUABLE_TRIES)
+        endings.append(ending)
+    return endings
 
 
-def take_off(ending: Ending, outcome: Outcome, error: AnalyzeError | None, run: Run) -> None:
-    """Correct the outcome of a photo that was counted when its text was written."""
-    run.tally.add(ending.outcome, number=-1)
-    conclude(replace(ending, outcome=outcome, error=error), run)
-
-
-def judged(ending: Ending, text: str | None) -> tuple[Note | None, AnalyzeError | None]:
-    """The note and the error for a text, by what is read back; no error if it was kept.
+def judged(ending: Ending, text: str | None) -> Ending:
+    """The ending of a photo by the text that is read back; the same but for its note if kept.
 
     The text is lost if the description is empty or the old one again. Any other description
     is by a person who edited it meanwhile.
     """
     note, photo, added = ending.note, ending.photo, ending.said.text if ending.said else ""
     if text is None:
-        return note, Skip("photo_gone")
+        return replace(ending, outcome=Outcome.SKIPPED, error=Skip("photo_gone"))
     same = text.strip() == ending.text.strip()
     if same or (added and added in text and added not in photo.description):
         kept = note and replace(note, text=text_id(text) if same else note.text, was="")
-        return kept, None
+        return replace(ending, note=kept)
     if text.strip() not in ("", photo.description.strip()):
-        return note, Skip("has_description")
+        return replace(ending, outcome=Outcome.SKIPPED, error=Skip("has_description"))
     why = Permanent("not_kept")
     if note:
         before = photo.note.text if photo.note else ""  # which may be back
         note = replace(note, text=before, was="", failed=why.key, why=str(why), tries=MOST_TRIES)
-    return note, why
+    return replace(ending, outcome=Outcome.FAILED, error=why, note=note)
 
 
-def run_all(
-    workers: Sequence[Callable[[], None]], checkers: Sequence[Callable[[], None]], run: Run
-) -> None:
-    """Run all threads until the stream ends; an error in one of them ends them all."""
-    with ThreadPoolExecutor(len(workers) + len(checkers), "worker") as pool:
-        jobs = [pool.submit(call) for call in (*workers, *checkers)]
+def run_all(workers: Sequence[Callable[[], None]], run: Run) -> None:
+    """Run them and the checker until the stream ends; an error in one of them ends them all."""
+    with ThreadPoolExecutor(len(workers) + 1, "worker") as pool:
+        jobs = [*map(pool.submit, workers), pool.submit(check_written, run)]
         for job in jobs:
             job.add_done_callback(lambda done: run.stop.set() if done.exception() else None)
         wait(jobs[: len(workers)])
@@ -3819,8 +3925,7 @@ class Report:
     def __init__(self, file: str, columns: Sequence[str], tally: Tally, secrets: str) -> None:
         self.photos: list[str] = []  # ids, by row
         self._compares, self._tally = len(columns) > 1, tally
-        self._lock = threading.Lock()
-        self._file, self._size = file, 0  # bytes before the end
+        self._lock, self._file, self._size = threading.Lock(), file, 0  # bytes before the end
         said = {"t": t, "lang": _language, "version": __version__, "hide": re.compile(secrets).sub}
         self._page = template(data_file("words.jinja", "report.jinja"), html=True).make_module(said)
         self._head = self._page.head(columns)
@@ -3828,13 +3933,13 @@ class Report:
 
     def add(self, column: int, ending: Ending) -> None:
         """Add what became of a photo in a column; in the first one, the photo itself as well."""
-        photo, picture, preview, piece = ending.photo, ending.picture, "", ""
+        photo, asked, preview, piece = ending.photo, ending.asked, "", ""
         if ending.outcome not in (Outcome.DESCRIBED, Outcome.FAILED):
             return
-        if picture and column == 1:
+        if asked and column == 1:
             with suppress(AnalyzeError):  # a model may read what Pillow cannot
-                small = prepared(base64.b64decode(picture.base64), PREVIEW_SIDE, quality=70)
-                preview = f"data:{small.mime};base64,{small.base64.decode()}"
+                small = sheet(asked.pictures, PREVIEW_SIDE, quality=70)
+                preview = f"data:image/jpeg;base64,{small.base64.decode()}"
         after = replace(photo, description=ending.text, note=Note("", "", text_id(ending.text)))
         with self._lock:
             if column == 1:
@@ -3875,8 +3980,7 @@ class Status:
     def __init__(self, config: Config, hosts: Hosts, waits: Patience, tally: Tally) -> None:
         self.ready = False  # whether the start-up check is over
         self.waits = waits  # what waits for a library or, at the start, for a model host
-        self._tally = tally
-        self._hosts = hosts
+        self._tally, self._hosts = tally, hosts
         usual = (config.timeout, config.api_poll_interval, config.retry_delay_seconds)
         self._longest = max(*usual, config.file_write_timeout, LONGEST_CALL) + STALL_LIMIT
 
@@ -4036,10 +4140,9 @@ def describe_library(run: Run) -> None:
             pool.submit(show_progress, tally, over)
             stack.callback(over.set)
         photos = stack.enter_context(closing(stream(run, library)))
+        stack.enter_context(run.decoder)
         # two workers for each place at a host, so that a photo that waits does not hold up others
-        workers = [worker] * min(2 * config.max_concurrent, library.most_workers)
-        checkers = [functools.partial(check_written, run)] * library.must_confirm
-        run_all(workers, checkers, run)
+        run_all([worker] * min(2 * config.max_concurrent, library.most_workers), run)
 
 
 def serve(config: Config, stop: Stop, tally: Tally, show: Callable[[Ending], None]) -> bool:
@@ -4054,7 +4157,7 @@ def serve(config: Config, stop: Stop, tally: Tally, show: Callable[[Ending], Non
     if config.health_port:
         serve_health(status, config.health_host, config.health_port)
     if config.access_ambiguous:
-        log.info("%s", t("both_given_api" if config.access is Access.API else "both_given"))
+        log.info("%s", t("both_given_api" if config.access == API else "both_given"))
     if service:
         threading.Thread(target=keep_posted, args=(status, tally, stop), daemon=True).start()
     named = () if tally.counts else config.photo  # what was described for a column may be gone
@@ -4115,7 +4218,8 @@ def show_prompt(config: Config) -> int:
     with closing(open_library(config)[0]()) as library:
         photo = library.with_facts(find(str(config.show_prompt), library, config))
     with suppress(OSError):  # the reader may be gone
-        sys.stdout.write(question(photo, config) + "\n")
+        frames = config.video_frames if photo.video else 1
+        sys.stdout.write(question(photo, config, frames) + "\n")
     return 0
 
 
@@ -4134,7 +4238,7 @@ def check_up(config: Config, stop: Stop) -> int:
                     break
     except AnalyzeError as error:
         told["trouble"] = error
-    asked = replace(picture, question=question(Photo("", "", "", ""), config))
+    asked = Question(question(Photo("", "", "", ""), config), (picture,))
     with closing(Ai(config, Hosts(config.hosts, 1, 0.0), stop)) as ai:
         hosts = [ai.about(url, asked) for url in config.hosts]
     told |= {"hide": re.compile(f"{config.secrets}|{UNSAFE}").sub, "hosts": hosts}

@@ -137,14 +137,14 @@ jsonb_build_object(
 {% macro columns(all=false) %}
 a.id, a."originalFileName", coalesce(e.description, ''), coalesce(f.path, ''), {{ ready() }},
 {% if notes %} m.value {% else %} NULL {% endif %},
-coalesce(a."libraryId"::text, ''), {{ facts(all) }}
+coalesce(a."libraryId"::text, ''), {{ facts(all) }}, a.type = 'VIDEO'
 {% endmacro %}
 
 -- The photo is one that people can find in their library.
 {% macro live() %}
 a."deletedAt" IS NULL AND a.status = 'active' AND NOT a."isOffline"
 AND {% if visibility %} a.visibility IN ('timeline', 'archive') {% else %} a."isVisible" {% endif %}
-AND a.type = 'IMAGE'
+AND a.type IN %(videos)s
 {% endmacro %}
 
 -- Before that, Immich may still write a description that it finds in the file.
@@ -272,7 +272,7 @@ ORDER BY n."updateId"
 
 -- The same pages without texts, for when PostgreSQL cannot decode one of them.
 {% macro bare(page) %}
-SELECT id, id::text, '', '', true, NULL, '', '{}'::jsonb, mark FROM ({{ page }}) photos
+SELECT id, id::text, '', '', true, NULL, '', '{}'::jsonb, false, mark FROM ({{ page }}) photos
 {% endmacro %}
 {% set bare_listing = bare(listing) %}
 {% set bare_news = bare(news) %}
@@ -286,6 +286,18 @@ SELECT count(*) {{ source() }} WHERE {{ wanted() }}
 SELECT {{ columns(all=true) }}
 {{ source() }}
 WHERE a.id = %(id)s::uuid AND {{ live() }}
+{% endset %}
+
+-- id → the files of a video: first what Immich transcoded, if it did, then the original.
+{% set video %}
+SELECT "originalPath", 2 AS place FROM {{ asset }} WHERE id = %(id)s::uuid
+UNION ALL
+{% if 'encodedVideoPath' in tables.get(asset, ()) %}
+SELECT "encodedVideoPath", 1 FROM {{ asset }} WHERE id = %(id)s::uuid AND "encodedVideoPath" <> ''
+{% else %}
+SELECT path, 1 FROM {{ file }} WHERE "assetId" = %(id)s::uuid AND type = 'encoded_video'
+{% endif %}
+ORDER BY place
 {% endset %}
 
 -- many → descriptions that are left alone, are not ours, and are shared by more photos than that,

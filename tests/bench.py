@@ -1,6 +1,6 @@
 """Measure the tool beside bare clients; nothing here passes or fails.
 
-    python tests/bench.py [start|memory|listing|facts|photo|arrival|burst|stop|growth|
+    python tests/bench.py [start|memory|listing|facts|photo|video|arrival|burst|stop|growth|
                            saturation|unequal|death|poison|outage|instances|all]
 
 Each figure is the median of five runs of a whole process (of one, for memory), and stands beside
@@ -43,6 +43,8 @@ RUNS = 5
 HUGE, LARGE, MEDIUM, SMALL = 1_000_000, 100_000, 10_000, 1_000  # described photos
 RENEWED = ["-O", "outdated", "--context", "people,place,date"]  # once a fact is another
 PHOTOS = 300  # to be described
+VIDEOS = 20  # likewise; each of them lasts FILM_SECONDS, with a key frame every two
+FILM_SECONDS = 60
 ARRIVALS = 40  # that are timed
 POLL = 10.0  # seconds between two looks, by default
 BURST, BURST_SECONDS = 2_000, 20.0
@@ -123,6 +125,19 @@ with concurrent.futures.ThreadPoolExecutor(8) as pool:
                 before = last.isoformat(timespec="milliseconds").replace("+00:00", "Z")
                 body["takenBefore"] = before
             list(pool.map(read, told["items"]))
+"""
+
+BARE_FRAMES = """
+import av, io, json, sys
+file, times, number = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+for _ in range(number):
+    with av.open(file) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for at in times:
+            container.seek(int(at / stream.time_base), stream=stream)
+            image = next(container.decode(stream)).to_image(width=1024, height=576)
+            image.save(io.BytesIO(), "JPEG", quality=90)
 """
 
 BARE_API_PHOTOS = """
@@ -500,7 +515,46 @@ def show_all(library: Any, id: str, note: str) -> None:
     library.run(f"{insert} FROM {{asset}}", ia.KEY, note)
 
 
+def make_film(file: Path, size: tuple[int, int] = (1920, 1080), rate: int = 10) -> None:
+    """Film a noise that moves, and changes colour with each second."""
+    import av
+    from PIL import Image, ImageChops
+
+    few = Image.effect_noise((60, 34), 90)
+    noise = Image.merge("RGB", [few, few.rotate(180), few]).resize(size, Image.Resampling.BICUBIC)
+    with av.open(str(file), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast"})
+        stream.width, stream.height = size
+        stream.pix_fmt, stream.gop_size = "yuv420p", 2 * rate
+        for number in range(FILM_SECONDS * rate):
+            shade = (number // rate * 37 % 200, number // rate * 71 % 200, 60)
+            moved = ImageChops.offset(noise, 5 * number, 0)
+            shown = ImageChops.add(moved, Image.new("RGB", size, shade), 2)
+            frame = av.VideoFrame.from_image(shown)
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+@contextmanager
+def film_server(file: str) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+    """An Immich with one video, many times; it tells what was read of it."""
+    film = Path(file).read_bytes()
+    with quick_immich() as immich:
+        immich.add_many(VIDEOS, name="clip.mp4", type="VIDEO", film=film, preview=preview())
+
+        def reset() -> list[int]:
+            read = [len(one.reply) for one in immich.find("GET", "/video/playback")]
+            immich.exchanges.clear()
+            for asset in immich.assets.values():
+                asset.description = ""
+            return [len(read), sum(read)]
+
+        yield {"url": immich.url, "key": immich.key}, reset
+
+
 SERVERS = {
+    "film": film_server,
     "immich": immich_server,
     "postgres": postgres_server,
     "model": model_server,
@@ -739,6 +793,33 @@ def photo() -> None:
         what = f"database: a described photo ({size} preview)"
         row(what, milliseconds(whole.wall), milliseconds(client.wall), "bare client, 6 threads")
         row(what + ", CPU", milliseconds(whole.cpu), milliseconds(client.cpu), "bare client")
+
+
+def video() -> None:
+    """What four frames of a video cost, beside FFmpeg's own work for the same ones."""
+    step = (FILM_SECONDS - 2) / 4
+    times = [1 + step * (part + 0.5) for part in range(4)]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "clip.mp4"
+        make_film(file)
+        with Server("model") as model, Server("film", str(file)) as immich:
+            read: list[list[int]] = []
+            options = ["--videos", "only", "--hosts", model.url]
+            whole, still, frames = measured(
+                tool(*api(immich), *options),
+                tool(*api(immich), *options, "--video-frames", "1"),
+                bare(BARE_FRAMES, str(file), json.dumps(times), str(VIDEOS)),
+                before=lambda: read.append(immich.reset()),
+            )
+        spent = (whole.cpu - still.cpu) * 1000 / VIDEOS
+        what = f"four frames of a video ({file.stat().st_size / 1e6:.0f} MB, 1080p)"
+        ffmpeg = f"{frames.cpu * 1000 / VIDEOS:.1f} ms"
+        row(f"{what}, CPU", f"{spent:.1f} ms", ffmpeg, "PyAV alone, a local file")
+        requests, size = (figure / VIDEOS for figure in max(read))
+        row(f"{what}, read", f"{size / 1e6:.2f} MB", f"{requests:.0f}", "requests a video")
+        row(
+            f"{what}, memory", megabytes(whole.memory), megabytes(still.memory), "its preview alone"
+        )
 
 
 # --- the service ----------------------------------------------------------------------------------
@@ -1249,6 +1330,7 @@ GROUPS = {
     "listing": listing,
     "facts": facts,
     "photo": photo,
+    "video": video,
     "arrival": arrival,
     "burst": burst,
     "stop": stop,

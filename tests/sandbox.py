@@ -579,6 +579,8 @@ class PhotoLibrary:
         extracted: bool = True,
         preview: bool = True,
         preview_bytes: bytes | None = None,
+        film: bytes | None = None,
+        transcoded: bytes | None = None,
         edited_preview: Colour | bytes | None = None,
         files: bool = True,
         path_style: str | None = None,
@@ -586,7 +588,8 @@ class PhotoLibrary:
         """Add assets that are alike; return their ids.
 
         `preview=False`: Immich has no preview yet. `files=False`: the rows name previews that are
-        not on disk, which saves most of the time in a large library. `exif=False`: an external
+        not on disk, which saves most of the time in a large library. `film` is a video as it was
+        uploaded, `transcoded` as Immich made it playable. `exif=False`: an external
         asset before its first look, `extracted=False`: one whose metadata was not read yet.
         """
         if edited_preview is not None and not self._has("file", "isEdited"):
@@ -627,7 +630,26 @@ class PhotoLibrary:
             self._previews(ids, owner_id, prefix, edited_preview if files else None, edited=True)
         for id in ids:
             self._add_facts(id, people, tags, ocr, albums)
+            self._add_films(id, owner_id, prefix, film, transcoded)
         return ids
+
+    def _add_films(
+        self, id: str, owner_id: str, prefix: str, film: bytes | None, transcoded: bytes | None
+    ) -> None:
+        """Write a video as it was uploaded, and as Immich transcoded it."""
+        if film is not None:
+            [(path,)] = self.run('SELECT "originalPath" FROM {asset} WHERE "id" = %s', id)
+            self._write(self.root / path.removeprefix(prefix), film)
+        if transcoded is not None:
+            path = f"encoded-video/{owner_id}/{id[:2]}/{id[2:4]}/{id}.mp4"
+            self._write(self.root / path, transcoded)
+            if self._has("asset", "encodedVideoPath"):
+                change = 'UPDATE {asset} SET "encodedVideoPath" = %s WHERE "id" = %s'
+                self.run(change, prefix + path, id)
+            else:
+                self._copy(
+                    "file", [{"assetId": id, "path": prefix + path, "type": "encoded_video"}]
+                )
 
     def _add_facts(
         self,

@@ -755,6 +755,12 @@ def own_picture(number: int, colour: str | None = None) -> bytes:
     return jpeg[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2) + comment + jpeg[2:]
 
 
+def broken_picture() -> bytes:
+    """A JPEG of a kind that decoders do not know, as they only find out when they try."""
+    jpeg = picture("red", size=(600, 400))
+    return jpeg.replace(b"\xff\xc0", b"\xff\xcb", 1)  # lossless, arithmetic coding
+
+
 @functools.lru_cache(4096)
 def colour_of(image: bytes) -> str:
     """The name nearest to a picture's mean colour."""
@@ -861,6 +867,8 @@ class FakeAsset:
     preview: bytes | None = None  # None: not made (yet)
     mime: str = "image/jpeg"
     type: str = "IMAGE"
+    film: bytes = b""  # what a video's playback gives: what was transcoded, else the original
+    seconds: float = 4.0  # that a video lasts
     local: datetime | None = None  # localDateTime, if the clock there did not show UTC
     visibility: str = "timeline"
     library_id: str | None = None  # None: uploaded
@@ -1024,6 +1032,7 @@ class FakeImmich(FakeServer):
             "getAssetInfo": self._get_asset,
             "updateAsset": self._update_asset,
             "viewAsset": self._thumbnail,
+            "playAssetVideo": self._playback,
             "getAssetOcr": self._get_ocr,
             "getAllAlbums": self._get_albums,
             "getAllTags": self._get_tags,
@@ -1320,6 +1329,25 @@ class FakeImmich(FakeServer):
         }
         return Reply(200, asset.preview, headers | self._mark(self._cid()))
 
+    def _playback(self, exchange: Exchange) -> Reply:
+        """A video, or the part of it that is asked for."""
+        asset = self._accessible(exchange, "asset.view")
+        if asset.type != "VIDEO":
+            raise Refused(404, "Asset media not found")
+        size, part = len(asset.film), exchange.headers.get("Range", "")
+        headers = {
+            "Content-Type": "video/mp4",
+            "Cache-Control": "private, max-age=86400, no-transform",
+            "Accept-Ranges": "bytes",
+        }
+        if not (bounds := re.fullmatch(r"bytes=(\d+)-(\d*)", part)):
+            return Reply(200, asset.film, headers | self._mark(self._cid()))
+        first, last = int(bounds[1]), min(int(bounds[2] or size), size - 1)
+        if first > last:
+            raise Refused(416, "Range Not Satisfiable")
+        headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+        return Reply(206, asset.film[first : last + 1], headers | self._mark(self._cid()))
+
     # What assets look like
 
     def _named(self, shape: dict[str, Any]) -> dict[str, Any]:
@@ -1330,8 +1358,8 @@ class FakeImmich(FakeServer):
         """An asset as search results show it, with the names of all releases."""
         owner, ready, video = self.users[asset.owner].id, asset.preview is not None, asset.type
         suffix = Path(asset.name).suffix
-        seconds = 4 if video == "VIDEO" else 0
-        old_duration = f"00:00:{seconds:02}.000" if seconds else "0:00:00.00000"
+        seconds = asset.seconds if video == "VIDEO" else 0
+        old_duration = f"00:00:{seconds:06.3f}" if seconds else "0:00:00.00000"
         taken, uploaded = _milliseconds(asset.created), _milliseconds(asset.created_at)
         shape = {
             "id": asset.id,
@@ -1353,7 +1381,7 @@ class FakeImmich(FakeServer):
             "isArchived": asset.visibility == "archive",
             "isTrashed": asset.is_trashed,
             "visibility": asset.visibility,
-            "duration": (seconds * 1000 or None) if self.version >= (3,) else old_duration,
+            "duration": (int(seconds * 1000) or None) if self.version >= (3,) else old_duration,
             "livePhotoVideoId": None,
             "people": self._people(asset) if people else [],
             "checksum": base64.b64encode(uuid.UUID(asset.id).bytes + b"\0\0\0\0").decode(),
@@ -1964,10 +1992,13 @@ class _FakeModels(FakeServer):
         self.answer = answer
         self.api_key = api_key
         self.asked: list[tuple[bytes, str]] = []
+        self.shown: list[Sequence[bytes]] = []  # all pictures of each question
 
-    def _said(self, image: bytes, prompt: str) -> Answer:
+    def _said(self, images: Sequence[bytes], prompt: str) -> Answer:
+        image = images[0] if images else b""
         with self._lock:
             self.asked.append((image, prompt))
+            self.shown.append(images)
         said = self.answer(image, prompt)
         if isinstance(said, dict):
             return Answer(**said)
@@ -2097,7 +2128,7 @@ class FakeOllama(_FakeModels):
             raise Refused(500, _nested(500, NO_VISION, "server_error"))
         if not all(_is_picture(image, webp=True) for image in images):
             raise Refused(400, _nested(400, NO_PICTURE, "invalid_request_error"))
-        said = self._said(images[0] if images else b"", request["messages"][-1]["content"])
+        said = self._said(images, request["messages"][-1]["content"])
         return self._spoken(request, _as_asked(said, request, capabilities))
 
     def _spoken(self, request: dict[str, Any], answer: Answer) -> dict[str, Any]:
@@ -2320,7 +2351,7 @@ class FakeLlamaCpp(_FakeModels):
         if images and not self.vision:
             raise Refused(500, NO_VISION, type="server_error")
         pictures = [_from_url(url) for url in images]
-        said = self._said(pictures[0] if pictures else b"", texts[-1] if texts else "")
+        said = self._said(pictures, texts[-1] if texts else "")
         return self._spoken(request, self._as_asked(said, request))
 
     def _as_asked(self, answer: Answer, request: dict[str, Any]) -> Answer:

@@ -150,7 +150,7 @@ def test_the_configuration_file_of_the_readme_works(tmp_path):
     assert config.immich_api_keys == ("secret",)
     assert config.hosts == ("http://localhost:11434", "http://gaming-pc:11434")
     assert config.prompt == "Describe this photo for a search, in four German sentences."
-    assert config.access is ia.Access.API
+    assert config.access == ia.API
 
 
 # exit codes

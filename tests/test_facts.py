@@ -214,6 +214,11 @@ OWN_NAMES = [
     "WhatsApp Image 2019-07-14 at 09.30.00.jpeg",
     "img_1.jpg",
     ".jpg",
+    "VID_20190714_093000.mp4",
+    "video_2019-07-14_09-30-00.mp4",
+    "WhatsApp Video 2019-07-14 at 09.30.00.mp4",
+    "Видео 1.mov",
+    "deadbeef01-.jpg",
 ]
 CHOSEN_NAMES = [
     "Anna.jpg",
@@ -227,6 +232,9 @@ CHOSEN_NAMES = [
     "Дача_2019.jpg",
     "Oma.tar.gz",
     "BURST20190714_Anna.jpg",
+    "Videoabend.mp4",
+    "beef01.jpg",
+    "1" + 200 * "a" + "_Anna.jpg",  # in no time
 ]
 
 

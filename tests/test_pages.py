@@ -5,7 +5,6 @@ import io
 import json
 import math
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -57,9 +56,9 @@ def photo(name="a.jpg", before="", id="id", site=SITE):
 def ending(text, question=QUESTION, error=None, seconds=8.34, tokens=312):
     """What became of a photo that a model was asked about."""
     outcome = ia.Outcome.FAILED if error else ia.Outcome.DESCRIBED
-    picture = replace(ia.plain_picture(ia.PLAIN_SIZE), question=question)
+    asked = ia.Question(question, (ia.plain_picture(ia.PLAIN_SIZE),))
     said = None if error else ia.Said(text, seconds, tokens)
-    return ia.Ending(photo(), outcome, error, text, picture=picture, said=said)
+    return ia.Ending(photo(), outcome, error, text, asked=asked, said=said)
 
 
 def pieces(columns, lang="en", texts=TEXTS):

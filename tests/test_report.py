@@ -178,9 +178,7 @@ def test_a_report_shows_what_failed_and_why(command, library, ollama, tmp_path):
 def test_a_picture_that_only_the_model_can_read_is_described_without_a_preview(
     command, library, ollama, tmp_path
 ):
-    whole = io.BytesIO()
-    Image.effect_noise((600, 400), 60).convert("RGB").save(whole, "PNG")
-    torn = whole.getvalue()[:100_000] + bytes(1000) + whole.getvalue()[101_000:]
+    torn = servers.broken_picture()
     library.add("torn.jpg", picture=torn)
     library.add("whole.jpg", picture=servers.own_picture(0))
     answer_by_picture(ollama, {torn: "Noise."})
@@ -375,14 +373,14 @@ def test_many_photos_stay_small(tmp_path, number):
     noise = Image.effect_noise((1440, 1080), 60).convert("RGB")
     target = io.BytesIO()
     noise.save(target, "JPEG", quality=80)
-    picture = ia.prepared(target.getvalue(), 0, PROMPT)
+    asked = ia.Question(PROMPT, (ia.prepared(target.getvalue(), 0),))
     report = ia.Report(str(file), ["a model"], tally, "(?!)")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for n in range(number):
         photo = ia.Photo(str(n), f"{n}.jpg", "", "0")
         said = ia.Said("A word of many. " * 60, 8.0, 300)
         done = ia.Outcome.DESCRIBED
-        report.add(1, ia.Ending(photo, done, text=said.text, picture=picture, said=said))
+        report.add(1, ia.Ending(photo, done, text=said.text, asked=asked, said=said))
     assert file.stat().st_size < 30e3 * number
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # KiB
 

@@ -122,11 +122,7 @@ def test_a_real_model_names_the_colour_of_each_photo(library, real_llamacpp, com
 
 
 def test_a_picture_the_real_model_cannot_decode_fails_alone(library, real_llamacpp, command):
-    png = sandbox.draw("red", kind="PNG")
-    begin = png.index(b"IDAT") + 4  # only the header is read before it is sent
-    broken = library.add(
-        "broken.jpg", picture=png[:begin] + bytes(len(png) - begin - 16) + png[-16:]
-    )
+    broken = library.add("broken.jpg", picture=servers.broken_picture())
     whole = library.add(picture=sandbox.draw("green"))
     done = command(*library.argv, *asking(real_llamacpp), *NO_PAUSE)
     assert done.returncode == 1

@@ -21,6 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import films
 import pytest
 import sandbox
 import servers
@@ -209,6 +210,19 @@ def test_a_burst_of_arrivals_is_described_once_each(access, events, request, oll
     assert Counter(asked(ollama)) - Counter([servers.picture()]) == Counter(pictures.values())
     assert ollama.most_in_flight == 3
     assert library.texts().items() >= {id: servers.told(p) for id, p in pictures.items()}.items()
+
+
+@pytest.mark.parametrize("mode", ["monitor", "combined"])
+def test_a_video_that_arrives_is_described(library, ollama, mode):
+    options = NEVER if isinstance(library, SqlWorld) else ()  # there, inotify tells
+    with Service(library, ollama, "--mode", mode, "--videos", *options) as tool:
+        tool.hear(READY)
+        if isinstance(library, SqlWorld):
+            wait_for_the_watch(library, ollama)
+        id = library.add("a.mp4", type="VIDEO", film=films.film(), picture=servers.picture("gray"))
+        tool.wait_until_stored(id)
+        assert tool.stop() == 0
+    assert tuple(map(servers.colour_of, ollama.shown[-1])) == films.FOUR
 
 
 def test_what_events_and_the_feed_both_tell_of_is_described_once(hours, database, ollama):

@@ -71,7 +71,7 @@ DEFAULTS = {
     "dry_run": False,
     "enrich_prompt": False,
     "ignore_descriptions": (),
-    "access": ia.Access.DATABASE,
+    "access": ia.DATABASE,
     "access_ambiguous": False,
     "notices": (),
     "immich_root": Path("/var/lib/immich"),
@@ -101,6 +101,8 @@ DEFAULTS = {
     "taken_before": None,
     "favorites": False,
     "library": None,
+    "videos": ("IMAGE",),
+    "video_frames": 4,
     "link_url": "",
     "report": None,
     "compare": (),
@@ -203,7 +205,7 @@ OPTIONS = [
     Option("--link-url", "IMMICH_ANALYZE_LINK_URL", "link_url", ONE, ONE, f"{TWO}/", TWO),
     Option(
         *("--data-access-mode", "IMMICH_ANALYZE_DATA_ACCESS_MODE", "access"),
-        *("immich-api", ia.Access.API, "database", ia.Access.DATABASE, API),
+        *("immich-api", ia.API, "database", ia.DATABASE, API),
     ),
     Option(
         *("--immich-root", "IMMICH_ANALYZE_IMMICH_ROOT", "immich_root"),
@@ -286,6 +288,11 @@ OPTIONS = [
         *('{"seed": 7, "stop": ["a", "b"]}', {"seed": 7, "stop": ["a", "b"]}, "{}", {}),
     ),
     whole("--max-image-size", "max_image_size"),
+    Option(
+        *("--videos", "IMMICH_ANALYZE_VIDEOS", "videos"),
+        *("only", ("VIDEO",), "True", ("IMAGE", "VIDEO")),
+    ),
+    whole("--video-frames", "video_frames"),
     whole("--health-port", "health_port"),
     Option(
         *("--health-host", "IMMICH_ANALYZE_HEALTH_HOST", "health_host"),
@@ -389,7 +396,7 @@ def test_a_switch_can_be_set_back(settings, name, field, on, off):
         ([], {"IMMICH_ANALYZE_SHARD": " 5/5 "}, "", "shard", (5, 5)),
         (["--undo"], {}, "", "retry_failed", True),
         (["--undo", "--dry-run"], {}, "", "dry_run", True),
-        (["-d", "database"], API, "", "access", ia.Access.DATABASE),
+        (["-d", "database"], API, "", "access", ia.DATABASE),
         (["-m"], {}, "", "mode", ia.Mode.MONITOR),
         (["--monitor"], {}, "", "mode", ia.Mode.MONITOR),
         (["-c"], {}, "", "mode", ia.Mode.COMBINED),
@@ -456,6 +463,23 @@ def test_every_option_with_a_value_has_a_variable_and_a_row_here():
             assert action.env_var == (named | twins).get(option, usual)
             rows = {o.key for o in OPTIONS} | {name for name, *_ in SWITCHES}
             assert option.replace("_", "-").removesuffix("-file") in rows
+
+
+def test_videos_without_a_value_are_described_beside_photos(settings):
+    both = ("IMAGE", "VIDEO")
+    assert settings("--videos").videos == settings(file="videos").videos == both
+    assert settings("--videos", "--undo").videos == settings("--undo").videos == both
+    assert settings("--videos", "--favorites").favorites
+    assert settings("--undo", "--videos", "false").videos == ("IMAGE",)
+
+
+@pytest.mark.parametrize("words", [("yes", "on", "1", "TRUE"), ("no", "off", "0", "False")])
+def test_whether_videos_are_described_is_said_as_with_any_switch(settings, words):
+    types = ("IMAGE", "VIDEO") if "yes" in words else ("IMAGE",)
+    for word in words:
+        assert settings("--videos", word).videos == types
+        assert settings(IMMICH_ANALYZE_VIDEOS=word).videos == types
+        assert settings(file=f"videos = {word}").videos == types
 
 
 # Settings with rules of their own
@@ -530,7 +554,7 @@ def test_hosts_are_a_list_of_addresses(config, argv, environ, hosts):
 )
 def test_immichs_address_may_be_written_as_people_do(config, given, used):
     made = config(environ=API | {"IMMICH_API_URL": given})
-    assert (made.immich_api_url, made.access) == (used, ia.Access.API)
+    assert (made.immich_api_url, made.access) == (used, ia.API)
 
 
 URL, KEY = ({name: API[name]} for name in API)
@@ -539,31 +563,31 @@ URL, KEY = ({name: API[name]} for name in API)
 @pytest.mark.parametrize(
     ("argv", "environ", "access", "ambiguous"),
     [
-        ([], {}, ia.Access.DATABASE, False),
-        ([], DB, ia.Access.DATABASE, False),
-        ([], {"DB_PASSWORD": "x"}, ia.Access.DATABASE, False),
-        ([], {"DB_URL": "postgresql://h/d"}, ia.Access.DATABASE, False),
-        (["--postgres-url", "host=h"], {}, ia.Access.DATABASE, False),
-        ([], API, ia.Access.API, False),
-        ([], API | DB, ia.Access.API, True),
-        ([], API | {"DB_USERNAME": "u", "DB_PASSWORD": "x"}, ia.Access.API, True),
-        ([], API | {"DB_URL": "postgresql://h/d"}, ia.Access.API, True),
-        ([], API | {"DB_PASSWORD": "x"}, ia.Access.API, False),
-        ([], API | {"DB_PORT": "1", "DB_DATABASE_NAME": "d"}, ia.Access.API, False),
-        ([], URL | DB, ia.Access.DATABASE, False),
-        ([], URL | {"DB_USERNAME": "u"}, ia.Access.DATABASE, False),
-        ([], KEY | DB, ia.Access.DATABASE, True),
-        (["--postgres-url", "host=h"], URL, ia.Access.DATABASE, False),
-        (["--postgres-url", "host=h"], API, ia.Access.DATABASE, True),
-        ([], API | DB | {"IMMICH_ANALYZE_POSTGRES_URL": "host=h"}, ia.Access.DATABASE, True),
-        (["-d", "immich-api", "--postgres-url", "host=h"], API, ia.Access.API, False),
-        (["-d", "immich-api"], API | DB, ia.Access.API, False),
-        (["-d", "database"], API | DB, ia.Access.DATABASE, False),
-        (["-d", "database"], API, ia.Access.DATABASE, False),
-        (["-d", "database"], URL, ia.Access.DATABASE, False),
-        (["-d", "database"], {}, ia.Access.DATABASE, False),
-        ([], API | dict.fromkeys(DB, ""), ia.Access.API, False),
-        ([], dict.fromkeys(API, ""), ia.Access.DATABASE, False),
+        ([], {}, ia.DATABASE, False),
+        ([], DB, ia.DATABASE, False),
+        ([], {"DB_PASSWORD": "x"}, ia.DATABASE, False),
+        ([], {"DB_URL": "postgresql://h/d"}, ia.DATABASE, False),
+        (["--postgres-url", "host=h"], {}, ia.DATABASE, False),
+        ([], API, ia.API, False),
+        ([], API | DB, ia.API, True),
+        ([], API | {"DB_USERNAME": "u", "DB_PASSWORD": "x"}, ia.API, True),
+        ([], API | {"DB_URL": "postgresql://h/d"}, ia.API, True),
+        ([], API | {"DB_PASSWORD": "x"}, ia.API, False),
+        ([], API | {"DB_PORT": "1", "DB_DATABASE_NAME": "d"}, ia.API, False),
+        ([], URL | DB, ia.DATABASE, False),
+        ([], URL | {"DB_USERNAME": "u"}, ia.DATABASE, False),
+        ([], KEY | DB, ia.DATABASE, True),
+        (["--postgres-url", "host=h"], URL, ia.DATABASE, False),
+        (["--postgres-url", "host=h"], API, ia.DATABASE, True),
+        ([], API | DB | {"IMMICH_ANALYZE_POSTGRES_URL": "host=h"}, ia.DATABASE, True),
+        (["-d", "immich-api", "--postgres-url", "host=h"], API, ia.API, False),
+        (["-d", "immich-api"], API | DB, ia.API, False),
+        (["-d", "database"], API | DB, ia.DATABASE, False),
+        (["-d", "database"], API, ia.DATABASE, False),
+        (["-d", "database"], URL, ia.DATABASE, False),
+        (["-d", "database"], {}, ia.DATABASE, False),
+        ([], API | dict.fromkeys(DB, ""), ia.API, False),
+        ([], dict.fromkeys(API, ""), ia.DATABASE, False),
     ],
 )
 def test_the_library_whose_settings_are_given_is_used(config, argv, environ, access, ambiguous):

@@ -388,14 +388,11 @@ def test_no_path_and_no_link_leads_out_of_the_other_disk(
 
 
 def test_the_folder_that_is_watched_is_the_one_on_the_other_disk(
-    database: SqlWorld, moved: Path, config: Any, monkeypatch: pytest.MonkeyPatch
+    database: SqlWorld, moved: Path, config: Any
 ) -> None:
-    watched: list[Path] = []
-    monkeypatch.setattr(ia, "PreviewWatch", lambda folder, *_: watched.append(folder))
     new_library, _ = ia.open_library(config(*database.argv, "--thumbs-root", str(moved)))
     with closing(new_library()) as library:
-        library.watch(lambda: None, 1.0)
-    assert watched == [moved]
+        assert library.previews == moved
 
 
 # --- Descriptions of cameras -------------------------------------------------------------------

@@ -262,7 +262,9 @@ def test_the_end_for_all_leaves_the_photo_in_hand_uncounted(monkeypatch, run, er
 
 def test_a_worker_that_waits_does_not_hide_why_another_ended_the_run():
     stop, waits = ia.Stop(), threading.Event()
-    run = run_of(stop, library=Desk())
+    library = Desk()
+    library.must_confirm = True  # so that the checker waits, too
+    run = run_of(stop, library=library)
     run = replace(run, patience=ia.Patience(stop, pause=60, longest=math.inf))
 
     class Away(Desk):
@@ -278,7 +280,7 @@ def test_a_worker_that_waits_does_not_hide_why_another_ended_the_run():
         ia.work([photo(1)], Away(), None, run)
 
     with pytest.raises(ia.Fatal) as raised:
-        ia.run_all([waiting, fails], [lambda: ia.check_written(run)], run)
+        ia.run_all([waiting, fails], run)
     assert raised.value.key == "database_refused"
     assert run.tally.counts == {}
 
@@ -474,8 +476,8 @@ class Desk:
     def preview(self, photo):
         return self._next("preview", self._previews)
 
-    def describe(self, picture, check):
-        assert picture.mime == "image/jpeg"
+    def describe(self, question, check):
+        assert len(question.pictures) == 1
         self.said.append("describe")
         return ia.Said("A photo.", 2.0, 5)
 
@@ -613,13 +615,12 @@ def test_the_first_three_are_read_back_alone_and_the_others_together(stop):
         assert stop.now == pytest.approx(alone.at + 2)
         assert checks.count(alone.photo, lost=False) is False
     assert [each.photo.id for each in checks.next(stop)] == ["3", "4", "5", "6", "7"]
-    late, later = wrote(8, stop.now), wrote(9, stop.now + 0.5)
+    late, later = wrote(8, stop.now), wrote(9, stop.now)
     checks.written.put(late)
     checks.written.put(later)
     checks.written.put(None)
-    assert checks.next(stop) == [late]
+    assert checks.next(stop) == [late, later]
     assert stop.now == late.at + 2
-    assert checks.next(stop) == [later]
     now = stop.now
     assert checks.next(stop) == []
     assert stop.now == now
@@ -681,7 +682,7 @@ NEW = "[AI]\nA boat.\n[/AI]"
     ],
 )
 def test_what_became_of_a_text_is_told_by_what_is_read_back(before, stored, now, key):
-    _, trouble = ia.judged(written(before, stored), now)
+    trouble = ia.judged(written(before, stored), now).error
     assert (trouble.key if trouble else "") == key
     assert isinstance(trouble, ia.Permanent) == (key == "not_kept")
 
@@ -699,7 +700,7 @@ def test_what_became_of_a_text_is_told_by_what_is_read_back(before, stored, now,
     ],
 )
 def test_the_same_of_a_text_that_was_taken_back(before, left, now, key):
-    _, trouble = ia.judged(written(before, left, said=""), now)
+    trouble = ia.judged(written(before, left, said=""), now).error
     assert (trouble.key if trouble else "") == key
 
 
@@ -709,42 +710,39 @@ EARLIER = ia.Note("older", PROMPT, text=ia.text_id(OLD))
 
 def test_a_note_names_the_text_as_immich_stored_it():
     each = written(OLD, "A boat.\n", note=NOTE)
-    note, _ = ia.judged(each, "A boat.")
-    assert note == ia.Note(MODEL, PROMPT, text=ia.text_id("A boat."))
+    assert ia.judged(each, "A boat.").note == ia.Note(MODEL, PROMPT, text=ia.text_id("A boat."))
 
 
 def test_the_note_of_a_text_that_a_person_went_on_with_does_not_call_theirs_ours():
     each = written(OLD, "A boat.\n", note=NOTE)
-    kept, _ = ia.judged(each, "A boat.\nBy a person.")
-    assert kept == ia.Note(MODEL, PROMPT, text=ia.text_id("A boat.\n"))
+    kept = ia.judged(each, "A boat.\nBy a person.")
+    assert kept.note == ia.Note(MODEL, PROMPT, text=ia.text_id("A boat.\n"))
 
 
 @pytest.mark.parametrize("old", [None, EARLIER])
 def test_a_note_of_what_was_not_kept_is_for_good_and_knows_what_may_be_back(old):
     each = written(OLD if old else "", "A boat.\n", note=NOTE)
     each = replace(each, photo=replace(each.photo, note=old))
-    note, trouble = ia.judged(each, OLD if old else "")
-    assert note == ia.Note(
+    ending = ia.judged(each, OLD if old else "")
+    assert ending.note == ia.Note(
         MODEL,
         PROMPT,
         text=old.text if old else "",
         failed="not_kept",
-        why=str(trouble),
+        why=str(ending.error),
         tries=ia.MOST_TRIES,
     )
-    assert ia.note_in(note.value(ia.datetime.now(ia.UTC))) == note
-    noted = replace(each.photo, note=note)
+    assert ia.note_in(ending.note.value(ia.datetime.now(ia.UTC))) == ending.note
+    noted = replace(each.photo, note=ending.note)
     settings = replace(DEFAULTS, model_name=MODEL, policy=ia.Policy.ALL)
-    assert ia.left_alone(noted, replace(settings, access=ia.Access.API)) == "failed_before"
+    assert ia.left_alone(noted, replace(settings, access=ia.API)) == "failed_before"
 
 
 @pytest.mark.parametrize("text", ["Theirs.", None])
 def test_a_note_is_left_as_it_is_where_a_person_was_quick(text):
-    note, _ = ia.judged(written(OLD, "A boat.\n", note=NOTE), text)
-    assert note == NOTE
+    assert ia.judged(written(OLD, "A boat.\n", note=NOTE), text).note == NOTE
 
 
 @pytest.mark.parametrize("text", ["", OLD])
 def test_what_was_taken_back_gets_no_note(text):
-    note, _ = ia.judged(written(OLD, "", said=""), text)
-    assert note is None
+    assert ia.judged(written(OLD, "", said=""), text).note is None

@@ -178,7 +178,7 @@ IMMICH_ERRORS = {
         "thumbnail-preview-locked",
         "thumbnail-unknown-id",
     ],
-    (ia.Fatal, "immich_key_refused"): [
+    (ia.Refused, "immich_key_refused"): [
         "asset-get-no-key",
         "asset-get-wrong-key",
         "asset-put-no-key",
@@ -189,7 +189,7 @@ IMMICH_ERRORS = {
         "thumbnail-no-key",
         "thumbnail-wrong-key",
     ],
-    (ia.Fatal, "immich_permission_missing"): [
+    (ia.Refused, "immich_permission_missing"): [
         "asset-get-missing-permission",
         "asset-metadata-put-no-permission",
         "asset-put-missing-permission",
