@@ -309,6 +309,11 @@ REFUSALS = {
     "large": Reply(413, {"error": "too many images"}),
     "multi": Reply(400, {"error": {"message": "Multi-image input is not supported by this model"}}),
     "multiple": Reply(500, {"error": "multiple image input is not supported"}),
+    "key": Reply(403, {"error": {"message": "Several images need another plan"}}),
+    "router": Reply(404, {"error": {"message": "No endpoints that support multiple images"}}),
+    "many": Reply(429, {"error": {"message": "too many images"}}),
+    "proxy": Reply(503, {"error": {"message": "only one image at a time"}}),
+    "mode": Reply(400, {"error": {"message": "model tiny does not exist in multi-image mode"}}),
     "dies": servers.RESET,
 }
 
