@@ -41,8 +41,8 @@ trace(None, None)
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """`-n auto`: some more workers than cores, as most tests wait for another process."""
-    return len(os.sched_getaffinity(0)) * 3 // 2
+    """`-n auto`: more workers than cores, as most tests wait for another process."""
+    return len(os.sched_getaffinity(0)) * 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1146,9 +1146,11 @@ def test_closing_ends_what_hangs_without_an_answer(run):
 
 def test_a_client_may_leave(run):
     fake = run(FakeServer())
-    fake.script("GET", "", HANG, Reply(200, b"x" * 5_000_000))
+    fake.script("GET", "", Reply(200, b"x" * 5_000_000))
+    fake.hold()
     with pytest.raises(requests.Timeout):
         get(fake, timeout=0.05)
+    fake.wait_for()
     fake.gate.set()
     fake.close()
     fake.check()
