@@ -36,21 +36,11 @@ def film(
     `times` are those of its frames in tenths of a second, if they are not evenly spread; `aspect`
     is that of a pixel.
     """
-    target = io.BytesIO()
     shown = [Image.new("RGB", size, servers.COLOURS[colour]) for colour in colours or FOUR]
     moments = times or range(round(seconds * RATE))
-    with av.open(target, "w", format=kind) as container:
-        stream: Any = container.add_stream(codec, rate=RATE, options=dict(options))
-        stream.width, stream.height = size
-        stream.pix_fmt = pixels
-        if aspect:
-            stream.codec_context.sample_aspect_ratio = aspect
-        for number, moment in enumerate(moments):
-            frame = av.VideoFrame.from_image(shown[number * len(shown) // len(moments)])
-            frame.pts = moment
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return target.getvalue()
+    images = [shown[number * len(shown) // len(moments)] for number in range(len(moments))]
+    like = {"pixels": pixels, "aspect": aspect, "times": moments, "options": options}
+    return recorded(codec, kind, images, **like)
 
 
 class Sparse:
@@ -198,16 +188,28 @@ def corners() -> bytes:
     return recorded("libx264", "mp4", [image] * 40)
 
 
-def recorded(codec: str, kind: str, images: Sequence[Image.Image], target: Any = None) -> bytes:
-    """A video of these pictures, ten a second."""
+def recorded(
+    codec: str,
+    kind: str,
+    images: Sequence[Image.Image],
+    target: Any = None,
+    *,
+    pixels: str = "yuv420p",
+    aspect: Fraction | None = None,
+    times: Sequence[int] = (),
+    options: Sequence[tuple[str, str]] = (),
+) -> bytes:
+    """A video of these pictures, ten a second unless `times` tells."""
     kept = io.BytesIO()
     with av.open(target or kept, "w", format=kind) as container:
-        stream: Any = container.add_stream(codec, rate=RATE)
+        stream: Any = container.add_stream(codec, rate=RATE, options=dict(options))
         stream.width, stream.height = images[0].size
-        stream.pix_fmt = "yuv420p"
-        for number, image in enumerate(images):
+        stream.pix_fmt = pixels
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        for moment, image in zip(times or range(len(images)), images, strict=True):
             frame = av.VideoFrame.from_image(image)
-            frame.pts = number
+            frame.pts = moment
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return kept.getvalue()
