@@ -3937,7 +3937,7 @@ class Report:
         if ending.outcome not in (Outcome.DESCRIBED, Outcome.FAILED):
             return
         if asked and column == 1:
-            with suppress(AnalyzeError):  # a model may read what Pillow cannot
+            with suppress(AnalyzeError, OSError):  # a model may read what Pillow cannot
                 small = sheet(asked.pictures, PREVIEW_SIDE, quality=70)
                 preview = f"data:image/jpeg;base64,{small.base64.decode()}"
         after = replace(photo, description=ending.text, note=Note("", "", text_id(ending.text)))

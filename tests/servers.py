@@ -755,9 +755,9 @@ def own_picture(number: int, colour: str | None = None) -> bytes:
     return jpeg[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2) + comment + jpeg[2:]
 
 
-def broken_picture() -> bytes:
+def broken_picture(size: tuple[int, int] = (600, 400)) -> bytes:
     """A JPEG of a kind that decoders do not know, as they only find out when they try."""
-    jpeg = picture("red", size=(600, 400))
+    jpeg = picture("red", size=size)
     return jpeg.replace(b"\xff\xc0", b"\xff\xcb", 1)  # lossless, arithmetic coding
 
 

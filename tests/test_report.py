@@ -175,10 +175,11 @@ def test_a_report_shows_what_failed_and_why(command, library, ollama, tmp_path):
     assert figures(file)[ia.t("page_failed")] == "2"
 
 
+@pytest.mark.parametrize("size", [(600, 400), (200, 150)])  # the smaller one fits as it is
 def test_a_picture_that_only_the_model_can_read_is_described_without_a_preview(
-    command, library, ollama, tmp_path
+    command, library, ollama, tmp_path, size
 ):
-    torn = servers.broken_picture()
+    torn = servers.broken_picture(size)
     library.add("torn.jpg", picture=torn)
     library.add("whole.jpg", picture=servers.own_picture(0))
     answer_by_picture(ollama, {torn: "Noise."})
