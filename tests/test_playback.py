@@ -303,6 +303,11 @@ def test_nothing_outside_of_immichs_folder_is_read(database, described, tmp_path
     }
 
 
+def test_what_is_transcoded_comes_before_the_original(database, described):
+    clip = {"film": film("pink"), "transcoded": film()}
+    assert colours(described(database, {"a.mp4": clip})["a.mp4"]) == FOUR
+
+
 def test_a_broken_transcoded_file_does_not_hide_the_original(database, described):
     clip = {"film": film(), "transcoded": b"broken" * 100}
     assert colours(described(database, {"a.mp4": clip})["a.mp4"]) == FOUR
