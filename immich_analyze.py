@@ -131,8 +131,7 @@ def use_language(code: str) -> None:
 
 def t(key: str, **fields: object) -> str:
     """A text for people in their language, or in English if that language lacks it."""
-    text = catalogue(_language).get(key) or catalogue("en")[key]
-    return text.format(**fields)
+    return (catalogue(_language).get(key) or catalogue("en")[key]).format(**fields)
 
 
 # ------------------------------------------------------------------------------
@@ -1512,8 +1511,7 @@ def frame_picture(scaler: Any, aspect: float, side: int, frame: Any) -> Image.Im
     scale = min(1.0, side / max(frame.width * aspect, frame.height))
     width, height = (max(1, round(scale * n)) for n in (frame.width * aspect, frame.height))
     colours = SRGB if frame.color_trc in HDR else {}  # else grey; a scaler needs seconds, once
-    scaled = scaler.reformat(frame, width, height, "rgb24", **colours)
-    image: Image.Image = scaled.to_image()
+    image: Image.Image = scaler.reformat(frame, width, height, "rgb24", **colours).to_image()
     return image.rotate(frame.rotation, expand=True)
 
 
@@ -1553,11 +1551,12 @@ def frames_of(files: Iterable[Any], count: int, side: int, end: float) -> tuple[
     from av.video.reformatter import VideoReformatter
 
     trouble: AnalyzeError = Missing("video_missing")
-    options = {"format_whitelist": VIDEO_FORMATS}  # no playlists, which open other files
+    lax = {"metadata_errors": "ignore"} if av.__version__.startswith("18.") else {}  # later: always
+    options: Any = lax | {"container_options": {"format_whitelist": VIDEO_FORMATS}}  # no playlists
     for file in files:
         found, seconds, trouble = list[Image.Image](), 0.0, Permanent("video_blank")
         try:
-            with av.open(file, container_options=options, metadata_errors="ignore") as container:
+            with av.open(file, **options) as container:
                 stream: Any = container.streams.best("video")
                 if not (stream and stream.codec_context):  # FFmpeg does not know its kind
                     continue
@@ -2537,8 +2536,7 @@ class ApiLibrary:
             last = min(last, told.astimezone(UTC))
         more, stable = dig(found, "nextPage") is not None, self._server.version >= (3, 1, 0)
         fresh = [item for item in items if item["id"] not in walk.seen]
-        ids = frozenset(item["id"] for item in items)
-        return fresh, walk.onward(ids, last, more, stable)
+        return fresh, walk.onward(frozenset(item["id"] for item in items), last, more, stable)
 
     def _filter(self, visibility: str) -> dict[str, Any]:
         """The filter for one visibility, always explicit, as the default differs by release."""
@@ -2939,8 +2937,7 @@ class DbLibrary:
     def page(self, cursor: str | None, since: datetime | None = None) -> Page:
         """One page, by id or the newest first: only photos with work to do."""
         rows = self._listed("listing", since=since, after=cursor, page=PAGE)
-        mark = rows[-1][-1] if len(rows) == PAGE else None
-        return [*map(self._photo, rows)], mark
+        return [*map(self._photo, rows)], rows[-1][-1] if len(rows) == PAGE else None
 
     def total(self) -> int:
         """How many photos a listing has."""

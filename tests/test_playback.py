@@ -326,6 +326,7 @@ def test_a_file_that_cannot_be_opened_is_told(database, described, monkeypatch):
 KINDS = {
     "hevc.mp4": film(codec="libx265", options=films.SILENT),
     "mpeg4.avi": film(codec="mpeg4", kind="avi"),
+    "tags.avi": film(codec="mpeg4", kind="avi").replace(b"Lavf", b"\xcb\xe0\xe2\xf4"),  # not UTF-8
     "mjpeg.avi": film(codec="mjpeg", kind="avi", pixels="yuvj420p"),
     "mjpeg.mov": film(codec="mjpeg", kind="mov", pixels="yuvj420p"),
     "vp8.webm": film(codec="libvpx", kind="webm"),
