@@ -3838,12 +3838,13 @@ class Lines(logging.Handler):
     """
 
     secrets: str  # as in Config
+    lead = ""  # of each line
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
-        record.priority = PRIORITIES[record.levelno]
         record.msg, record.args = re.sub(UNSAFE, "\ufffd", record.getMessage()), ()
         text = re.sub(self.secrets, "…", self.format(record))  # a traceback keeps its lines
+        text = re.sub("(?m)^", self.lead.format(PRIORITIES[record.levelno]), text)
         with suppress(OSError):  # if nobody reads the log any more, the work goes on
             tqdm.write(text, file=sys.stderr)
 
@@ -3862,9 +3863,9 @@ def set_up_logging(config: Config | None = None) -> None:
     terminal, service = sys.stderr.isatty(), bool(config and config.mode.monitors)
     here = os.fstat(sys.stderr.fileno())
     form = "%(message)s" if terminal or not service else "%(asctime)s %(levelname)s %(message)s"
-    if os.environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}":
-        form = "<%(priority)d>%(message)s"
     handler = Lines()
+    if os.environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}":
+        form, handler.lead = "%(message)s", "<{}>"
     handler.secrets = config.secrets if config else "(?!)"  # which matches nothing
     handler.setFormatter(logging.Formatter(form))
     log.handlers[:] = [handler]

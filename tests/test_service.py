@@ -919,3 +919,25 @@ def test_lines_carry_a_priority_where_the_journal_reads_them(api, ollama, tmp_pa
     assert ("4", STOPPING[1]) in said
     assert said[-1][1].startswith(tally(described=1, failed=1))
     assert sorted(number for number, _ in said) == ["3", "4", "4", "6"]
+
+
+BUG = """
+import immich_analyze as ia
+ia.set_up_logging()
+try:
+    raise ValueError("one\\n<6>two")
+except ValueError:
+    ia.log.error("a bug", exc_info=True)
+"""
+
+
+def test_each_line_of_a_bug_carries_its_priority(tmp_path):
+    """So that `journalctl -p err` shows all of it, and no server can say how bad it is."""
+    with (tmp_path / "log").open("w+") as file:
+        here = os.fstat(file.fileno())
+        environ = os.environ | {"JOURNAL_STREAM": f"{here.st_dev}:{here.st_ino}"}
+        subprocess.run([sys.executable, "-c", BUG], cwd=ROOT, env=environ, stderr=file, check=True)
+        file.seek(0)
+        lines = file.read().splitlines()
+    assert (lines[0], lines[-1]) == ("<3>a bug", "<3><6>two")
+    assert [line for line in lines if not line.startswith("<3>")] == []
