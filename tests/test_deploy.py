@@ -4,6 +4,7 @@ Where systemd, hadolint or Nix is installed, it judges them too.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -138,12 +139,14 @@ def test_a_secret_that_is_not_there_stops_no_service(unit):
 
 def test_what_the_timer_runs_is_a_batch_with_the_settings_of_the_service(tmp_path):
     mode = {"IMMICH_ANALYZE_MODE": "combined"}
-    assert service(tmp_path, mode, NIGHTLY).mode is ia.Mode.BATCH
+    config = service(tmp_path, mode, NIGHTLY)
+    assert (config.mode, config.log_level) == (ia.Mode.BATCH, logging.INFO)  # its summary is shown
     for key in ("LoadCredential", "SetCredential", "EnvironmentFile"):
         assert said(key, NIGHTLY) == said(key)
     assert said("ExecStart", NIGHTLY)[0].split()[0] == said("ExecStart")[0].split()[0]
     assert said("Type", NIGHTLY) == ["oneshot"]
     assert seconds(said("TimeoutStopSec", NIGHTLY)[0]) > default("grace")
+    assert said("SuccessExitStatus", NIGHTLY) == [str(128 + signal.SIGTERM)]  # as it was asked to
 
 
 def test_the_settings_come_before_the_start_and_their_paths_are_whole():
