@@ -2265,8 +2265,10 @@ class Ai:
         return http(self._session, method, address, server="model_host", **options)
 
     def check(self) -> None:
-        """Ask each host for the model; Unavailable if none is there, Fatal if all need a person."""
-        troubles = {url: error for url in self._config.hosts if (error := self._trouble(url))}
+        """Ask all hosts for the model; Unavailable if none is there, Fatal if all need a person."""
+        with ThreadPoolExecutor(len(self._config.hosts), "check") as pool:
+            jobs = {url: pool.submit(self._trouble, url) for url in self._config.hosts}
+        troubles = {url: error for url, job in jobs.items() if (error := job.result())}
         lasting = all(Host(url, why=error).struck_off for url, error in troubles.items())
         if len(troubles) == len(self._config.hosts) and not lasting:
             raise Unavailable("no_host", why="; ".join(map(str, troubles.values())))

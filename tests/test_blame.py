@@ -11,6 +11,8 @@ from hours import DAY, Hours, Run, with_health
 from servers import CUT, RESET, Exchange, FakeOllama, Reply
 from worlds import CHATS, World, asked_about, failure_notes, fill, shown
 
+import immich_analyze as ia
+
 pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
 
 HOUR = 3600.0
@@ -241,6 +243,16 @@ def test_the_other_host_does_the_work_meanwhile(hours, api, hosts):
     assert_all_well(run, api, wanted)
     assert len(run.complaints(models[1])) == 1
     assert len(models[1].find(*CHATS)) < 30
+
+
+def test_hosts_that_hang_at_the_start_hold_it_up_together_and_not_one_by_one(hours, api, hosts):
+    models, wanted = hosts(4), fill(api, 8)
+    for host in models[1:]:
+        host.script("POST", "/api/show", hours.hang, forever=True)
+    with hours.batch(api, *models) as run:
+        pass
+    assert_all_well(run, api, wanted)
+    assert run.ended < 2 * ia.CHECK_TIMEOUT
 
 
 # The context
