@@ -632,6 +632,10 @@ def test_no_answer_takes_for_ever(before, piece):
     outcome(before + piece * (2**18 // len(piece)))
 
 
+def test_no_apostrophes_after_a_refusal_take_for_ever():
+    assert outcome("I can't help" + "'" * 1000) == "- answer_declined"
+
+
 # JSON and addresses
 
 
