@@ -1244,13 +1244,13 @@ def meaning(mark: re.Match[str]) -> str:
 
 def from_json(text: str) -> str:
     """The description in an answer that is JSON, or is escaped as in JSON; else as it is."""
-    quoted = ""
     if re.match(r'(?:\[\s*)?\{\s*"', text) and (fields := patterns()["json_field"].findall(text)):
-        text = quoted = max(fields, key=lambda one: ("descri" in one[0].lower(), len(one[1])))[1]
-    elif "\n" not in text and patterns()["escaped"].match(text):
-        quoted = '"' + re.sub(r'(?<!\\)"', r"\"", text.replace("\\'", "'")) + '"'
+        text = said = max(fields, key=lambda one: ("descri" in one[0].lower(), len(one[1])))[1]
+    else:
+        said = text if "\n" not in text and patterns()["escaped"].match(text) else ""
+    quoted = re.sub(r'(?<!\\)"', r"\"", said.replace("\\'", "'"))
     with suppress(ValueError):
-        return str(json.loads(quoted, strict=False))
+        return json.loads(f'"{quoted}"', strict=False) or text
     return text
 
 
