@@ -1310,7 +1310,7 @@ def description_in(answer: str, language: str = "") -> str:
     """The description in a model's answer; Retryable if there is none."""
     text = clean(answer)
     # no bare number: Immich would store 1.50 as 1.5
-    if not any(c.isalpha() for c in text) or patterns()["web_page"].match(text):
+    if not any(c.isalpha() for c in text) or patterns()["nothing"].match(text):
         raise Retryable("answer_empty")
     if why := ("answer_repeats" if repeats(text) else refusal(text)):
         raise Retryable(why)
