@@ -19,6 +19,7 @@ photos failed · 2 the settings or the environment are wrong and nothing will wo
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import difflib
 import errno
@@ -33,6 +34,7 @@ import re
 import signal
 import socket
 import socketserver
+import stat
 import sys
 import threading
 import time
@@ -828,8 +830,7 @@ UNREAD = Note("", "")  # stands for a note that the listing does not show
 def note_in(value: object) -> Note | None:
     """The note in stored JSON; None for none, or one that another version or a person wrote."""
     given = value if isinstance(value, dict) else {}
-    numbers = ("v", "tries")
-    typed = all(type(i) is (int if name in numbers else str) for name, i in given.items())
+    typed = all(type(i) is (int if name in ("v", "tries") else str) for name, i in given.items())
     with suppress(TypeError):  # it lacks a model or a prompt, or has more
         note = Note(**{name: item for name, item in given.items() if name not in ("v", "at")})
         if typed and given.get("v") == 1 and note.value(FAR_FUTURE).keys() == given.keys():
@@ -918,7 +919,6 @@ LOOKS = {0.5: 0.5, 0.625: 0.125, 0.75: 0.125, 0.875: 0.125}
 DARK, MOVES = 32, 4  # of 255: no pixel of a black frame is lighter; how far frames differ at least
 HDR = (16, 18)  # the transfer functions PQ and HLG, as ITU-T H.273 numbers them
 SRGB = {"dst_color_trc": 13, "dst_color_primaries": 1}
-OLDEST = 120  # years
 GAP = "\n\n"  # between a person's text, or a prompt, and what is added
 
 
@@ -962,8 +962,7 @@ def left_alone(photo: Photo, config: Config) -> str:
     same = note.model == config.model_name and note.prompt == config.prompt_id
     # what Immich did not keep through its API, the database may keep
     other_way = note.failed == "not_kept" and config.access == DATABASE
-    gave_up = same and note.failed and note.tries >= MOST_TRIES
-    if gave_up and not (config.retry_failed or other_way):
+    if same and note.failed and note.tries >= MOST_TRIES and not (config.retry_failed or other_way):
         return "failed_before"
     if undescribed(photo, config):
         return "has_description" if config.undo else ""
@@ -984,8 +983,7 @@ def merge(photo: Photo, text: str, config: Config) -> str:
     # byte; only `all` without `--preserve-human` replaces what a person wrote
     ignored = undescribed(photo, config) and photo.description.strip()
     current = "" if ignored else photo.description
-    block = f"[AI]\n{text}\n[/AI]"
-    first = BLOCK.search(current)
+    block, first = f"[AI]\n{text}\n[/AI]", BLOCK.search(current)
     if not config.preserve_human and (config.policy is Policy.ALL or not first):
         return text
     if not first:
@@ -1050,7 +1048,7 @@ def age_at(born: object, taken: datetime | None) -> str:
         birth = date.fromisoformat(str(born)[:10])
         if taken:  # who was born on 29 February is a year older on 1 March in common years
             age = taken.year - birth.year - ((taken.month, taken.day) < (birth.month, birth.day))
-            return f" (aged {age})" if 0 <= age <= OLDEST else ""
+            return f" (aged {age})" if 0 <= age <= 120 else ""
     return ""
 
 
@@ -1805,8 +1803,7 @@ class Hosts:
         self._lock = threading.Condition()  # told when a request ends
         self._places = threading.BoundedSemaphore(self.places)
         self._testing = threading.Lock()
-        self._hosts = {url: Host(url) for url in self.urls}
-        self._latest = 0
+        self._hosts, self._latest = {url: Host(url) for url in self.urls}, 0
         self.retrying = threading.Lock()  # held by the worker that asks about a photo again
         self.moved = time.monotonic()  # when a request last began or ended
         self.dialects: dict[str, Dialect] = {}  # of hosts that refused the usual question
@@ -2985,9 +2982,8 @@ class DbLibrary:
         with blame(self.check):
             self.check()
         # the file may have moved, or the disk may just have come back
-        path = self.look(photo).source or photo.source
         with suppress(Missing):
-            return self._file(path)
+            return self._file(self.look(photo).source or photo.source)
         return None
 
     def video(self, photo: Photo, end: float) -> list[Path]:
@@ -3087,14 +3083,13 @@ def inside(root: Path, path: Path | str) -> Path | None:
 def read_file(path: Path) -> bytes:
     """A regular file's content; Missing, Permanent without rights, Retryable on a disk error."""
     try:
-        if not path.is_file():  # opening a named pipe would block for ever
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would block for ever
             raise Missing("preview_missing")
         with path.open("rb") as file:
             return file.read(REPLY_LIMIT)
     except OSError as error:
-        lasting = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
-        kind = Permanent if error.errno in lasting else Retryable
-        raise kind("unreadable_file", file=path, why=error.strerror) from error
+        name = errno.errorcode.get(error.errno or 0, "")
+        raise verdict("file", name, file=path, why=error.strerror) from error
 
 
 def open_database(config: Config) -> Opened:
@@ -3336,8 +3331,7 @@ class Patience:
                 return answer
 
     def _wait(self, error: AnalyzeError, most: float) -> None:
-        pause = min(most, error.pause or self.pause, max(self.pause, LONGEST_PAUSE))
-        if self.stop.wait(pause):
+        if self.stop.wait(min(most, error.pause or self.pause, max(self.pause, LONGEST_PAUSE))):
             raise Stopped("stopped") from error
 
     def _turn(self, why: AnalyzeError | None, began: float | None) -> None:
@@ -3805,8 +3799,7 @@ class Signals:
         self.number = 0  # of the signal that came
         self.grace = 30.0
         self.sum_up: Callable[[int], object] = int  # reports before `grace` ends the process
-        self._stop = stop
-        self._wanted = {signal.SIGINT, signal.SIGTERM}
+        self._stop, self._wanted = stop, {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, self._wanted)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
@@ -3870,8 +3863,7 @@ def set_up_logging(config: Config | None = None) -> None:
         form, handler.lead = "%(message)s", "<{}>"
     handler.secrets = config.secrets if config else "(?!)"  # which matches nothing
     handler.setFormatter(logging.Formatter(form))
-    log.handlers[:] = [handler]
-    log.propagate = False
+    log.handlers[:], log.propagate = [handler], False
     usual = logging.INFO if terminal or service else logging.WARNING
     log.setLevel((config and config.log_level) or usual)
     # what watchdog misses is found anyway, and it warns of harmless races
@@ -3897,8 +3889,7 @@ def show_progress(tally: Tally, over: threading.Event) -> None:
             bar.total = min(max(0, (tally.total or 0) - left_out), tally.most)
             bar.bar_format = BAR if 0 < bar.total >= bar.n else ENDLESS
             hourly = f"{3600 * bar.n / max(bar.format_dict['elapsed'], 1.0):.0f}"
-            pace = t("pace", rate=hourly, failed=tally.counts[Outcome.FAILED])
-            bar.set_postfix_str(pace)  # this also draws the bar
+            bar.set_postfix_str(t("pace", rate=hourly, failed=tally.counts[Outcome.FAILED]))
 
 
 def harmless(error: AnalyzeError) -> str:
@@ -4218,8 +4209,7 @@ def show_prompt(config: Config) -> int:
     with closing(open_library(config)[0]()) as library:
         photo = library.with_facts(find(str(config.show_prompt), library, config))
     with suppress(OSError):  # the reader may be gone
-        frames = config.video_frames if photo.video else 1
-        sys.stdout.write(question(photo, config, frames) + "\n")
+        sys.stdout.write(question(photo, config, config.video_frames if photo.video else 1) + "\n")
     return 0
 
 
@@ -4259,10 +4249,20 @@ def sum_up(config: Config, tally: Tally, code: int) -> None:
         log.log(level, "%s", t("tally_time", tally=tally, time=spent))
 
 
+def let_go() -> None:
+    """Drop what nobody reads, or Python 3.14 ends with a complaint and an exit code of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return one of the exit codes at the top of this file."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - closed by the caller
     sys.stdout = sys.stdout or sys.stderr
+    atexit.register(let_go)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)  # for any letter, at once
     stop, tally = Stop(), Tally()

@@ -524,6 +524,19 @@ def test_the_version_is_told(process, flag):
     assert done.stdout == f"immich-analyze {ia.__version__}\n"
 
 
+@pytest.mark.parametrize(("argv", "code"), [("--help", 0), ("--version", 0), ("--mode=none", 2)])
+def test_the_exit_code_is_the_same_if_nobody_reads(argv, code):
+    command = [sys.executable, str(ROOT / "immich_analyze.py"), argv]
+    for unread in ("stdout", "stderr"):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        getattr(process, unread).close()
+        other = process.stderr if unread == "stdout" else process.stdout
+        with other:
+            said = other.read()
+        assert process.wait(servers.PATIENCE) == code
+        assert b"Broken pipe" not in said
+
+
 @pytest.mark.parametrize(
     ("argv", "environ", "language"),
     [

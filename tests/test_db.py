@@ -796,13 +796,18 @@ def test_a_preview_that_lies_elsewhere_by_now_is_read_there(photos, opened):
     assert tool.preview(asset) == sandbox.draw("red")
 
 
+@pytest.mark.parametrize("call", ["stat", "open"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EHOSTDOWN])
-def test_a_disk_that_fails_is_asked_again(preview_of, monkeypatch, number):
-    def fails(*_):
-        raise OSError(number, os.strerror(number))
+def test_a_disk_that_fails_is_asked_again(preview_of, monkeypatch, number, call):
+    usual = getattr(Path, call)
+
+    def fails(path, *more, **options):
+        if path.name == "it.jpeg":
+            raise OSError(number, os.strerror(number))
+        return usual(path, *more, **options)
 
     (preview_of.root / "thumbs/it.jpeg").write_bytes(b"picture")
-    monkeypatch.setattr(Path, "open", fails)
+    monkeypatch.setattr(Path, call, fails)
     error = error_of(partial(preview_of, "/data/thumbs/it.jpeg"), ia.Retryable)
     assert (type(error), error.key) == (ia.Retryable, "unreadable_file")
 

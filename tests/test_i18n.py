@@ -167,6 +167,7 @@ def test_a_text_is_given_all_its_fields():
     usual = {"url", "status", "why", "said"}
     own = {
         "options": {"why"},
+        "file": {"file", "why"},
         "connection": {"url", "value", "seconds", "why"},
         "redirect": {"url", "target"},
     }
