@@ -256,6 +256,25 @@ class SqlWorld:
 
 
 World = ApiWorld | SqlWorld
+
+
+def others_long(cases: Iterable[Any], *kept: Any) -> list[Any]:
+    """The cases of a test, of which `make test` runs these and `make faults` the others."""
+    return [
+        case
+        if case in kept
+        else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.long)
+        for case in cases
+    ]
+
+
+def mainly(access: str) -> Any:
+    """For a test that is not about libraries: this one is enough, the other is `long`."""
+    return pytest.mark.parametrize(
+        "library", others_long(["api", "database"], access), indirect=True
+    )
+
+
 READABLE = ("asset.read", "asset.view", "asset.update", "album.read", "tag.read")
 
 
