@@ -27,6 +27,8 @@ from worlds import (
     check_note,
     failure,
     fill,
+    mainly,
+    others_long,
     tally,
 )
 
@@ -119,6 +121,7 @@ def test_what_was_done_is_told_also_when_the_run_cannot_go_on(api, ollama, comma
     assert last.startswith(tally(skipped=1))
 
 
+@pytest.mark.unmeasured
 def test_the_work_goes_on_when_nobody_reads_the_messages(api, ollama):
     wanted = fill(api, 3)
     for _ in range(6):  # more than there are workers, and newer: they come first
@@ -135,13 +138,13 @@ def test_the_work_goes_on_when_nobody_reads_the_messages(api, ollama):
     assert {id: api.texts()[id] for id in wanted} == wanted
 
 
-def test_cron_hears_of_failures_and_of_nothing_else(library, ollama, process):
+def test_cron_hears_of_failures_and_of_nothing_else(library, ollama, command):
     fill(library, 2)
     argv = [*library.argv, *asking(ollama)]
-    well = process(*argv)
+    well = command(*argv)
     assert (well.returncode, well.stdout, well.stderr) == (0, "", "")
     id = library.add("bad.jpg", picture=b"not a picture at all")
-    ill = process(*argv)
+    ill = command(*argv)
     assert (ill.returncode, ill.stdout) == (1, "")
     line, last = ill.stderr.splitlines()
     assert line == failure(id, "bad.jpg", "preview_unknown")
@@ -180,6 +183,8 @@ def test_the_tally_can_be_asked_for(api, ollama, command, more, environ):
     assert line.startswith(tally(described=2))
 
 
+@pytest.mark.unmeasured
+@mainly("api")
 def test_a_terminal_shows_progress_and_the_tally(library, ollama):
     if isinstance(library, ApiWorld):
         library.server.keys[library.server.key] = FakeKey("alice", servers.EVERYTHING)
@@ -200,8 +205,13 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-@pytest.mark.parametrize("columns", [100, 40, 20])
-@pytest.mark.parametrize("end", ["in time", "pressed twice", "too late"])
+@pytest.mark.parametrize(
+    ("columns", "end"),
+    others_long(
+        [(n, end) for n in (100, 40, 20) for end in ("in time", "pressed twice", "too late")],
+        *((100, "too late"), (40, "pressed twice"), (20, "in time")),
+    ),
+)
 def test_nothing_is_left_of_the_bar_after_ctrl_c(api, ollama, columns, end):
     api.server.keys[api.server.key] = FakeKey("alice", servers.EVERYTHING)
     fill(api, 3)
@@ -286,10 +296,10 @@ def test_the_bar_tells_how_many_photos_failed(monkeypatch):
 
 @pytest.mark.parametrize("places", [1, 4])
 def test_a_photo_counts_when_it_is_written_and_not_when_it_is_read_back(hours, api, ollama, places):
-    fill(api, 200)
+    fill(api, 60)
     hours.pace(ollama, seconds=4.0)
     with hours.service(api, ollama, "--max-concurrent", str(places)) as run:
-        for now in (21, 41, 61):
+        for now in (11, 21, 41):
             run.until(now)
             assert run.counts == {"described": len(hours.written(api))}
             assert len(hours.written(api)) >= places * (now // 4 - 1)
@@ -347,6 +357,7 @@ def test_the_sum_fits_eighty_columns(command, monkeypatch, language, form):
     assert max(map(len, said)) <= 80
 
 
+@pytest.mark.unmeasured
 def test_taking_back_is_progress_too(api, ollama, command):
     fill(api, 3)
     assert command(*api.argv, *asking(ollama)).returncode == 0
@@ -355,6 +366,7 @@ def test_taking_back_is_progress_too(api, ollama, command):
     assert re.search(r"\b3 photos \[\d\d:\d\d, ", shown)
 
 
+@pytest.mark.unmeasured
 def test_a_terminal_without_a_total_shows_progress_all_the_same(api, ollama):
     fill(api, 3)
     code, shown = on_terminal(*api.argv, *asking(ollama))
@@ -362,6 +374,7 @@ def test_a_terminal_without_a_total_shows_progress_all_the_same(api, ollama):
     assert re.search(r"\b3 photos \[\d\d:\d\d, ", shown)
 
 
+@pytest.mark.unmeasured
 def test_a_failure_on_a_terminal_is_a_line_of_its_own(api, ollama):
     fill(api, 3)
     id = api.add("bad.jpg", picture=b"not a picture at all")
@@ -384,6 +397,7 @@ def test_settings_for_both_libraries_mean_the_database_and_one_line(database, ap
 SHARED = {"DB_HOSTNAME": "127.0.0.1", "DB_PORT": "9", "DB_USERNAME": "u", "DB_PASSWORD": SECRET}
 
 
+@pytest.mark.unmeasured
 def test_immichs_own_shared_variables_do_not_take_the_api_away(api, ollama, command):
     wanted = fill(api, 2)
     given = {"IMMICH_API_URL": api.server.url, "IMMICH_API_KEY": api.server.key}
@@ -408,6 +422,7 @@ def test_odd_settings_are_a_line_each_and_the_work_is_done(api, ollama, command)
     assert SECRET not in done.stderr
 
 
+@pytest.mark.unmeasured
 def test_a_prompt_that_is_not_utf8_is_sent_with_no_photo(api, ollama, process):
     fill(api, 2)
     prompt = os.fsdecode("Опиши снимок".encode("cp1251"))
@@ -453,9 +468,17 @@ def test_no_model_host_is_asked_before_the_first_photo_if_that_is_not_wanted(api
     assert [(x.method, x.path) for x in ollama.exchanges] == [("POST", "/api/chat")]
 
 
+CLOSED = ("2>&-", ">&- 2>&-", "<&- >&- 2>&-")
+
+
 @pytest.mark.unmeasured
-@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize("how", ["well", "failing", "wrong"])
+@pytest.mark.parametrize(
+    ("how", "closed"),
+    others_long(
+        [(how, closed) for how in ("well", "failing", "wrong") for closed in CLOSED],
+        *zip(("wrong", "failing", "well"), CLOSED, strict=True),
+    ),
+)
 def test_closed_streams_do_no_harm(api, ollama, closed, how):
     wanted = fill(api, 2)
     if how == "failing":
@@ -468,6 +491,7 @@ def test_closed_streams_do_no_harm(api, ollama, closed, how):
         assert {id: api.texts()[id] for id in wanted} == wanted
 
 
+@pytest.mark.unmeasured
 def test_a_name_cannot_steer_the_terminal(api, ollama, command):
     name = "\x1b[2J\x07\x9b31mevil\r\n.jpg"
     id = api.add(name, picture=b"not a picture at all")
@@ -490,6 +514,7 @@ def test_one_refused_key_of_two_is_told_and_the_other_works(api, ollama, command
 
 
 @pytest.mark.unmeasured
+@mainly("database")
 def test_python_has_nothing_to_warn_of(library, ollama, process):
     fill(library, 3)
     done = process(*library.argv, *asking(ollama), PYTHONWARNINGS="error", PYTHONDEVMODE="1")
@@ -507,6 +532,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.unmeasured
 def test_the_bar_starts_no_process_beside_it(api, ollama):
     fill(api, 2)
     code, shown = on_terminal(*api.argv, *asking(ollama), program=["-c", PROGRESS_ALONE, "it"])
@@ -517,9 +543,9 @@ def test_the_bar_starts_no_process_beside_it(api, ollama):
 # --- Help, version, languages ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flag", ["-V", "--version"])
-def test_the_version_is_told(process, flag):
-    done = process(flag)
+def test_the_version_is_told(process, command):
+    done = process("--version")
+    assert command("-V").stdout == done.stdout
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"immich-analyze {ia.__version__}\n"
 
@@ -557,7 +583,10 @@ def test_help_is_in_the_language_of_its_reader(command, argv, environ, language)
 
 @pytest.mark.parametrize(
     ("encoding", "language"),
-    [("koi8-r", "ru"), ("cp1251", "ru"), ("latin-1", "en"), ("ascii", "en"), ("utf-8", "ru")],
+    others_long(
+        [("koi8-r", "ru"), ("cp1251", "ru"), ("latin-1", "en"), ("ascii", "en"), ("utf-8", "ru")],
+        *(("koi8-r", "ru"), ("latin-1", "en")),
+    ),
 )
 def test_help_is_readable_in_a_locale_of_another_encoding(tmp_path, encoding, language):
     argv = [sys.executable, str(ROOT / "immich_analyze.py"), "--help", "--lang", "ru"]
@@ -570,8 +599,12 @@ def test_help_is_readable_in_a_locale_of_another_encoding(tmp_path, encoding, la
 
 
 @pytest.mark.parametrize(
-    ("more", "environ"), [(["--lang", "ru"], {}), ([], {"LANG": "ru_RU.UTF-8"})]
+    ("more", "environ"),
+    others_long(
+        [(["--lang", "ru"], {}), ([], {"LANG": "ru_RU.UTF-8"})], ([], {"LANG": "ru_RU.UTF-8"})
+    ),
 )
+@pytest.mark.unmeasured
 def test_the_tally_is_in_the_language_of_its_reader(api, ollama, more, environ):
     fill(api, 1)
     code, shown = on_terminal(*api.argv, *asking(ollama), *more, **environ)
@@ -586,6 +619,8 @@ def test_the_tally_is_in_the_language_of_its_reader(api, ollama, more, environ):
 PATIENT = ["--log-level", "info", "--wait-retry-interval", "0.02"]
 
 
+@pytest.mark.unmeasured
+@mainly("api")
 def test_a_run_begins_once_immich_is_there(library, ollama):
     wanted = fill(library, 2)
     library.begin("gone")
@@ -604,14 +639,21 @@ def test_a_run_begins_once_immich_is_there(library, ollama):
 # --- Signals ---------------------------------------------------------------------------------
 
 NO_HURRY = ["--grace", "600"]  # what does not end by itself is not ended
-BOTH_SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def stopping(number: signal.Signals) -> str:
     return ia.t("finishing", signal=number.name)
 
 
-@BOTH_SIGNALS
+@pytest.mark.parametrize(
+    ("library", "number"),
+    others_long(
+        [(one, number) for one in ("api", "database") for number in SIGNALS],
+        *(("api", signal.SIGINT), ("database", signal.SIGTERM)),
+    ),
+    indirect=["library"],
+)
 def test_a_signal_lets_finish_what_is_begun_and_nothing_else_begin(library, ollama, number):
     wanted = fill(library, 6)
     ollama.hold(*CHATS)
@@ -632,10 +674,9 @@ def test_a_signal_lets_finish_what_is_begun_and_nothing_else_begin(library, olla
         check_note(notes[id], wanted[id])
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]
-)
-def test_a_second_signal_ends_at_once(api, ollama, first, second):
+@pytest.mark.parametrize("second", others_long(SIGNALS, signal.SIGTERM))
+def test_a_second_signal_ends_at_once(api, ollama, second):
+    first = signal.SIGINT
     fill(api, 6)
     ollama.hold(*CHATS)
     with Running(*api.argv, *asking(ollama), *NO_HURRY) as tool:
@@ -648,7 +689,7 @@ def test_a_second_signal_ends_at_once(api, ollama, first, second):
     assert api.writes() == []
 
 
-@BOTH_SIGNALS
+@pytest.mark.parametrize("number", others_long(SIGNALS, signal.SIGTERM))
 def test_after_the_grace_it_ends_by_itself(api, ollama, number):
     fill(api, 2)
     ollama.hold(*CHATS)
@@ -662,6 +703,7 @@ def test_after_the_grace_it_ends_by_itself(api, ollama, number):
     assert api.writes() == []
 
 
+@pytest.mark.unmeasured
 def test_after_the_grace_it_ends_though_nobody_reads_what_it_says(api, ollama):
     fill(api, 2)
     ollama.hold(*CHATS)
@@ -683,6 +725,7 @@ def test_after_the_grace_it_ends_though_nobody_reads_what_it_says(api, ollama):
             os.close(writing)
 
 
+@pytest.mark.unmeasured
 def test_waiting_ends_with_a_signal(ollama):
     with Running(*API, *asking(ollama), *PATIENT, *NO_HURRY) as tool:
         tool.wait_for(ia.t("waiting", why=""))
@@ -691,6 +734,7 @@ def test_waiting_ends_with_a_signal(ollama):
     assert len(tool.said) == 2
 
 
+@pytest.mark.unmeasured
 def test_a_signal_during_the_first_check_begins_nothing(api, ollama):
     fill(api, 2)
     ollama.hold("POST", "/api/show")
@@ -703,6 +747,7 @@ def test_a_signal_during_the_first_check_begins_nothing(api, ollama):
     assert ollama.count(*CHATS) == 0
 
 
+@pytest.mark.unmeasured
 def test_who_waits_for_a_resting_host_hears_a_signal(api, ollama):
     fill(api, 6)
     ollama.script(*CHATS, BUSY, forever=True)
@@ -714,6 +759,8 @@ def test_who_waits_for_a_resting_host_hears_a_signal(api, ollama):
     assert api.writes() == []
 
 
+@pytest.mark.unmeasured
+@mainly("database")
 def test_killed_while_the_model_thinks_nothing_is_written(library, ollama, command):
     wanted = fill(library, 6)
     ollama.hold(*CHATS)
@@ -728,6 +775,7 @@ def test_killed_while_the_model_thinks_nothing_is_written(library, ollama, comma
     assert sorted(library.writes()) == sorted(wanted.items())
 
 
+@pytest.mark.unmeasured
 def test_killed_while_it_writes_nothing_is_half_and_the_next_run_does_the_rest(
     api, ollama, command
 ):
