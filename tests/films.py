@@ -136,12 +136,8 @@ def turned(film: bytes, degrees: int) -> bytes:
 
 
 @functools.cache
-def hdr(transfer: int, red: float, green: float, blue: float) -> bytes:
-    """A video of one colour in HDR; 1 is as bright as white on paper, 203 nits."""
-    light = [sum(w * c for w, c in zip(row, (red, green, blue), strict=True)) for row in BT2020]
-    r, g, b = map(pq if transfer == PQ else hlg(light), light)
-    luma = 0.2627 * r + 0.678 * g + 0.0593 * b
-    values = (luma * 219 + 16, (b - luma) / 1.8814 * 224 + 128, (r - luma) / 1.4746 * 224 + 128)
+def hdr(transfer: int, *colours: tuple[float, float, float]) -> bytes:
+    """A video in HDR, a second for each colour; 1 is as bright as white on paper, 203 nits."""
     target = io.BytesIO()
     with av.open(target, "w", format="mp4") as container:
         stream: Any = container.add_stream("libx265", rate=RATE, options=dict(SILENT))
@@ -150,13 +146,22 @@ def hdr(transfer: int, red: float, green: float, blue: float) -> bytes:
         for where in (stream.codec_context, frame := av.VideoFrame(128, 128, "yuv420p10le")):
             where.color_trc, where.color_primaries = transfer, 9
             where.colorspace, where.color_range = 9, 1
-        for plane, value in zip(frame.planes, values, strict=True):
-            plane.update(round(value * 4).to_bytes(2, "little") * (plane.buffer_size // 2))
-        for number in range(20):
+        for number in range(RATE * len(colours)):
+            values = samples(transfer, colours[number // RATE])
+            for plane, value in zip(frame.planes, values, strict=True):
+                plane.update(round(value * 4).to_bytes(2, "little") * (plane.buffer_size // 2))
             frame.pts = number
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return target.getvalue()
+
+
+def samples(transfer: int, colour: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Luma and chroma of a colour in HDR, in steps of eight bits."""
+    light = [sum(w * c for w, c in zip(row, colour, strict=True)) for row in BT2020]
+    r, g, b = map(pq if transfer == PQ else hlg(light), light)
+    luma = 0.2627 * r + 0.678 * g + 0.0593 * b
+    return (luma * 219 + 16, (b - luma) / 1.8814 * 224 + 128, (r - luma) / 1.4746 * 224 + 128)
 
 
 def pq(light: float) -> float:

@@ -323,29 +323,34 @@ def test_a_file_that_cannot_be_opened_is_told(database, described, monkeypatch):
 
 # --- What is made of a video -----------------------------------------------------------------
 
-KINDS = {
-    "hevc.mp4": film(codec="libx265", options=films.SILENT),
-    "mpeg4.avi": film(codec="mpeg4", kind="avi"),
-    "tags.avi": film(codec="mpeg4", kind="avi").replace(b"Lavf", b"\xcb\xe0\xe2\xf4"),  # not UTF-8
-    "mjpeg.avi": film(codec="mjpeg", kind="avi", pixels="yuvj420p"),
-    "mjpeg.mov": film(codec="mjpeg", kind="mov", pixels="yuvj420p"),
-    "vp8.webm": film(codec="libvpx", kind="webm"),
-    "stream.ts": film(kind="mpegts", seconds=20.0, options=(("g", "5"),)),
-    "camera.3gp": film(kind="3gp"),
-    "old.flv": film(kind="flv"),
-    "old.wmv": film(codec="wmv2", kind="asf"),
-    "422.mkv": film(kind="matroska", pixels="yuv422p10le"),
-    "444.mp4": film(pixels="yuv444p"),
-    "prores.mov": film(codec="prores_ks", kind="mov", pixels="yuva444p10le"),
-    "rgba.mov": film(codec="png", kind="mov", pixels="rgba"),
-    "argb.mov": film(codec="qtrle", kind="mov", pixels="argb"),
-    "gbrp16.mkv": film(codec="ffv1", kind="matroska", pixels="gbrp16le"),
-    "raw.avi": film(codec="rawvideo", kind="avi", pixels="bgr24"),
-}
+
+@functools.cache
+def kinds():
+    """Videos as cameras and programs make them."""
+    latin = film(codec="mpeg4", kind="avi").replace(b"Lavf", b"\xcb\xe0\xe2\xf4")  # not UTF-8
+    return {
+        "hevc.mp4": film(codec="libx265", options=films.SILENT),
+        "mpeg4.avi": film(codec="mpeg4", kind="avi"),
+        "tags.avi": latin,
+        "mjpeg.avi": film(codec="mjpeg", kind="avi", pixels="yuvj420p"),
+        "mjpeg.mov": film(codec="mjpeg", kind="mov", pixels="yuvj420p"),
+        "vp8.webm": film(codec="libvpx", kind="webm"),
+        "stream.ts": film(kind="mpegts", seconds=20.0, options=(("g", "5"),)),
+        "camera.3gp": film(kind="3gp"),
+        "old.flv": film(kind="flv"),
+        "old.wmv": film(codec="wmv2", kind="asf"),
+        "422.mkv": film(kind="matroska", pixels="yuv422p10le"),
+        "444.mp4": film(pixels="yuv444p"),
+        "prores.mov": film(codec="prores_ks", kind="mov", pixels="yuva444p10le"),
+        "rgba.mov": film(codec="png", kind="mov", pixels="rgba"),
+        "argb.mov": film(codec="qtrle", kind="mov", pixels="argb"),
+        "gbrp16.mkv": film(codec="ffv1", kind="matroska", pixels="gbrp16le"),
+        "raw.avi": film(codec="rawvideo", kind="avi", pixels="bgr24"),
+    }
 
 
 def test_videos_of_all_kinds_are_shown_as_they_are(api, described):
-    shown = described(api, KINDS)
+    shown = described(api, kinds())
     assert [name for name, pictures in shown.items() if colours(pictures) != FOUR] == []
     assert {size for pictures in shown.values() for size in sizes(pictures)} == {(160, 120)}
 
@@ -362,19 +367,19 @@ def test_gray_is_gray(api, described):
 
 
 SHAPES = {  # and the size that people see
-    "portrait": (film(size=(120, 160)), (120, 160)),
-    "anamorphic": (film(aspect=Fraction(2, 1)), (320, 120)),
-    "narrow pixels": (film(aspect=Fraction(1, 2)), (80, 120)),
-    "turned right": (films.turned(film(), 90), (120, 160)),
-    "turned left": (films.turned(film(), 270), (120, 160)),
-    "upside down": (films.turned(film(), 180), (160, 120)),
-    "odd": (film(codec="mjpeg", kind="mov", pixels="yuvj444p", size=(161, 99)), (161, 99)),
+    "portrait": (lambda: film(size=(120, 160)), (120, 160)),
+    "anamorphic": (lambda: film(aspect=Fraction(2, 1)), (320, 120)),
+    "narrow pixels": (lambda: film(aspect=Fraction(1, 2)), (80, 120)),
+    "turned right": (lambda: films.turned(film(), 90), (120, 160)),
+    "turned left": (lambda: films.turned(film(), 270), (120, 160)),
+    "upside down": (lambda: films.turned(film(), 180), (160, 120)),
+    "odd": (lambda: film(codec="mjpeg", kind="mov", pixels="yuvj444p", size=(161, 99)), (161, 99)),
 }
 
 
 @pytest.mark.parametrize(("clip", "size"), SHAPES.values(), ids=SHAPES)
 def test_a_video_has_the_shape_that_people_see(api, described, clip, size):
-    shown = described(api, {"a.mp4": clip})["a.mp4"]
+    shown = described(api, {"a.mp4": clip()})["a.mp4"]
     assert (colours(shown), sizes(shown)) == (FOUR, {size})
 
 
@@ -410,10 +415,9 @@ def test_frames_that_are_not_evenly_spread_are_shown_in_their_order(api, describ
 
 @pytest.mark.parametrize("transfer", [films.PQ, films.HLG])
 def test_hdr_looks_as_bright_and_colourful_as_it_is(api, described, transfer):
-    videos = {"white.mp4": films.hdr(transfer, 1, 1, 1), "red.mp4": films.hdr(transfer, 1, 0, 0)}
-    shown = described(api, videos)
+    shown = described(api, {"a.mp4": films.hdr(transfer, (1, 1, 1), (1, 0, 0))})["a.mp4"]
     white, red = (
-        Image.open(io.BytesIO(shown[name][0])).convert("RGB").getpixel((60, 60)) for name in videos
+        Image.open(io.BytesIO(frame)).convert("RGB").getpixel((60, 60)) for frame in shown
     )
     assert min(white) >= 180
     assert red[0] >= 150
@@ -440,21 +444,24 @@ def lasting(seconds):
     return bytes(data)
 
 
-BROKEN = {
-    "cut.mp4": film()[: len(film()) // 2],
-    "empty.mp4": b"",
-    "garbage.mp4": random.Random(1).randbytes(10_000),
-    "zeros.mp4": bytes(10_000),
-    "encrypted.mp4": film().replace(b"avc1", b"encv"),
-    "unknown.mp4": film().replace(b"avc1", b"zzzz"),
-    "other.mp4": film().replace(b"avc1", b"hvc1"),
-    "black.mp4": film("black"),
-    "audio.m4a": films.tone(),
-    "picture.mp4": servers.picture("red"),
-    "text.mp4": b"a letter" * 1000,
-    "playlist.mp4": b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n%s\n#EXT-X-ENDLIST\n",
-    "concat.mp4": b"ffconcat version 1.0\nfile '%s'\n",
-}
+@functools.cache
+def broken():
+    """What is no video, or not a whole one."""
+    return {
+        "cut.mp4": film()[: len(film()) // 2],
+        "empty.mp4": b"",
+        "garbage.mp4": random.Random(1).randbytes(10_000),
+        "zeros.mp4": bytes(10_000),
+        "encrypted.mp4": film().replace(b"avc1", b"encv"),
+        "unknown.mp4": film().replace(b"avc1", b"zzzz"),
+        "other.mp4": film().replace(b"avc1", b"hvc1"),
+        "black.mp4": film("black"),
+        "audio.m4a": films.tone(),
+        "picture.mp4": servers.picture("red"),
+        "text.mp4": b"a letter" * 1000,
+        "playlist.mp4": b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n%s\n#EXT-X-ENDLIST\n",
+        "concat.mp4": b"ffconcat version 1.0\nfile '%s'\n",
+    }
 
 
 def test_what_is_no_video_is_described_by_its_preview(library, described, tmp_path):
@@ -462,15 +469,15 @@ def test_what_is_no_video_is_described_by_its_preview(library, described, tmp_pa
     place = str(tmp_path / "secret.mp4").encode()
     shown = described(
         library,
-        {name: d.replace(b"%s", place) for name, d in BROKEN.items()},
+        {name: d.replace(b"%s", place) for name, d in broken().items()},
         "--log-level",
         "warning",
     )
-    assert shown == {name: [STILL] for name in BROKEN}
+    assert shown == {name: [STILL] for name in broken()}
 
 
 def test_a_video_that_no_frame_can_be_had_of_shows_nothing(api, described):
-    videos = {name: BROKEN[name] for name in ("encrypted.mp4", "black.mp4", "audio.m4a")}
+    videos = {name: broken()[name] for name in ("encrypted.mp4", "black.mp4", "audio.m4a")}
     assert described(api, videos) == {name: [STILL] for name in videos}
 
 
@@ -486,7 +493,7 @@ def test_what_cannot_be_reached_in_a_stream_is_told_in_words(api, ollama, comman
 def test_a_playlist_is_not_followed_to_a_server(api, immich, described):
     other = f"{immich.url}/stolen.ts".encode()
     names = ("playlist.mp4", "concat.mp4")
-    described(api, {name: BROKEN[name].replace(b"%s", other) for name in names})
+    described(api, {name: broken()[name].replace(b"%s", other) for name in names})
     assert immich.find("GET", "stolen") == []
 
 
