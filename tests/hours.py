@@ -50,6 +50,7 @@ LONGEST = 50.0  # real seconds for a test: a run that does too much is no reason
 POSTS = 300.0  # invented seconds between two words to systemd, which does not listen here
 SPINNING = 50_000  # turns and looks at the clock within one invented moment
 ABOUT_A_PHOTO = re.compile(r"\([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\): ")
+OVER = (futures._base.CANCELLED, futures._base.CANCELLED_AND_NOTIFIED, futures._base.FINISHED)
 FIRST, USUAL, LAST = range(3)  # who goes before whom when several could go on
 
 Ready = Callable[[], bool]
@@ -779,6 +780,9 @@ class Future(futures.Future[Any]):
     """`concurrent.futures.Future`."""
 
     hours: Hours
+
+    def done(self) -> bool:
+        return self._state in OVER  # without a lock, as one thread runs at a time
 
     def result(self, timeout: float | None = None) -> Any:
         self.hours.wait(self.done, timeout)

@@ -23,6 +23,7 @@ from worlds import (
     asking,
     failure_notes,
     fill,
+    mainly,
     readable_immich,
 )
 
@@ -75,7 +76,7 @@ def fill_at_random(library: World) -> dict[str, dict[str, Any]]:
     rng, known = random.Random(12), {}
     for album in ALBUMS:
         library.add_album(Album(album, "alice", id=facts.own_id("alice", album)))
-    for number in range(24):
+    for number in range(16):
         photo = {
             "albums": rng.sample(ALBUMS[:2], rng.randint(0, 2)),
             "favorite": rng.random() < 0.7,
@@ -288,7 +289,7 @@ def test_a_limit_takes_the_newest_and_counts_only_what_was_described(hours, libr
 
 
 def test_few_photos_of_many_take_few_requests(hours, immich, api, ollama):
-    for number in range(3000):
+    for number in range(2000):
         taken = f"2020-{number % 12 + 1:02}-{number % 28 + 1:02}T10:00"
         api.add(picture=servers.own_picture(number % 20), taken=taken)
     with hours.batch(api, ollama, "--dry-run", "--limit", "3") as run:
@@ -309,12 +310,14 @@ def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("tokyo")
+@mainly("database")
 def test_a_service_describes_its_limit_each_day(hours, library, ollama):
     fill(library, 5)
     now, day = hours.now().astimezone(), 24 * 3600.0
     midnight = day - (now - now.replace(hour=0, minute=0, second=0)).total_seconds()
     hours.sleep(midnight - 300)
-    with hours.service(library, ollama, "--limit", "3", *with_health()) as run:
+    seldom = ["--api-poll-interval", "120", "--max-concurrent", "1"]
+    with hours.service(library, ollama, "--limit", "3", *seldom, *with_health()) as run:
         for moment, number in ((240, 3), (360, 5)):
             run.until(moment)
             assert len(described(library)) == number
