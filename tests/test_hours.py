@@ -11,6 +11,8 @@ from worlds import CHATS, fill
 
 import immich_analyze as ia
 
+pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
+
 SELDOM = ["--api-poll-interval", "600"]
 
 

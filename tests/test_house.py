@@ -196,6 +196,7 @@ def test_some_calls_are_never_made(name):
     assert places(name) == []
 
 
+@pytest.mark.slow
 def test_nothing_sleeps_in_the_tests_either():
     sleeping = [
         (path.name, node.lineno)

@@ -221,6 +221,7 @@ def poisoned(*argv: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_whole_run_depends_on_no_text(immich, ollama):
     photos = immich.add_many(5)
     immich.add(description="by a person")
@@ -240,6 +241,7 @@ def test_a_whole_run_depends_on_no_text(immich, ollama):
 NOWHERE = ["--postgres-url", "host=127.0.0.1 port=9", "--no-wait-for-immich"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "code"),
     [(["--timeout", "x"], 2), (["-m", *NOWHERE], 2), (["-h"], 0), (["--version"], 0)],

@@ -42,7 +42,7 @@ from servers import (
 )
 from worlds import ApiWorld
 
-pytestmark = pytest.mark.unmeasured
+pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
 
 RED = picture("red")
 STRANGER = "bob"

@@ -14,6 +14,8 @@ from worlds import CHATS, NO_PAUSE, Running, answer_by_picture, asking, failure,
 
 import immich_analyze as ia
 
+pytestmark = pytest.mark.slow
+
 SECRET = "s3cret"
 
 
