@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -347,8 +348,13 @@ HOPELESS = {
 }
 
 
-@pytest.mark.parametrize("number", [1, 2])
-@pytest.mark.parametrize("trouble", HOPELESS)
+@pytest.mark.parametrize(
+    ("trouble", "number"),
+    others_long(
+        [(trouble, number) for trouble in HOPELESS for number in (1, 2)],
+        *zip(HOPELESS, cycle((2, 1)), strict=False),
+    ),
+)
 def test_a_batch_ends_when_its_last_host_needs_a_person(hours, api, hosts, trouble, number):
     models = hosts(number)
     fill(api, 30)
@@ -561,10 +567,18 @@ NEVER: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("trouble", NEVER)
-@pytest.mark.parametrize(("begin", "number"), [(0, 1), (2, 2)], ids=["never", "not any more"])
+@pytest.mark.parametrize(
+    ("begin", "number", "trouble"),
+    others_long(
+        [(*since, trouble) for since in ((0, 1), (2, 2)) for trouble in NEVER],
+        *(
+            (*since, trouble)
+            for since, trouble in zip(cycle(((0, 1), (2, 2))), NEVER, strict=False)
+        ),
+    ),
+)
 def test_a_batch_ends_when_no_host_was_usable_for_long_enough(
-    hours, api, hosts, trouble, begin, number
+    hours, api, hosts, begin, number, trouble
 ):
     models, reply = hosts(number), NEVER[trouble]
     reply = hours.hang if reply is Hours.hang else reply
