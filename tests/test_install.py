@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from worlds import others_long
 
 import immich_analyze as ia
 
@@ -91,8 +92,13 @@ STARTING = re.search(r"echo '(.*)' > build/__main__.py", README)[1]
 CHECKOUT, INSTALLED = "i18n", "immich_analyze_i18n"
 
 
-@pytest.mark.parametrize("texts", [CHECKOUT, INSTALLED])
-@pytest.mark.parametrize("main", [None, "immich_analyze:main"])
+@pytest.mark.parametrize(
+    ("main", "texts"),
+    others_long(
+        [(m, t) for m in (None, "immich_analyze:main") for t in (CHECKOUT, INSTALLED)],
+        *((None, CHECKOUT), ("immich_analyze:main", INSTALLED)),
+    ),
+)
 def test_it_runs_out_of_a_zip_archive(installed, tmp_path, texts, main):
     """Made of a checkout, or of what is installed; README's keeps the exit code as well."""
     folder, archive = tmp_path / "build", tmp_path / "immich-analyze.pyz"

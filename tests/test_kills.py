@@ -64,7 +64,7 @@ def kill_within(tool: Running, there: FakeServer, requests: int) -> None:
     ],
 )
 def test_no_word_is_lost_and_no_photo_is_described_twice(
-    access, library, ollama, policy, photos_there, kills
+    access, library, ollama, command, policy, photos_there, kills
 ):
     chance, pictures = random.Random(policy), filled(library, photos_there)
     argv = [*library.argv, *asking(ollama), "--mode", "batch", "-O", policy]
@@ -83,8 +83,7 @@ def test_no_word_is_lost_and_no_photo_is_described_twice(
         assert tool.end() == 0
     ends_well(library, pictures, typed, policy)
     asked = len(ollama.asked)
-    with Running(*argv) as tool:
-        assert tool.end() == 0
+    assert command(*argv).returncode == 0
     assert len(ollama.asked) == asked
 
 
@@ -118,8 +117,8 @@ def each_text_has_its_note(library: World, ids: Iterable[str]) -> int:
 @pytest.mark.parametrize(
     ("access", "policy", "photos_there", "kills"),
     [
-        ("api", "none", 40, 3),
-        ("api", "all", 12, 3),
+        ("api", "none", 40, 2),
+        ("api", "all", 12, 2),
         pytest.param("api", "none", 1000, 50, marks=pytest.mark.long),
         pytest.param("api", "all", 40, 50, marks=pytest.mark.long),
         pytest.param("database", "all", 40, 10, marks=pytest.mark.long),

@@ -62,12 +62,12 @@ def test_each_look_goes_back_a_minute_before_the_one_before(hours, api, immich, 
 
 
 def test_arrivals_overtake_the_backlog(hours, library, ollama):
-    fill_early(library, 60)
+    fill_early(library, 30)
     hours.pace(ollama)
     with hours.service(library, ollama, *ONE) as run:
         run.at(15, lambda: [library.add(picture=picture) for picture in (NEW, OTHER)])
-        run.until(120)
-        assert run.counts == {"described": 62}
+        run.until(60)
+        assert run.counts == {"described": 32}
     for picture in (NEW, OTHER):
         [time] = asked_at(hours, picture, ollama)
         assert 15 <= time <= 20 + 4  # after those in hand

@@ -31,6 +31,7 @@ from worlds import (
     asking,
     failure,
     fill,
+    mainly,
     tally,
 )
 
@@ -59,9 +60,9 @@ LEFT_ALONE: list[dict[str, Any]] = [
 
 
 def fill_among_others(library: World) -> dict[str, str]:
-    """60 photos to describe among 29 of every kind that is left alone."""
+    """30 photos to describe among 15 of every kind that is left alone."""
     wanted = {}
-    for n in range(89):
+    for n in range(45):
         picture, rest = servers.own_picture(n), n % 3 == 2
         if rest:
             library.add(picture=picture, **LEFT_ALONE[n % len(LEFT_ALONE)])
@@ -78,11 +79,11 @@ def test_what_has_no_description_gets_one_and_nothing_else_is_touched(library, o
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert library.changes_since(before) == {id: {"description": wanted[id]} for id in wanted}
     assert sorted(library.writes()) == sorted(wanted.items())
-    assert ollama.count(*CHATS) == len(ollama.asked) == len(wanted) == 60
+    assert ollama.count(*CHATS) == len(ollama.asked) == len(wanted) == 30
 
     again = command(*library.argv, *asking(ollama))
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
-    assert ollama.count(*CHATS) == len(library.writes()) == 60
+    assert ollama.count(*CHATS) == len(library.writes()) == 30
 
 
 def listings(server: FakeImmich) -> Counter[str]:
@@ -206,7 +207,7 @@ def test_two_hosts_share_the_photos(api, ollama, other, command):
 
 
 def test_a_poisonous_picture_is_tried_on_each_host_and_costs_no_other(api, ollama, other, command):
-    wanted, poison = fill(api, 30), servers.own_picture(1000)
+    wanted, poison = fill(api, 12), servers.own_picture(1000)
     id = api.add("poison.jpg", picture=poison)
     for server in (ollama, other):
         answer_by_picture(server, {poison: Reply(500, {"error": "out of memory"})})
@@ -223,8 +224,10 @@ def test_a_poisonous_picture_is_tried_on_each_host_and_costs_no_other(api, ollam
     assert api.server.count("GET", f"{id}/thumbnail") == 1
 
 
+@pytest.mark.unmeasured
+@mainly("api")
 def test_a_host_that_dies_costs_no_photo(library, ollama, other):
-    wanted = fill(library, 40)
+    wanted = fill(library, 20)
     ollama.hold(*CHATS)
     other.hold(*CHATS)  # else it might answer for all before the first one has its share
     argv = [*library.argv, *asking(ollama, other), "--max-concurrent", "8"]
@@ -239,9 +242,10 @@ def test_a_host_that_dies_costs_no_photo(library, ollama, other):
     assert sorted(library.writes()) == sorted(wanted.items())
 
 
+@mainly("api")
 @pytest.mark.parametrize("trouble", ["hangs", "fails"])
 def test_a_host_that_is_sick_from_then_on_costs_no_photo(hours, library, ollama, other, trouble):
-    wanted = fill(library, 40)
+    wanted = fill(library, 30)
     sick = hours.hang if trouble == "hangs" else Reply(500, {"error": "no memory"})
     ollama.script(*CHATS, hours.between(5, math.inf, sick), forever=True)
     hours.pace(ollama, other, seconds=2)
@@ -252,19 +256,20 @@ def test_a_host_that_is_sick_from_then_on_costs_no_photo(hours, library, ollama,
     assert sorted(library.writes()) == sorted(wanted.items())
 
 
+@pytest.mark.unmeasured
 def test_several_instances_share_a_library(database, ollama):
     """Each photo is asked about once, whoever takes it."""
-    wanted = fill(database, 60)
+    wanted = fill(database, 40)
     argv = [*database.argv, *asking(ollama), "--max-concurrent", "2"]
     with Running(*argv) as one, Running(*argv) as two, Running(*argv) as three:
         assert [tool.end() for tool in (one, two, three)] == [0, 0, 0]
     assert database.texts() == wanted
     assert sorted(database.writes()) == sorted(wanted.items())
-    assert ollama.count(*CHATS) == 60
+    assert ollama.count(*CHATS) == 40
 
 
 def test_shares_of_a_library_are_disjoint_and_together_all(api, ollama, command):
-    wanted = fill(api, 30)
+    wanted = fill(api, 15)
     for number in range(1, 4):
         before = set(dict(api.writes()))
         assert command(*api.argv, *asking(ollama), "--shard", f"{number}/3").returncode == 0

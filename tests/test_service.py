@@ -40,6 +40,8 @@ from worlds import (
     answer_by_picture,
     asking,
     fill,
+    mainly,
+    others_long,
     tally,
 )
 
@@ -149,7 +151,7 @@ def grow_old(library: World) -> None:
 
 # --- Arrivals --------------------------------------------------------------------------------
 
-BURST = 60  # as many as go three at a time
+BURST = 30  # as many as go three at a time
 ROWS_BEHIND = 10  # files; the row of a preview comes some 20 to 110 ms after its file
 
 
@@ -212,7 +214,14 @@ def test_a_burst_of_arrivals_is_described_once_each(access, events, request, oll
     assert library.texts().items() >= {id: servers.told(p) for id, p in pictures.items()}.items()
 
 
-@pytest.mark.parametrize("mode", ["monitor", "combined"])
+@pytest.mark.parametrize(
+    ("library", "mode"),
+    others_long(
+        [(access, mode) for access in ("api", "database") for mode in ("monitor", "combined")],
+        *(("api", "combined"), ("database", "monitor")),
+    ),
+    indirect=["library"],
+)
 def test_a_video_that_arrives_is_described(library, ollama, mode):
     options = NEVER if isinstance(library, SqlWorld) else ()  # there, inotify tells
     with Service(library, ollama, "--mode", mode, "--videos", *options) as tool:
@@ -243,7 +252,7 @@ def test_what_events_and_the_feed_both_tell_of_is_described_once(hours, database
 
 
 def test_arrivals_overtake_the_backlog(library, ollama):
-    backlog = fill(library, 60)
+    backlog = fill(library, 40)
     grow_old(library)
     new = servers.own_picture(1000)
     turns = threading.Semaphore(0)
@@ -268,7 +277,7 @@ def test_arrivals_overtake_the_backlog(library, ollama):
     assert before < len(backlog) - 10  # the last few may be asked about in any order
     assert set(Counter(asked(ollama)).values()) == {1}
     assert library.texts() == backlog | {id: servers.told(new)}
-    assert tool.spoken[-1][1].startswith(tally(described=61))
+    assert tool.spoken[-1][1].startswith(tally(described=41))
 
 
 def test_monitoring_leaves_the_backlog_alone(library, ollama):
@@ -324,7 +333,7 @@ def test_what_arrives_is_described_while_others_fail(hours, api, ollama):
     ids = [api.add(picture=picture) for picture in sick]
     answer_by_picture(ollama, dict.fromkeys(sick, Reply(500, {"error": "out of memory"})))
     healthy = servers.own_picture(100)
-    with hours.service(api, ollama, "--max-concurrent", "1") as run:
+    with hours.service(api, ollama, "--max-concurrent", "1", "--api-poll-interval", "30") as run:
         run.at(15, lambda: ids.append(api.add(picture=healthy)))
         run.until(60)
         assert run.counts == {"described": 1, "failed": 5}
@@ -336,6 +345,7 @@ def test_what_arrives_is_described_while_others_fail(hours, api, ollama):
 # --- The end ---------------------------------------------------------------------------------
 
 
+@mainly("database")
 def test_a_service_without_work_ends_well_when_asked(library, ollama):
     with Service(library, ollama, *MONITOR) as tool:
         tool.hear(READY)
@@ -347,6 +357,7 @@ def test_a_service_without_work_ends_well_when_asked(library, ollama):
     assert last[1].startswith(tally(described=1))
 
 
+@mainly("api")
 def test_what_is_in_flight_is_stored_before_the_end(library, ollama):
     backlog = fill(library, 6)
     ollama.hold(*CHATS)
@@ -386,6 +397,7 @@ def test_a_service_that_does_not_finish_within_the_grace_says_so_by_its_exit_cod
     assert api.writes() == []
 
 
+@mainly("database")
 def test_what_was_in_hand_when_it_was_killed_is_found_again(library, ollama):
     with Service(library, ollama) as tool:
         tool.hear(READY)
@@ -777,7 +789,10 @@ class Systemd:
         return bool(select.select([self._socket], [], [], 0)[0])
 
 
-@pytest.fixture(params=["a path", "an abstract name"])
+ADDRESSES = ("a path", "an abstract name")
+
+
+@pytest.fixture(params=ADDRESSES)
 def systemd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Systemd]:
     address = str(tmp_path / "notify")
     if request.param == "an abstract name":
@@ -813,7 +828,14 @@ def test_systemd_is_told_all_from_the_start_to_the_end(api, ollama, systemd):
     assert not systemd.has_heard()
 
 
-@pytest.mark.parametrize("missing", ["api", "database", "model"])
+@pytest.mark.parametrize(
+    ("systemd", "missing"),
+    others_long(
+        [(address, missing) for address in ADDRESSES for missing in ("api", "database", "model")],
+        *((ADDRESSES[0], "api"), (ADDRESSES[1], "database"), (ADDRESSES[0], "model")),
+    ),
+    indirect=["systemd"],
+)
 def test_a_boot_is_not_held_up_by_what_is_away(missing, api, ollama, systemd):
     """Ready, alive for as long as it takes, and saying what it waits for; unhealthy."""
     library, port = api if missing == "model" else Nowhere(missing), sandbox.free_port()
@@ -853,6 +875,7 @@ def test_the_status_says_what_is_waited_for(status):
     assert status.waiting() == ""
 
 
+@pytest.mark.parametrize("systemd", ADDRESSES[:1], indirect=True)
 @pytest.mark.parametrize("wrong", [[], ["--api-key", "two words"], ["--mode", "always"]])
 def test_wrong_settings_are_never_ready(api, ollama, systemd, wrong):
     if not wrong:  # the key is

@@ -68,7 +68,7 @@ def watch_others(database: SqlWorld, model: FakeOllama) -> list[int]:
 def test_with_20_connections_for_64_workers_all_is_described(
     hours: Hours, database: SqlWorld, role: str, ollama: FakeOllama, kind: str
 ) -> None:
-    wanted = fill(database, 60)
+    wanted = fill(database, 40)
     limit(database, role, kind, 20)
     hours.pace(ollama)
     seen = watch_others(database, ollama)
@@ -518,7 +518,7 @@ def test_one_description_of_many_photos_is_said_in_one_line(
     long = "KONICA MINOLTA DIGITAL CAMERA, " * 3
     add_described(library, "SONY DSC", 21)
     add_described(library, "By Anna.", 20)
-    add_described(library, "", 30)
+    add_described(library, "", 3)
     add_described(library, long, 23)
     with hours.batch(library, ollama, *flags.split()) as run:
         pass

@@ -9,7 +9,7 @@ import pytest
 import servers
 from hours import Hours
 from servers import Exchange, Reply
-from worlds import PROMPT, ApiWorld, SqlWorld, World, asked_about, failure_notes, fill
+from worlds import PROMPT, ApiWorld, SqlWorld, World, asked_about, failure_notes, fill, others_long
 
 pytestmark = pytest.mark.slow
 
@@ -45,10 +45,10 @@ def add_ours(library: World, text: str = OLD, **fields: Any) -> str:
 EXTERNAL = "6e1b8d1e-0f4c-4f0e-9d55-2f6b6a1c7d10"
 
 
-@pytest.mark.parametrize("most", [1, 4, 12])
+@pytest.mark.parametrize("most", others_long([1, 4, 12], 1, 12))
 def test_little_is_asked_for_a_library_that_keeps_nothing(hours, api, immich, ollama, most):
     lost, wanted = {}, {}
-    for n in range(80):
+    for n in range(60):
         picture = servers.own_picture(n)
         if n % 4:
             id = immich.add(preview=picture, library_id=EXTERNAL, read_only=True).id
@@ -330,11 +330,18 @@ def make_preview(library: World, id: str, picture: bytes) -> None:
         library.server.assets[id].preview = picture
 
 
-@pytest.mark.parametrize("mode", ["combined", "monitor"])
+@pytest.mark.parametrize(
+    ("library", "mode"),
+    others_long(
+        [(access, mode) for access in ("api", "database") for mode in ("combined", "monitor")],
+        *(("api", "combined"), ("database", "monitor")),
+    ),
+    indirect=["library"],
+)
 def test_previews_that_come_late_are_described_within_a_look(hours: Hours, library, ollama, mode):
     fill(library, 3)
-    pictures = [servers.own_picture(n) for n in range(100, 155)]
-    came = dict.fromkeys(pictures[:50], 145) | dict.fromkeys(pictures[50:], 100 + 1200)
+    pictures = [servers.own_picture(n) for n in range(100, 125)]
+    came = dict.fromkeys(pictures[:20], 145) | dict.fromkeys(pictures[20:], 100 + 700)
     ids: dict[str, bytes] = {}
 
     def make(number: int) -> None:
@@ -343,10 +350,10 @@ def test_previews_that_come_late_are_described_within_a_look(hours: Hours, libra
                 make_preview(library, id, picture)
 
     with hours.service(library, ollama, "--mode", mode) as run:
-        run.at(100, lambda: ids.update(zip(add_unready(library, 55), pictures, strict=True)))
+        run.at(100, lambda: ids.update(zip(add_unready(library, 25), pictures, strict=True)))
         run.at(145, lambda: make(145))
-        run.at(1300, lambda: make(1300))
-        run.until(1400)
+        run.at(800, lambda: make(800))
+        run.until(900)
     for picture, time in came.items():
         [chat] = asked_about(picture, ollama)
         assert time <= hours.since_begin(chat) <= time + 10 + 1
