@@ -14,7 +14,7 @@ import pytest
 import servers
 from hours import BEGIN, Stop
 from servers import CUT, RESET, Exchange, FakeServer, Reply, Stream
-from worlds import PROMPT
+from worlds import PROMPT, others_long
 
 import immich_analyze as ia
 
@@ -904,13 +904,17 @@ TROUBLES: dict[str, tuple[Any, str]] = {
     "cannot see": (CANNOT_SEE, "model_blind"),
 }
 # each with so many hosts, and one of each kind with one, two and three
-TROUBLE_OF_SO_MANY = [(trouble, 1 + n % 3) for n, trouble in enumerate(TROUBLES)]
-TROUBLE_OF_SO_MANY += [
-    (trouble, number)
-    for trouble in ("500", "silence", "503", "429", "401")
-    for number in (1, 2, 3)
-    if (trouble, number) not in TROUBLE_OF_SO_MANY
-]
+EACH_TROUBLE = [(trouble, 1 + n % 3) for n, trouble in enumerate(TROUBLES)]
+TROUBLE_OF_SO_MANY = others_long(
+    EACH_TROUBLE
+    + [
+        (trouble, number)
+        for trouble in ("500", "silence", "503", "429", "401")
+        for number in (1, 2, 3)
+        if (trouble, number) not in EACH_TROUBLE
+    ],
+    *EACH_TROUBLE,
+)
 TIMEOUT = 20.0
 ARGV = ["--timeout", f"{TIMEOUT}", "--unavailable-duration", "60"]
 BEFORE = 100.0  # when sick hosts are well again

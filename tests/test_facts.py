@@ -352,7 +352,7 @@ def in_order(facts: dict[str, str]) -> dict[str, str]:
     return facts | {n: ", ".join(split[n]) for n in ("Albums", "Tags") if n in facts}
 
 
-@pytest.mark.parametrize("many", [20, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("many", [12, pytest.param(1000, marks=pytest.mark.long)])
 def test_each_question_holds_the_facts_of_its_photo_and_no_others(
     hours: Hours, any_library: World, ollama: FakeOllama, many: int
 ) -> None:

@@ -5,6 +5,7 @@ Immich's own metadata of a photo says what is ours; everything else is a person'
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -16,7 +17,16 @@ import pytest
 import servers
 from hours import Hours, Run
 from servers import FakeImmich, FakeKey, FakeOllama, Reply
-from worlds import CHATS, PROMPT, ApiWorld, SqlWorld, World, answer_by_picture, asking
+from worlds import (
+    CHATS,
+    PROMPT,
+    ApiWorld,
+    SqlWorld,
+    World,
+    answer_by_picture,
+    asking,
+    others_long,
+)
 
 import immich_analyze as ia
 
@@ -288,10 +298,10 @@ def test_by_the_command_line_another_prompt_renews_ours_and_only_ours(library, o
 
 def test_text_of_every_kind_survives_around_a_block(library, ollama, run):
     said = "Ships \\1 \\g<0> $1 👩‍👩‍👧‍👦 שלט: \u200fשלום\u200e [AI] \\n " + " ".join(
-        map(str, range(20_000))
+        map(str, range(1000))
     )
     ollama.answer = lambda image, prompt: said
-    persons = "By Anna \\1 $1 %s {0} 🏖️ שלום\u200f\t\n[AI]\n" + "Фраза. " * 8000
+    persons = "By Anna \\1 $1 %s {0} 🏖️ שלום\u200f\t\n[AI]\n" + "Фраза. " * 500
     id = add(library, persons)
     run(library, ollama, "-p", "-o", "--max-tokens", "99999")
     assert library.texts()[id] == f"{persons}\n\n[AI]\n{said}\n[/AI]"
@@ -441,7 +451,14 @@ def add_well(library: World) -> str:
     return library.add(picture=servers.own_picture(len(library.texts())))
 
 
-@pytest.mark.parametrize("trouble", TROUBLES)
+@pytest.mark.parametrize(
+    ("library", "trouble"),
+    others_long(
+        [(access, trouble) for access in ("api", "database") for trouble in TROUBLES],
+        *zip(itertools.cycle(("api", "database")), TROUBLES, strict=False),
+    ),
+    indirect=["library"],
+)
 def test_a_photo_that_fails_is_tried_in_three_runs(library, ollama, run, trouble):
     reply, key, why = TROUBLES[trouble]
     fail_on(ollama, reply)
@@ -818,28 +835,28 @@ def test_a_text_that_would_be_too_long_for_immich_is_one_clear_failure(api, olla
 # --- How often Immich is asked ---------------------------------------------------------------
 
 
-def test_a_hundred_photos_are_about_five_requests_each(hours, api, immich, ollama, run):
+def test_many_photos_are_about_five_requests_each(hours, api, immich, ollama, run):
     immich.keys[immich.key] = FakeKey("alice", [*servers.MINIMAL, "user.read"])
-    ids = [add(api) for _ in range(100)]
+    ids = [add(api) for _ in range(50)]
     hours.pace(ollama, seconds=0.5)
     run(api, ollama)
-    assert [stored(api)[id][0] for id in ids] == [SAID] * 100
+    assert [stored(api)[id][0] for id in ids] == [SAID] * 50
     assert {note_of(api, id)["text"] for id in ids} == {text_id(SAID)}
-    assert len(immich.exchanges) <= 5.3 * 100
+    assert len(immich.exchanges) <= 5.5 * 50
     asked = Counter(exchange.operation.name for exchange in immich.exchanges)
     each = ("getAssetMetadataByKey", "viewAsset", "updateAssetMetadata", "updateAsset")
-    assert {name: asked[name] for name in each} == dict.fromkeys(each, 100)
+    assert {name: asked[name] for name in each} == dict.fromkeys(each, 50)
     assert (asked["getMyApiKey"], asked["getMyUser"]) == (1, 1)
 
 
 def test_beside_a_slow_model_each_photo_is_read_back_alone(hours, api, immich, ollama, run):
     """Half a minute for each picture, one after another; six requests, and some at the start."""
     hours.pace(ollama, seconds=30)
-    for _ in range(40):
+    for _ in range(20):
         add(api)
     done = run(api, ollama, "--max-concurrent", "1")
-    assert done.counts == {"described": 40}
-    assert len(immich.exchanges) <= 6 * 40 + 8
+    assert done.counts == {"described": 20}
+    assert len(immich.exchanges) <= 6 * 20 + 8
 
 
 def test_a_photo_that_is_deleted_before_it_is_noted_costs_no_other_its_note(

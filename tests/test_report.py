@@ -367,7 +367,7 @@ def test_what_does_not_go_together_is_one_line(command, api, ollama, tmp_path, a
     assert ollama.exchanges == []
 
 
-@pytest.mark.parametrize("number", [100, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", [30, pytest.param(1000, marks=pytest.mark.long)])
 def test_many_photos_stay_small(tmp_path, number):
     """Previews as noisy as photos get, with long texts."""
     file, tally = tmp_path / "report.html", ia.Tally()
