@@ -5,8 +5,8 @@
 #   make demo HOSTS=http://127.0.0.1:11434 ARGS="--interface ollama --model-name NAME"
 #   make demo REPORT=photos.html
 #                keep its page, with the photos and their descriptions, in this file
-#   make check   judge and test what can be tested in half a minute: all but the tests
-#                that are marked `slow`
+#   make check   judge and test what can be tested in half a minute: all but the tests marked
+#                `slow` or `long`
 #   make test    what CI runs: all but the tests marked `long`; ARGS=... goes to pytest
 #   make lowest  the same tests with exactly the lowest versions of pyproject.toml
 #   make faults  the tests marked `long`, then break everything around the service for some

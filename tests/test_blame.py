@@ -337,6 +337,26 @@ def test_a_context_too_small_for_one_photo_costs_only_that(hours, api, llamacpp,
     assert len(run.lines("panorama.jpg")) == 1
 
 
+@pytest.mark.parametrize("number", [1, 6])
+def test_a_context_too_small_for_the_first_photos_waits_for_what_others_show(
+    hours, api, llamacpp, number
+):
+    wanted = fill(api, 6)
+    wanted |= {api.add(picture=large(n, (2000, 300))): "" for n in range(number)}
+
+    def refuse(exchange: Exchange) -> Reply | None:
+        if refusal := too_large(exchange):
+            hours.takes(0.2)  # meanwhile, others are asked about
+        return refusal
+
+    llamacpp.script(*CHATS, refuse, forever=True)
+    hours.pace(llamacpp, seconds=20)
+    with hours.batch(api, llamacpp) as run:
+        pass
+    assert (run.counts, run.code) == ({"described": 6, "failed": number}, 1)
+    assert api.texts() == wanted
+
+
 # Hosts that need a person
 
 HOPELESS = {
