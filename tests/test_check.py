@@ -451,6 +451,13 @@ def test_a_long_value_is_cut(check, ollama):
     assert len(said) == 74
 
 
+def test_an_address_is_told_in_full_however_long_the_name_of_its_file(check, tmp_path):
+    file = tmp_path / f"{'long' * 9}.conf"
+    file.write_text("hosts = http://localhost:1, http://127.0.0.1:2\n")
+    done = check("--config", str(file))
+    assert "ok --hosts = http://localhost:1, http://127.0.0.1:2" in done.stdout
+
+
 def test_no_secret_is_shown_even_if_a_server_repeats_it(check, api, ollama):
     ollama.script(".*", "", Reply(401, {"error": f"no {SECRET}, \x1b[31m {SECRET}"}), forever=True)
     host = ollama.url.replace("://", f"://user:{SECRET}@")
