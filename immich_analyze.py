@@ -254,6 +254,7 @@ HEADER = r"(?!content-length|transfer-enc)([\w!#-'*+.^`|~-]+)[ \t]*:[ \t]*([!-~]
 ID = "(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"  # the form of every id in Immich
 ZONES = timedelta(hours=14)  # the most by which a local time differs from UTC
 NOT_UTF8 = "[\ud800-\udfff]"  # how Python reads other bytes
+UNSAFE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"  # in a line or in JSON
 
 
 def number(
@@ -3637,8 +3638,9 @@ def failure_note(photo: Photo, error: AnalyzeError, config: Config) -> Note:
     """The note for a photo that failed in this run, and perhaps in earlier ones."""
     old, model, prompt = photo.note or Note("", ""), config.model_name, config.prompt_id
     tries = 1 + (old.tries if (old.model, old.prompt) == (model, prompt) else 0)
+    why = re.sub(f"{config.secrets}|{UNSAFE}", "…", str(error))  # PostgreSQL's JSON takes no NUL
     # the old text tells whose the description is
-    return Note(model, prompt, text=old.text, failed=error.key, why=str(error), tries=tries)
+    return Note(model, prompt, text=old.text, failed=error.key, why=why, tries=tries)
 
 
 def store(photo: Photo, said: Said, library: Library, run: Run) -> Ending:
@@ -3844,7 +3846,6 @@ class Lines(logging.Handler):
             tqdm.write(text, file=sys.stderr)
 
 
-UNSAFE = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"  # control characters
 PRIORITIES = {50: 2, 40: 3, 30: 4, 20: 6, 10: 7}  # sd-daemon(3), by the level of logging
 
 
@@ -3971,7 +3972,7 @@ class Status:
     def __init__(self, config: Config, hosts: Hosts, waits: Patience, tally: Tally) -> None:
         self.ready = False  # whether the start-up check is over
         self.waits = waits  # what waits for a library or, at the start, for a model host
-        self._tally, self._hosts = tally, hosts
+        self._tally, self._hosts, self.hidden = tally, hosts, f"{config.secrets}|{UNSAFE}"
         usual = (config.timeout, config.api_poll_interval, config.retry_delay_seconds)
         self._longest = max(*usual, config.file_write_timeout, LONGEST_CALL) + STALL_LIMIT
 
@@ -4084,7 +4085,7 @@ def keep_posted(status: Status, tally: Tally, stop: Stop) -> None:
             settled = True
             notify("READY=1")
         alive = "" if status.trouble() == "stalled" else "\nWATCHDOG=1"
-        notify("STATUS=" + re.sub(UNSAFE, "\ufffd", status.waiting() or str(tally)) + alive)
+        notify("STATUS=" + re.sub(status.hidden, "…", status.waiting() or str(tally)) + alive)
         if stop.wait(min(watchdog / 2, POST_INTERVAL if status.ready else 1.0)):
             break
         if time.monotonic() >= told + LINE_INTERVAL and said != str(tally):
@@ -4141,9 +4142,8 @@ def serve(config: Config, stop: Stop, tally: Tally, show: Callable[[Ending], Non
     service, longest = config.mode.monitors, config.wait_timeout or math.inf
     passing = (Unavailable, Unexpected) if service else (Unavailable,)
     at_start = functools.partial(Patience, stop, config.wait_retry_interval, passing=passing)
-    forever = math.inf if service else longest
-    limits = (config.max_concurrent, config.unavailable_duration, forever)
-    hosts = Hosts(config.hosts, *limits, lasts=service)
+    limit = math.inf if service else longest
+    hosts = Hosts(config.hosts, config.max_concurrent, config.unavailable_duration, limit, service)
     status = Status(config, hosts, at_start(longest if config.wait_for_immich else 0.0), tally)
     if config.health_port:
         serve_health(status, config.health_host, config.health_port)
@@ -4157,7 +4157,7 @@ def serve(config: Config, stop: Stop, tally: Tally, show: Callable[[Ending], Non
         status.waits = at_start(longest if service else 0.0)
         with closing(Ai(config, hosts, stop)) as ai:
             status.waits(ai.check)
-    status.waits = Patience(stop, max(1.0, config.retry_delay_seconds), forever)
+    status.waits = Patience(stop, max(1.0, config.retry_delay_seconds), limit)
     status.ready = True
     if service:
         log.info("%s", t("ready"))

@@ -187,6 +187,19 @@ def test_a_run_that_described_nothing_notes_no_failure(hours, library, ollama):
     assert library.texts()[good]
 
 
+@pytest.mark.parametrize("bad", ["\0", "\ud800", "\x1b[2J"], ids=ascii)
+def test_a_failure_is_noted_whatever_a_host_says_but_for_secrets(hours, library, ollama, bad):
+    fill(library, 3)
+    library.add("poison.jpg", picture=POISON)
+    why = f"cannot read{bad} Authorization: Bearer host-key, X-Pass: proxy-password"
+    ollama.script(*CHATS, only(POISON, Reply(400, {"error": why})), forever=True)
+    access = ["--api-key", "host-key", "--host-header", "X-Pass: proxy-password"]
+    with hours.batch(library, ollama, *access):
+        pass
+    [note] = failure_notes(library).values()
+    assert note["why"].endswith("Authorization: Bearer …, X-Pass: …")
+
+
 # --- A sick host costs no photo --------------------------------------------------------------
 
 STATES = {

@@ -858,7 +858,7 @@ def test_a_boot_is_not_held_up_by_what_is_away(missing, api, ollama, systemd):
 def status() -> ia.Status:
     """How a run with one model host stands."""
     hosts, patience = ia.Hosts(["http://a"], 1, 1.0), ia.Patience(ia.Stop(), 1, 1)
-    return ia.Status(ia.parse([], {}), hosts, patience, ia.Tally())
+    return ia.Status(ia.parse(["--api-key", "host-key"], {}), hosts, patience, ia.Tally())
 
 
 def test_the_status_says_what_is_waited_for(status):
@@ -891,7 +891,7 @@ def test_wrong_settings_are_never_ready(api, ollama, systemd, wrong):
 def test_what_is_waited_for_cannot_forge_a_message(monkeypatch, status):
     told = []
     monkeypatch.setattr(ia, "notify", told.append)
-    status.waits.why = ia.Unavailable("root_wrong", root="/photos\nMAINPID=1\x1b[2J")
+    status.waits.why = ia.Unavailable("root_wrong", root="/photos\nMAINPID=1\x1b[2J\ud800")
     stop = ia.Stop()
     stop.set()
     ia.keep_posted(status, ia.Tally(), stop)
@@ -899,6 +899,18 @@ def test_what_is_waited_for_cannot_forge_a_message(monkeypatch, status):
     assert (ready, stopping) == ("READY=1", "STOPPING=1")
     assert [line.partition("=")[0] for line in message.splitlines()] == ["STATUS", "WATCHDOG"]
     assert message.splitlines()[0].isprintable()
+
+
+def test_systemd_is_told_no_secret_that_a_host_repeats(monkeypatch, status):
+    told = []
+    monkeypatch.setattr(ia, "notify", told.append)
+    refused = ia.Fatal("host_key_refused", url="http://a", status=401, said=" “host-key”")
+    status._hosts.lasts = status.ready = True
+    status._hosts.unavailable("http://a", refused)
+    stop = ia.Stop()
+    stop.set()
+    ia.keep_posted(status, ia.Tally(), stop)
+    assert ia.t("no_host", why=str(refused).replace("host-key", "…")) in told[1]
 
 
 def test_a_service_of_which_nobody_wants_to_hear_goes_on(api, ollama, tmp_path):
