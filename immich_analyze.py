@@ -2336,9 +2336,9 @@ def blame(check: Callable[[], object]) -> Iterator[None]:
     # a status cannot tell: Immich answers 500 both for a broken photo and without its database
     try:
         yield
-    except Unavailable:
-        raise
     except (Retryable, Permanent, Unexpected) as error:
+        if isinstance(error, Unavailable) and error.fields.get("status") not in (502, 504):
+            raise  # a proxy may say these two because of a single request
         kind = Permanent if isinstance(error, Permanent) else Retryable
         try:
             check()

@@ -170,6 +170,37 @@ def test_a_photo_that_immich_fails_on_for_a_while_is_taken_again(
     assert failure_notes(api) == {}
 
 
+@pytest.mark.parametrize("status", [502, 504])
+@pytest.mark.parametrize("request_of_one", ["GET {}/thumbnail", "PUT {}/metadata", "PUT {}$"])
+def test_a_proxy_that_fails_on_one_photo_of_immich_holds_up_no_other(
+    hours, api, immich, ollama, status, request_of_one
+):
+    wanted = fill(api, 12)
+    sick_one = list(wanted)[3]
+    reply = Reply(status, "<html>the upstream said nothing</html>", {"Content-Type": "text/html"})
+    immich.script(*request_of_one.format(sick_one).split(), reply, forever=True)
+    with hours.batch(api, ollama) as run:
+        pass
+    assert (run.counts, run.code) == ({"described": 11, "failed": 1}, 1)
+    assert api.texts() == wanted | {sick_one: ""}
+    assert len(run.said) == 1
+    assert run.ended < 60
+
+
+def test_a_proxy_that_limits_requests_to_immich_costs_no_photo(hours, api, immich, ollama):
+    wanted, passed = fill(api, 20), Counter[int]()
+
+    def limited(_: Exchange) -> Reply | None:
+        passed[int(hours.time)] += 1
+        return Reply(503, "<html>too many requests</html>") if passed[int(hours.time)] > 5 else None
+
+    immich.script(".*", "/api/assets/", limited, forever=True)
+    with hours.batch(api, ollama) as run:
+        pass
+    assert (run.counts, run.code) == ({"described": 20}, 0)
+    assert api.texts() == wanted
+
+
 def test_a_run_that_described_nothing_notes_no_failure(hours, library, ollama):
     pictures = [servers.own_picture(n) for n in range(5)]
     ids = [library.add(picture=picture) for picture in pictures]
