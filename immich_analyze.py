@@ -287,7 +287,7 @@ def share(text: str) -> tuple[int, int]:
 def parameters(text: str) -> dict[str, Any]:
     """Converter for further parameters of the model: a JSON object, without what is ours."""
     with suppress(ValueError, RecursionError):
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=int)  # which refuses NaN
         if isinstance(value, dict) and not value.keys() & {"model", "messages", "stream"}:
             return value
     raise argparse.ArgumentTypeError(t("not_model_options", value=text))

@@ -46,7 +46,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a slow test, the first case and each fourth of the others are measured.
+    """Of a slow test, the first case and each third of the others are measured.
 
     The others differ in data rather than in code; each of them is run all the same.
     """
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("long"):
             continue
         test = item.nodeid.partition("[")[0]
-        if cases[test] % 4 and item.get_closest_marker("slow"):
+        if cases[test] % 3 and item.get_closest_marker("slow"):
             item.add_marker("unmeasured")
         cases[test] += 1
 

@@ -23,7 +23,7 @@ from worlds import (
 
 import immich_analyze as ia
 
-pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
+pytestmark = pytest.mark.slow
 
 HOUR = 3600.0
 POISON = servers.own_picture(1000)
