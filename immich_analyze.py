@@ -287,7 +287,7 @@ def share(text: str) -> tuple[int, int]:
 def parameters(text: str) -> dict[str, Any]:
     """Converter for further parameters of the model: a JSON object, without what is ours."""
     with suppress(ValueError, RecursionError):
-        value = json.loads(text, parse_constant=int)  # which refuses NaN
+        json.dumps(value := json.loads(text), allow_nan=False)  # no server takes NaN or 1e999
         if isinstance(value, dict) and not value.keys() & {"model", "messages", "stream"}:
             return value
     raise argparse.ArgumentTypeError(t("not_model_options", value=text))
@@ -1550,7 +1550,7 @@ def frames_of(files: Iterable[Any], count: int, side: int, end: float) -> tuple[
     from av.video.reformatter import VideoReformatter
 
     trouble: AnalyzeError = Missing("video_missing")
-    lax = {"metadata_errors": "ignore"} if av.__version__.startswith("18.") else {}  # later: always
+    lax = {"metadata_errors": "ignore"} if av.__version__.startswith("18.") else {}  # 19 always does
     options: Any = lax | {"container_options": {"format_whitelist": VIDEO_FORMATS}}  # no playlists
     for file in files:
         found, seconds, trouble = list[Image.Image](), 0.0, Permanent("video_blank")

@@ -944,7 +944,7 @@ NOT_UTF8 = "Опиши снимок".encode("cp1251").decode("utf-8", "surrogate
             for text in (
                 *("", "{", "7", "null", '["a"]', '"a"', "temperature=0.2", "[" * 100_000),
                 *('{"model": "x"}', '{"seed": 1, "messages": []}', '{"stream": false}'),
-                '{"seed": NaN}',
+                *('{"seed": NaN}', '{"top_p": 1e999}', '{"stop": [-Infinity]}'),
             )
         ),
         (["--max-image-size", "-1"], {}, "--max-image-size"),
