@@ -1550,7 +1550,7 @@ def frames_of(files: Iterable[Any], count: int, side: int, end: float) -> tuple[
     from av.video.reformatter import VideoReformatter
 
     trouble: AnalyzeError = Missing("video_missing")
-    lax = {"metadata_errors": "ignore"} if av.__version__.startswith("18.") else {}  # 19 always does
+    lax = {"metadata_errors": "ignore"} if av.__version__.startswith("18.") else {}  # 19 does so
     options: Any = lax | {"container_options": {"format_whitelist": VIDEO_FORMATS}}  # no playlists
     for file in files:
         found, seconds, trouble = list[Image.Image](), 0.0, Permanent("video_blank")
@@ -2576,8 +2576,8 @@ class ApiLibrary:
         owner: Any = item.get("ownerId")
         if (self._config.dry_run or self._config.check) and not account.user_id:
             return True
-        known = account.strangers.union(other.user_id for other in self._accounts.values())
-        if not account.user_id and owner not in known:
+        others = (other.user_id for other in self._accounts.values())
+        if not (account.user_id or owner in account.strangers or owner in others):
             path = f"/assets/{item['id']}"
             try:
                 self._call(account, "PUT", path, json={})
