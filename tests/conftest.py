@@ -29,6 +29,9 @@ ROOT = Path(__file__).parent.parent
 FOREIGN = ("IMMICH_", "DB_", "RUST_LOG", "LC_", "LANG", "JOURNAL_STREAM", "NOTIFY_SOCKET")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 TRACERS = sys.gettrace(), threading.gettrace()  # of coverage, if it runs
+COVERAGE = "COVERAGE_PROCESS_CONFIG"  # by which it runs in new processes, too
+IN_PROCESSES = {COVERAGE: os.environ.pop(COVERAGE)} if COVERAGE in os.environ else {}
+THREADS = pytest.StashKey[set[threading.Thread]]()
 
 
 def trace(function: Any, in_new_threads: Any) -> None:
@@ -60,18 +63,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         cases[test] += 1
 
 
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Settings of the person or service that runs the tests stay out of them."""
-    for name in [
-        name for name in os.environ if name.startswith(FOREIGN) or name.upper() in PROXIES
-    ]:
-        monkeypatch.delenv(name)
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("LANG", "C.UTF-8")
-    monkeypatch.setattr(ia, "_language", "en")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(FOREIGN) or name.upper() in PROXIES:
+                patch.delenv(name)
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("LANG", "C.UTF-8")
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -84,30 +85,43 @@ def parsers() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def measured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Coverage is measured in tests alone, and not in those of files marked `unmeasured`.
+# What follows holds in every test. Hooks do it, as a fixture costs each of the thousands of tests
+# more time than what it does.
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Coverage is measured in tests alone, and not in those marked `unmeasured`.
 
     Tracing makes all of Python slow, also outside of the module that is measured.
     """
-    if request.node.get_closest_marker("unmeasured"):
-        monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
-        yield
-        return
+    if item.get_closest_marker("unmeasured"):
+        return (yield)
     trace(*TRACERS)
-    yield
-    trace(None, None)
+    os.environ.update(IN_PROCESSES)
+    try:
+        return (yield)
+    finally:
+        trace(None, None)
+        for name in IN_PROCESSES:
+            del os.environ[name]
 
 
-@pytest.fixture(autouse=True)
-def no_thread_left() -> Iterator[None]:
-    """Every thread that a test starts has ended when it is over.
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    item.stash[THREADS] = set(threading.enumerate())
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Every thread that a test starts has ended when it is over, and its language is English again.
 
     Servers that outlive a test answer in threads of their own, which are daemons.
     """
-    before = set(threading.enumerate())
     yield
-    left = {thread for thread in threading.enumerate() if not thread.daemon} - before
+    ia._language = "en"
+    left = {thread for thread in threading.enumerate() if not thread.daemon} - item.stash[THREADS]
     for thread in left:
         thread.join(servers.PATIENCE)
     assert not [thread for thread in left if thread.is_alive()]
