@@ -5,6 +5,7 @@ No test sees the settings of whoever runs it, waits for real time, or leaves a t
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import subprocess
@@ -61,6 +62,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if cases[test] % 3 and item.get_closest_marker("slow"):
             item.add_marker("unmeasured")
         cases[test] += 1
+
+
+def pytest_collection_finish() -> None:
+    """Spare the search for garbage, which is a tenth of all work, what is there for good by now."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
 
 
 @pytest.fixture(autouse=True, scope="session")
