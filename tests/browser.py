@@ -22,6 +22,9 @@ FLAGS = [
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
     *("--no-first-run", "--disable-sync", "--disable-component-update", "--disable-quic"),
     *("--disable-background-networking", "--no-proxy-server", "--hide-scrollbars"),
+    # one process for all pages, and none in reserve: to begin one takes longer than to show a page
+    *("--renderer-process-limit=1", "--disable-site-isolation-trials", "--in-process-gpu"),
+    "--disable-features=SpareRendererForSitePerProcess,BackForwardCache",
 ]
 
 # What a page has at an element, for messages.
@@ -90,12 +93,17 @@ class Browser:
         self.driver.get("about:blank")
         self.console()
         self.requested()
+        self.look(width=width, dark=dark)
+        self.tell("Emulation.setScriptExecutionDisabled", value=not scripts)
+        self.driver.get(page.as_uri() if isinstance(page, Path) else page)
+        return self
+
+    def look(self, *, width: int = DESKTOP, dark: bool = False, media: str = "") -> Self:
+        """Show the page that is open on such a screen, to a person with such settings, or print."""
         screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.tell("Emulation.setDeviceMetricsOverride", **screen)
-        self.tell("Emulation.setEmulatedMedia", features=[scheme])
-        self.tell("Emulation.setScriptExecutionDisabled", value=not scripts)
-        self.driver.get(page.as_uri() if isinstance(page, Path) else page)
+        self.tell("Emulation.setEmulatedMedia", features=[scheme], media=media)
         return self
 
     def tell(self, command: str, **values: Any) -> dict[str, Any]:
@@ -150,13 +158,13 @@ class Browser:
     def faults(self, page: str | Path) -> list[Any]:
         """All that is wrong with a page, on a phone and a desktop, in light and in dark."""
         found: list[Any] = []
+        self.open(page, width=PHONE).unfold()
         for width in (PHONE, DESKTOP):
             for dark in (False, True):
-                self.open(page, width=width, dark=dark).unfold()
-                address = self.driver.current_url
-                found += self.console() + [url for url in self.requested() if url != address]
+                self.look(width=width, dark=dark)
                 found += [*self.protruding(), *self.faint()]
-        return found
+        address = self.driver.current_url
+        return found + self.console() + [url for url in self.requested() if url != address]
 
 
 @contextmanager

@@ -53,7 +53,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a slow test, the first case and each third of the others are measured.
 
     The others differ in data rather than in code; each of them is run all the same.
+    Tests with a browser come first: all go to one worker, and no other one needs a browser.
     """
+    items.sort(key=lambda item: "chromium" not in getattr(item, "fixturenames", ()))
     cases = Counter[str]()
     for item in items:
         if item.get_closest_marker("long"):

@@ -14,6 +14,7 @@ from browser import DESKTOP, PHONE, served
 from PIL import Image
 from selenium.webdriver.support.ui import WebDriverWait
 from servers import PATIENCE
+from worlds import others_long
 
 import immich_analyze as ia
 
@@ -155,8 +156,14 @@ def file(tmp_path):
 # Every page
 
 
-@pytest.mark.parametrize("lang", ia.LANGUAGES)
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize(
+    ("name", "lang"),
+    others_long(
+        [(name, lang) for name in PAGES for lang in ia.LANGUAGES],
+        *(("report", "en"), ("comparison", "ru"), ("status", "en"), ("status", "ru")),
+        ("start", "ru"),
+    ),
+)
 def test_a_page_is_whole_and_readable_on_every_screen(chromium, name, lang):
     html = PAGES[name](lang=lang)
     ElementTree.fromstring(html)
@@ -192,15 +199,15 @@ def test_a_text_runs_in_its_own_direction(chromium, file, name):
         assert {*chromium.ask(asked, HOSTILE[text])} == {direction}
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", others_long(PAGES, "report", "status"))
 def test_a_page_is_dark_where_one_likes_it_dark_and_light_on_paper(chromium, file, name):
     path, ground = file(PAGES[name](lang="en")), "return getComputedStyle(document.body)"
     red = f"{ground}.backgroundColor.match(/\\d+/)[0]"
-    light, dark = (int(chromium.open(path, dark=dark).ask(red)) for dark in (False, True))
+    chromium.open(path)
+    light, dark = (int(chromium.look(dark=dark).ask(red)) for dark in (False, True))
     assert light > 240
     assert dark < 40
-    chromium.tell("Emulation.setEmulatedMedia", media="print")
-    assert int(chromium.ask(red)) > 240
+    assert int(chromium.look(dark=True, media="print").ask(red)) > 240
 
 
 @pytest.mark.parametrize("site", [SITE, "", "javascript:alert(1)//"])
@@ -210,7 +217,7 @@ def test_a_link_leads_to_the_web(site):
         assert ("href=" in shown.split("<main")[-1]) == (site == SITE)
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", others_long(PAGES, "report", "status"))
 def test_the_keyboard_reaches_everything_and_one_sees_where_it_is(chromium, file, name):
     chromium.open(file(PAGES[name](lang="en"))).unfold()
     wanted = "a[href], summary, [tabindex]"
@@ -221,7 +228,7 @@ def test_the_keyboard_reaches_everything_and_one_sees_where_it_is(chromium, file
     assert expected or name == "start"
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", others_long(PAGES, "report", "status"))
 def test_a_page_can_be_printed(chromium, file, name):
     whole = chromium.open(file(PAGES[name](lang="en"))).printed()
     chromium.ask("document.body.replaceChildren()")
@@ -298,7 +305,7 @@ def test_a_very_long_text_scrolls_in_its_box(chromium, file, width):
 
 def test_a_very_long_text_is_whole_on_paper(chromium, file):
     chromium.open(file(report(texts=[HOSTILE["long"]])))
-    chromium.tell("Emulation.setEmulatedMedia", media="print")
+    chromium.look(media="print")
     box = "const box = document.querySelector('.text > .words');"
     height, inside = chromium.ask(f"{box} return [box.clientHeight, box.scrollHeight]")
     assert inside == height > 640
