@@ -4,14 +4,14 @@ import json
 import re
 import signal
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 import servers
 from conftest import Done
+from forks import Tool
 from servers import FakeKey, FakeOllama, Reply
-from worlds import CHATS, ROOT, ApiWorld, SqlWorld, World, asking, fill, readable_immich, shown
+from worlds import CHATS, ApiWorld, SqlWorld, World, asking, fill, readable_immich, shown
 
 import immich_analyze as ia
 
@@ -475,27 +475,20 @@ def test_no_secret_is_shown_even_if_a_server_repeats_it(check, api, ollama):
 
 def test_it_ends_in_peace_if_nobody_reads_it(api, ollama):
     fill(api, 1)
-    command = [sys.executable, str(ROOT / "immich_analyze.py"), "--check"]
-    process = subprocess.Popen(
-        [*command, *api.argv, *asking(ollama)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    process.stdout.close()
-    said = process.stderr.read()
-    process.stderr.close()
-    assert (process.wait(servers.PATIENCE), said) == (0, "")
+    argv = ["--check", *api.argv, *asking(ollama)]
+    with Tool(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as tool:
+        tool.stdout.close()
+        said = tool.stderr.read()
+        assert (tool.wait(servers.PATIENCE), said) == (0, "")
 
 
 def test_a_signal_ends_it_at_once(api, ollama):
     fill(api, 1)
     ollama.hold(*CHATS)
-    command = [sys.executable, str(ROOT / "immich_analyze.py"), "--check", *api.argv]
-    with subprocess.Popen([*command, *asking(ollama)], stderr=subprocess.DEVNULL) as process:
+    with Tool("--check", *api.argv, *asking(ollama), stderr=subprocess.DEVNULL) as tool:
         ollama.wait_for(1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(ia.parse([], {}).grace / 2) == 128 + signal.SIGINT
+        tool.send_signal(signal.SIGINT)
+        assert tool.wait(ia.parse([], {}).grace / 2) == 128 + signal.SIGINT
 
 
 def test_its_language_is_that_of_messages(command, api, ollama):

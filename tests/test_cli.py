@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Self
 
@@ -15,6 +14,7 @@ import psycopg2.extensions
 import pytest
 import sandbox
 import servers
+from forks import Tool
 from servers import FakeKey, FakeLlamaCpp, FakeOllama, FakeServer, Reply
 from worlds import (
     BUSY,
@@ -44,19 +44,12 @@ API = ["--immich-api-url", NOWHERE, "--immich-api-keys", SECRET]
 class Terminal:
     """The real command line on a terminal of its own, where a person may press Ctrl-C."""
 
-    def __init__(
-        self, *argv: str, columns: int = 100, program: Sequence[str] = (), **environ: str
-    ) -> None:
+    def __init__(self, *argv: str, columns: int = 100, begin: Any = Tool, **environ: str) -> None:
         self._ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (24, columns))
-        # who leads a session has the terminal that it opens
-        opening = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&0', os.ttyname(theirs)]
-        self.process = subprocess.Popen(
-            [*opening, sys.executable, *(program or [str(ROOT / "immich_analyze.py")]), *argv],
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | environ,
-            start_new_session=True,
-        )
-        self._theirs: int | None = theirs  # until the command has opened it
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+        self.process = begin(*argv, environ=environ, start_new_session=True, **streams)
+        os.close(theirs)
         self._columns = columns
         self.shown = ""
 
@@ -68,9 +61,6 @@ class Terminal:
         with suppress(OSError):  # how Linux says that the terminal's other side is closed
             while text not in self.shown and (some := os.read(self._ours, 2**16)):
                 self.shown += some.decode()
-                if self._theirs is not None:
-                    os.close(self._theirs)
-                    self._theirs = None
 
     def end(self) -> int:
         """Its exit code; then `shown` is all that was shown."""
@@ -524,7 +514,6 @@ def test_python_has_nothing_to_warn_of(library, ollama, process):
 PROGRESS_ALONE = """
 import multiprocessing, sys
 multiprocessing.set_start_method("forkserver")  # as it is from Python 3.14 on
-sys.argv[1:2] = []
 import immich_analyze
 code = immich_analyze.main()
 assert "multiprocessing.resource_tracker" not in sys.modules
@@ -532,10 +521,16 @@ sys.exit(code)
 """
 
 
+def progress_alone(*argv: str, environ: Any, **how: Any) -> subprocess.Popen[bytes]:
+    path = {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROGRESS_ALONE, *argv]
+    return subprocess.Popen(command, env=os.environ | path | environ, **how)
+
+
 @pytest.mark.unmeasured
 def test_the_bar_starts_no_process_beside_it(api, ollama):
     fill(api, 2)
-    code, shown = on_terminal(*api.argv, *asking(ollama), program=["-c", PROGRESS_ALONE, "it"])
+    code, shown = on_terminal(*api.argv, *asking(ollama), begin=progress_alone)
     assert (code, "Error" in shown) == (0, False)
     assert "/h, 0 failed" in shown
 
@@ -552,15 +547,12 @@ def test_the_version_is_told(process, command):
 
 @pytest.mark.parametrize(("argv", "code"), [("--help", 0), ("--version", 0), ("--mode=none", 2)])
 def test_the_exit_code_is_the_same_if_nobody_reads(argv, code):
-    command = [sys.executable, str(ROOT / "immich_analyze.py"), argv]
-    for unread in ("stdout", "stderr"):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        getattr(process, unread).close()
-        other = process.stderr if unread == "stdout" else process.stdout
-        with other:
-            said = other.read()
-        assert process.wait(servers.PATIENCE) == code
-        assert b"Broken pipe" not in said
+    for unread, other in (("stdout", "stderr"), ("stderr", "stdout")):
+        with Tool(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as tool:
+            getattr(tool, unread).close()
+            said = getattr(tool, other).read()
+            assert tool.wait(servers.PATIENCE) == code
+        assert "Broken pipe" not in said
 
 
 @pytest.mark.parametrize(
@@ -708,8 +700,7 @@ def test_after_the_grace_it_ends_though_nobody_reads_what_it_says(api, ollama):
     fill(api, 2)
     ollama.hold(*CHATS)
     reading, writing = os.pipe()
-    argv = [sys.executable, str(ROOT / "immich_analyze.py"), *api.argv, *asking(ollama)]
-    with subprocess.Popen([*argv, "--grace", "0.1"], stderr=writing) as process:
+    with Tool(*api.argv, *asking(ollama), "--grace", "0.1", stderr=writing) as process:
         try:
             ollama.wait_for(2)
             os.set_blocking(writing, False)

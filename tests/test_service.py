@@ -25,6 +25,7 @@ import films
 import pytest
 import sandbox
 import servers
+from forks import Tool
 from hours import with_health
 from servers import RESET, FakeKey, FakeOllama, FakeServer, Reply
 from worlds import (
@@ -930,12 +931,9 @@ def test_lines_carry_a_priority_where_the_journal_reads_them(api, ollama, tmp_pa
     ollama.hold(*CHATS)
     with (tmp_path / "log").open("w+") as file:
         here = os.fstat(file.fileno())
-        with subprocess.Popen(
-            [sys.executable, str(ROOT / "immich_analyze.py"), "-c", *api.argv, *asking(ollama)],
-            env=os.environ | {"JOURNAL_STREAM": f"{here.st_dev}:{here.st_ino + (not journal)}"},
-            stdin=subprocess.DEVNULL,
-            stderr=file,
-        ) as process:
+        environ = {"JOURNAL_STREAM": f"{here.st_dev}:{here.st_ino + (not journal)}"}
+        argv = ["-c", *api.argv, *asking(ollama)]
+        with Tool(*argv, environ=environ, stdin=subprocess.DEVNULL, stderr=file) as process:
             try:
                 ollama.wait_for(1)
                 process.terminate()

@@ -1,11 +1,9 @@
 """What whole runs are tested with: a library behind either way of access, and the command line."""
 
 import base64
-import os
 import queue
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -19,6 +17,7 @@ import pytest
 import sandbox
 import servers
 from facts import Album, Person
+from forks import Tool
 from servers import Exchange, FakeImmich, FakeLlamaCpp, FakeServer, Reply
 
 import immich_analyze as ia
@@ -332,13 +331,12 @@ class Running:
     """The real command line at work; it ends with the block at the latest."""
 
     def __init__(self, *argv: str, **environ: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "immich_analyze.py"), *argv],
-            env=os.environ | environ,
+        self.process = Tool(
+            *argv,
+            environ=environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            text=True,
         )
         self.said: list[str] = []
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
