@@ -27,9 +27,8 @@ pytestmark = pytest.mark.slow
 
 HOUR = 3600.0
 POISON = servers.own_picture(1000)
-ONE = ["--max-concurrent", "1"]
-SELDOM = ["--api-poll-interval", "900"]
-HOURLY = ["--api-poll-interval", "3600"]
+SELDOM = ["--api-poll-interval", "3000"]
+SWEPT = ["--api-poll-interval", str(10 * DAY)]  # photos are found by the hourly sweeps alone
 
 
 @pytest.fixture
@@ -92,35 +91,41 @@ def sick(name: str, hours: Hours) -> Any:
 
 @pytest.mark.parametrize(
     ("trouble", "number"),
-    [(name, 1 + n % 3) for n, name in enumerate(SICK)] + [("500", n) for n in (2, 3, 4)],
+    others_long(
+        [(name, 1 + n % 3) for n, name in enumerate(SICK)] + [("500", n) for n in (2, 3, 4)],
+        *((name, 1 + n % 3) for n, name in enumerate(SICK)),
+        ("500", 4),
+    ),
 )
-def test_a_service_asks_about_a_sick_picture_three_times_a_day(hours, api, hosts, trouble, number):
-    models, wanted = hosts(number), fill(api, 5)
+def test_a_service_asks_about_a_sick_picture_three_times(hours, api, hosts, trouble, number):
+    models, wanted = hosts(number), fill(api, 3)
     sick_one = api.add("poison.jpg", picture=POISON)
     for host in models:
         host.script(*CHATS, only(POISON, sick(trouble, hours)), forever=True)
     times = 1 if trouble == "cut answer" else 3  # which would be cut again
-    with hours.service(api, *models, *HOURLY) as run:
-        run.until(HOUR)
+    with hours.service(api, *models, *SWEPT) as run:
+        run.until(HOUR - 1)
         assert len(asked_about(POISON, *models)) == times
-        run.until(0.95 * DAY if trouble == "500" else 5.5 * HOUR)  # there are hourly sweeps
+        run.until(2.5 * HOUR)
     assert len(asked_about(POISON, *models)) == times
-    assert (run.counts, run.fatal) == ({"described": 5, "failed": 1}, "")
+    assert (run.counts, run.fatal) == ({"described": 3, "failed": 1}, "")
     assert api.texts() == wanted | {sick_one: ""}
     assert len(run.lines("poison.jpg")) == 1
     assert trouble == "silence" or not any(run.complaints(host) for host in models)
     assert failure_notes(api).keys() == {sick_one}
 
 
-@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("number", others_long([1, 3], 3))
 def test_on_the_next_day_a_sick_picture_is_tried_three_times_more(hours, api, hosts, number):
     models = hosts(number)
     fill(api, 3)
     api.add(picture=POISON)
     for host in models:
         host.script(*CHATS, only(POISON, SICK["500"]), forever=True)
-    with hours.service(api, *models, *HOURLY) as run:
-        run.until(1.95 * DAY)
+    with hours.service(api, *models, *SWEPT) as run:
+        run.until(0.95 * DAY)
+        assert len(asked_about(POISON, *models)) == 3
+        run.until(1.05 * DAY)
     assert len(asked_about(POISON, *models)) == 6
     assert failure_notes(api).popitem()[1]["tries"] == 2
 
@@ -131,8 +136,8 @@ def test_between_two_looks_for_arrivals_a_sick_picture_is_left_alone(hours, libr
     for host in models:
         host.script(*CHATS, only(POISON, SICK["500"]), forever=True)
     with hours.service(library, *models) as run:
-        run.at(60, lambda: (fill(library, 3), library.add("poison.jpg", picture=POISON)))
-        run.until(1800)
+        run.at(15, lambda: (fill(library, 3), library.add("poison.jpg", picture=POISON)))
+        run.until(400)
     assert len(asked_about(POISON, *models)) == 3
     assert run.counts == {"described": 3, "failed": 1}
     assert len(run.lines("poison.jpg")) == 1
@@ -147,14 +152,18 @@ IMMICH_FAILS = {
 
 @pytest.mark.parametrize(
     ("trouble", "lasting", "most", "look"),
-    [(trouble, *times, 10) for trouble in IMMICH_FAILS for times in ((10, 40), (40, 80))]
-    + [("500", 600, HOUR + 300, 60)],
+    others_long(
+        [(trouble, *times, 10) for trouble in IMMICH_FAILS for times in ((10, 40), (40, 80))]
+        + [("500", 600, HOUR + 300, 300)],
+        *(("500", 10, 40, 10), ("404", 40, 80, 10), ("a page", 40, 80, 10)),
+        ("500", 600, HOUR + 300, 300),
+    ),
 )
 def test_a_photo_that_immich_fails_on_for_a_while_is_taken_again(
     hours, api, immich, ollama, trouble, lasting, most, look
 ):
     fill(api, 2)
-    passing = hours.between(100, 100 + lasting, IMMICH_FAILS[trouble])
+    passing = hours.between(20, 20 + lasting, IMMICH_FAILS[trouble])
     ids: list[str] = []
 
     def arrive() -> None:
@@ -162,33 +171,41 @@ def test_a_photo_that_immich_fails_on_for_a_while_is_taken_again(
         immich.script("GET", f"{ids[0]}/thumbnail", passing, forever=True)
 
     with hours.service(api, ollama, "--api-poll-interval", str(look)) as run:
-        run.at(100, arrive)
-        run.until(100 + most)
+        run.at(20, arrive)
+        run.until(20 + most)
         assert api.texts()[ids[0]] == servers.told(servers.picture())
         assert run.counts["described"] == 3
     assert len(run.lines("late.jpg")) <= 1
     assert failure_notes(api) == {}
 
 
-@pytest.mark.parametrize("status", [502, 504])
-@pytest.mark.parametrize("request_of_one", ["GET {}/thumbnail", "PUT {}/metadata", "PUT {}$"])
+REQUESTS_OF_ONE = ["GET {}/thumbnail", "PUT {}/metadata", "PUT {}$"]
+
+
+@pytest.mark.parametrize(
+    ("request_of_one", "status"),
+    others_long(
+        [(request, status) for request in REQUESTS_OF_ONE for status in (502, 504)],
+        *zip(REQUESTS_OF_ONE, cycle((502, 504)), strict=False),
+    ),
+)
 def test_a_proxy_that_fails_on_one_photo_of_immich_holds_up_no_other(
-    hours, api, immich, ollama, status, request_of_one
+    hours, api, immich, ollama, request_of_one, status
 ):
-    wanted = fill(api, 12)
+    wanted = fill(api, 6)
     sick_one = list(wanted)[3]
     reply = Reply(status, "<html>the upstream said nothing</html>", {"Content-Type": "text/html"})
     immich.script(*request_of_one.format(sick_one).split(), reply, forever=True)
     with hours.batch(api, ollama) as run:
         pass
-    assert (run.counts, run.code) == ({"described": 11, "failed": 1}, 1)
+    assert (run.counts, run.code) == ({"described": 5, "failed": 1}, 1)
     assert api.texts() == wanted | {sick_one: ""}
     assert len(run.said) == 1
     assert run.ended < 60
 
 
 def test_a_proxy_that_limits_requests_to_immich_costs_no_photo(hours, api, immich, ollama):
-    wanted, passed = fill(api, 20), Counter[int]()
+    wanted, passed = fill(api, 8), Counter[int]()
 
     def limited(_: Exchange) -> Reply | None:
         passed[int(hours.time)] += 1
@@ -197,7 +214,7 @@ def test_a_proxy_that_limits_requests_to_immich_costs_no_photo(hours, api, immic
     immich.script(".*", "/api/assets/", limited, forever=True)
     with hours.batch(api, ollama) as run:
         pass
-    assert (run.counts, run.code) == ({"described": 20}, 0)
+    assert (run.counts, run.code) == ({"described": 8}, 0)
     assert api.texts() == wanted
 
 
@@ -269,9 +286,9 @@ def assert_all_well(run: Run, library: World, wanted: dict[str, str]) -> None:
 def test_a_host_in_trouble_for_a_while_costs_one_line_and_no_photo(
     hours, api, ollama, state, seconds
 ):
-    wanted = fill(api, 24)
+    wanted = fill(api, 10)
     status, why = STATES[state]
-    trouble = hours.between(4, 4 + seconds, Reply(status, {"error": why}))
+    trouble = hours.between(1, 1 + seconds, Reply(status, {"error": why}))
     ollama.script(*CHATS, trouble, forever=True)
     hours.pace(ollama)
     with hours.batch(api, ollama, "--unavailable-duration", "10") as run:
@@ -279,7 +296,7 @@ def test_a_host_in_trouble_for_a_while_costs_one_line_and_no_photo(
     assert_all_well(run, api, wanted)
     assert len(run.complaints(ollama)) == 1
     assert len(run.lines(level="ERROR")) == 0
-    assert run.ended < 15 + seconds + 20
+    assert run.ended < seconds + 30
 
 
 @mainly("database")
@@ -287,8 +304,8 @@ def test_a_host_in_trouble_for_a_while_costs_one_line_and_no_photo(
     "trouble", ["cut connection", "closed connection", "not JSON", "a page", "empty"]
 )
 def test_a_host_that_gives_no_answers_for_a_while_costs_no_photo(hours, library, ollama, trouble):
-    wanted = fill(library, 20)
-    ollama.script(*CHATS, hours.between(3, 30, SICK[trouble]), forever=True)
+    wanted = fill(library, 10)
+    ollama.script(*CHATS, hours.between(1, 30, SICK[trouble]), forever=True)
     hours.pace(ollama)
     with hours.batch(library, ollama, "--unavailable-duration", "5") as run:
         pass
@@ -297,15 +314,15 @@ def test_a_host_that_gives_no_answers_for_a_while_costs_no_photo(hours, library,
 
 
 def test_the_other_host_does_the_work_meanwhile(hours, api, hosts):
-    models, wanted = hosts(2), fill(api, 40)
+    models, wanted = hosts(2), fill(api, 20)
     trouble = Reply(400, {"error": STATES["no model is loaded"][1]})
-    models[1].script(*CHATS, hours.between(2, 4000, trouble), forever=True)
+    models[1].script(*CHATS, hours.between(1, 4000, trouble), forever=True)
     hours.pace(*models)
     with hours.batch(api, *models) as run:
         pass
     assert_all_well(run, api, wanted)
     assert len(run.complaints(models[1])) == 1
-    assert len(models[1].find(*CHATS)) < 20
+    assert len(models[1].find(*CHATS)) < 10
 
 
 def test_hosts_that_hang_at_the_start_hold_it_up_together_and_not_one_by_one(hours, api, hosts):
@@ -357,9 +374,9 @@ def test_a_context_too_small_for_all_photos_strikes_the_host_off(
 def test_a_context_too_small_for_a_while_is_waited_for_where_photos_were_described(
     hours, api, llamacpp
 ):
-    pictures = [large(n) for n in range(30)]
+    pictures = [large(n) for n in range(12)]
     wanted = {api.add(picture=picture): servers.told(picture) for picture in pictures}
-    llamacpp.script(*CHATS, hours.between(4, 60, too_large), forever=True)
+    llamacpp.script(*CHATS, hours.between(1, 30, too_large), forever=True)
     hours.pace(llamacpp)
     with hours.batch(api, llamacpp, "--unavailable-duration", "10") as run:
         pass
@@ -368,18 +385,18 @@ def test_a_context_too_small_for_a_while_is_waited_for_where_photos_were_describ
 
 
 @pytest.mark.parametrize("most", [1, 4])
-@pytest.mark.parametrize("before", [0, 12])
+@pytest.mark.parametrize("before", [0, 5])
 def test_a_context_too_small_for_one_photo_costs_only_that(hours, api, llamacpp, before, most):
-    wanted = fill(api, 12 - before)
+    wanted = fill(api, 5 - before)
     panorama = api.add("panorama.jpg", picture=large(1, (2000, 300)))
-    pictures = [servers.own_picture(100 + n) for n in range(12 + before)]
+    pictures = [servers.own_picture(100 + n) for n in range(5 + before)]
     wanted |= {api.add(picture=picture): servers.told(picture) for picture in pictures}
     llamacpp.script(*CHATS, too_large, forever=True)
     hours.pace(llamacpp)
     argv = ["--unavailable-duration", "10", "--max-concurrent", str(most)]
     with hours.batch(api, llamacpp, *argv) as run:
         pass
-    assert (run.counts, run.code) == ({"described": 24, "failed": 1}, 1)
+    assert (run.counts, run.code) == ({"described": 10, "failed": 1}, 1)
     assert api.texts() == wanted | {panorama: ""}
     assert len(run.lines("panorama.jpg")) == 1
 
@@ -424,8 +441,8 @@ HOPELESS = {
 )
 def test_a_batch_ends_when_its_last_host_needs_a_person(hours, api, hosts, trouble, number):
     models = hosts(number)
-    fill(api, 30)
-    for begin, host in enumerate(models, 2):
+    fill(api, 12 * number)
+    for begin, host in enumerate(models, 1):
         host.script(*CHATS, hours.between(begin, DAY, HOPELESS[trouble]), forever=True)
     hours.pace(*models)
     with hours.batch(api, *models) as run:
@@ -441,7 +458,8 @@ def test_a_batch_ends_when_its_last_host_needs_a_person(hours, api, hosts, troub
     ("trouble", "mode"),
     others_long(
         [(trouble, mode) for trouble in HOPELESS for mode in ("combined", "monitor")],
-        *(("401", "monitor"), *((trouble, "combined") for trouble in HOPELESS)),
+        *(("401", "monitor"), ("402", "combined"), ("no model", "combined")),
+        ("cannot see", "combined"),
     ),
 )
 def test_a_service_waits_until_its_last_host_is_well_again(hours, api, ollama, trouble, mode):
@@ -450,22 +468,22 @@ def test_a_service_waits_until_its_last_host_is_well_again(hours, api, ollama, t
     wanted: dict[str, str] = {}
     options = ["--mode", mode, *SELDOM, *with_health()]
     with hours.service(api, ollama, *options) as run:
-        run.at(1, lambda: wanted.update(fill(api, 12)))
+        run.at(1, lambda: wanted.update(fill(api, 8)))
         run.until(5000)
         assert run.ended is None
         assert run.health()[0] == 503
         run.until(13000)
         assert run.health()[0] == 200
-    assert (run.counts, run.fatal) == ({"described": 12}, "")
+    assert (run.counts, run.fatal) == ({"described": 8}, "")
     assert (api.texts(), failure_notes(api)) == (wanted, {})
     assert len(run.complaints(ollama)) == 1
     waited = [hours.since_begin(chat) for chat in ollama.find(*CHATS)]
     assert 2 <= len([time for time in waited if 2000 < time < 9000]) <= 6
 
 
-@pytest.mark.parametrize("trouble", ["401", "403", "402"])
+@pytest.mark.parametrize("trouble", others_long(["401", "403", "402"], "401", "402"))
 def test_a_host_that_needs_a_person_is_left_out(hours, api, hosts, trouble):
-    models, wanted = hosts(2), fill(api, 24)
+    models, wanted = hosts(2), fill(api, 16)
     models[0].script(*CHATS, hours.between(1, DAY, HOPELESS[trouble]), forever=True)
     hours.pace(*models)
     with hours.batch(api, *models) as run:
@@ -480,19 +498,22 @@ def test_a_host_that_needs_a_person_is_left_out(hours, api, hosts, trouble):
 
 @pytest.mark.parametrize(
     ("status", "number"),
-    [(502, 1), (503, 1), (504, 1), (403, 1), (401, 1), (402, 1), (504, 2), (402, 2), (503, 3)],
+    others_long(
+        [(502, 1), (503, 1), (504, 1), (403, 1), (401, 1), (402, 1), (504, 2), (402, 2), (503, 3)],
+        *((502, 1), (403, 1), (504, 2), (402, 2), (503, 3)),
+    ),
 )
 def test_one_picture_that_makes_hosts_look_sick_fails_alone(hours, api, hosts, status, number):
     models = hosts(number)
     hours.pace(*models)
-    fill(api, 19)
-    usual = 5  # seconds, at four a second
+    fill(api, 7)
+    usual = 2  # seconds, at four a second
     poison = api.add("poison.jpg", picture=POISON)
     for host in models:
         host.script(*CHATS, only(POISON, Reply(status, {"error": "no"})), forever=True)
     with hours.batch(api, *models, "--unavailable-duration", "60") as run:
         pass
-    assert (run.counts, run.code, run.fatal) == ({"described": 19, "failed": 1}, 1, "")
+    assert (run.counts, run.code, run.fatal) == ({"described": 7, "failed": 1}, 1, "")
     assert len(asked_about(POISON, *models)) == 3
     assert max(hours.written(api).values()) <= usual + 10
     assert len(run.lines("poison.jpg")) == 1
@@ -505,11 +526,11 @@ def test_a_service_outlives_a_picture_that_makes_its_host_look_sick(hours, api, 
     ollama.script(*CHATS, only(POISON, Reply(status, {"error": "no"})), forever=True)
     fill(api, 5)
     with hours.service(api, ollama, *with_health()) as run:
-        run.until(300)
+        run.until(95)
         assert run.counts == {"described": 5, "failed": 1}
         assert run.health()[0] == 200
         late = api.add(picture=servers.picture())
-        run.until(330)
+        run.until(125)
         assert api.texts()[late] == servers.told(servers.picture())
     assert (run.fatal, len(asked_about(POISON, ollama))) == ("", 3)
 
@@ -518,7 +539,7 @@ def test_a_service_outlives_a_picture_that_makes_its_host_look_sick(hours, api, 
     "meanwhile", [Reply(503, {"error": "Loading model"}), RESET], ids=["loading", "closed"]
 )
 def test_a_picture_that_kills_the_server_three_times_fails(hours, api, ollama, meanwhile):
-    wanted = fill(api, 20)
+    wanted = fill(api, 8)
     poison = api.add("poison.jpg", picture=POISON)
     killed: list[float] = []
 
@@ -534,7 +555,7 @@ def test_a_picture_that_kills_the_server_three_times_fails(hours, api, ollama, m
     hours.pace(ollama)
     with hours.batch(api, ollama, "--unavailable-duration", "10") as run:
         pass
-    assert (run.counts, run.code) == ({"described": 20, "failed": 1}, 1)
+    assert (run.counts, run.code) == ({"described": 8, "failed": 1}, 1)
     assert api.texts() == wanted | {poison: ""}
     assert 1 <= len(killed) <= 3
     assert failure_notes(api).keys() == {poison}
@@ -577,12 +598,12 @@ def test_a_host_that_asks_for_the_picture_is_blind(hours, api, ollama):
 @pytest.mark.parametrize("text", [BLIND, ASKS])
 def test_a_blind_host_is_left_out_beside_one_that_sees(hours, api, hosts, text):
     seeing, blind = hosts(2)
-    wanted = fill(api, 40)
+    wanted = fill(api, 16)
     blind.answer = lambda *_: text
     hours.pace(seeing, blind)
     with hours.batch(api, seeing, blind) as run:
         pass
-    assert (run.code, run.counts) == (0, {"described": 40})
+    assert (run.code, run.counts) == (0, {"described": 16})
     wrong = [id for id, text in api.texts().items() if text != wanted[id]]
     assert {api.texts()[id] for id in wrong} <= {BLIND}
     assert len(wrong) <= 5
@@ -604,8 +625,8 @@ def test_a_service_whose_only_host_is_blind_goes_on_waiting(hours, api, ollama):
 @mainly("database")
 @pytest.mark.parametrize("different", [1, 2])
 def test_a_series_that_rightly_gets_one_text_is_described_whole(hours, library, ollama, different):
-    ids = [library.add(picture=servers.own_picture(n, "red")) for n in range(40)]
-    pictures = {servers.own_picture(n, "red"): n for n in range(40)}
+    ids = [library.add(picture=servers.own_picture(n, "red")) for n in range(20)]
+    pictures = {servers.own_picture(n, "red"): n for n in range(20)}
 
     def answer(image: bytes, _: str) -> str:
         return f"A red square, {pictures[image] % different}." if image in pictures else "A wall."
@@ -614,7 +635,7 @@ def test_a_series_that_rightly_gets_one_text_is_described_whole(hours, library, 
     hours.pace(ollama)
     with hours.batch(library, ollama) as run:
         pass
-    assert (run.code, run.counts) == (0, {"described": 40})
+    assert (run.code, run.counts) == (0, {"described": 20})
     assert library.texts() == {id: f"A red square, {n % different}." for n, id in enumerate(ids)}
     plain = [chat for chat in ollama.find(*CHATS) if shown(chat) not in pictures]
     assert len(plain) == different
@@ -649,7 +670,7 @@ def test_a_batch_ends_when_no_host_was_usable_for_long_enough(
 ):
     models, reply = hosts(number), NEVER[trouble]
     reply = hours.hang if reply is Hours.hang else reply
-    fill(api, 24)
+    fill(api, 24 if begin else 6)
     for host in models:
         host.script(*CHATS, hours.between(begin, 10 * DAY, reply), forever=True)
     hours.pace(*models)
@@ -663,12 +684,13 @@ def test_a_batch_ends_when_no_host_was_usable_for_long_enough(
 
 
 def test_with_no_limit_a_batch_waits_for_its_host(hours, api, ollama):
-    wanted = fill(api, 10)
+    wanted = fill(api, 3)
     ollama.script(*CHATS, hours.between(0, DAY / 2, NEVER["busy"]), forever=True)
-    with hours.batch(api, ollama, "--wait-timeout", "0") as run:
+    argv = ["--wait-timeout", "0", "--unavailable-duration", "1000"]
+    with hours.batch(api, ollama, *argv) as run:
         run.end(DAY)
     assert_all_well(run, api, wanted)
-    assert DAY / 2 <= run.ended <= DAY / 2 + 100
+    assert DAY / 2 <= run.ended <= DAY / 2 + 1100
 
 
 # --- A host that hangs -----------------------------------------------------------------------
@@ -676,14 +698,14 @@ def test_with_no_limit_a_batch_waits_for_its_host(hours, api, ollama):
 
 def test_a_host_that_hangs_costs_the_photos_in_its_hands_one_timeout(hours, api, hosts):
     good, stuck = hosts(2)
-    wanted = fill(api, 40)
-    stuck.script(*CHATS, hours.between(3, DAY, hours.hang), forever=True)
+    wanted = fill(api, 20)
+    stuck.script(*CHATS, hours.between(1, DAY, hours.hang), forever=True)
     hours.pace(good, stuck)
     with hours.batch(api, good, stuck, "--timeout", "20", "--max-concurrent", "8") as run:
         pass
     assert_all_well(run, api, wanted)
     ids = {
-        picture: id for id, picture in zip(wanted, map(servers.own_picture, range(40)), strict=True)
+        picture: id for id, picture in zip(wanted, map(servers.own_picture, range(20)), strict=True)
     }
     waited = [
         hours.written(api)[ids[shown(chat)]] - hours.since_begin(chat)
@@ -719,7 +741,7 @@ def in_turn(host: FakeOllama, hours: Hours, seconds: float, at_once: int = 1) ->
     return waiting
 
 
-@pytest.mark.parametrize(("at_once", "fits"), [(1, 2), (2, 4)])
+@pytest.mark.parametrize(("at_once", "fits"), others_long([(1, 2), (2, 4)], (1, 2)))
 def test_a_host_that_lets_requests_wait_gets_fewer_at_a_time(hours, api, ollama, at_once, fits):
     """Some wait too long and cost no photo a try; from time to time one more is tried again."""
     wanted = fill(api, 60)
@@ -740,7 +762,7 @@ def test_a_host_that_lets_requests_wait_gets_fewer_at_a_time(hours, api, ollama,
     ("at_once", "status", "pause"),
     others_long(
         [(n, status, pause) for n in (1, 2) for status in (503, 429) for pause in ("", "2")],
-        *((1, 503, ""), (1, 429, "2"), (2, 503, "2"), (2, 429, "")),
+        *((1, 503, ""), (2, 429, "2")),
     ),
 )
 def test_a_host_that_refuses_the_surplus_costs_no_photo(hours, api, ollama, at_once, status, pause):
@@ -764,22 +786,22 @@ def test_a_host_that_refuses_the_surplus_costs_no_photo(hours, api, ollama, at_o
 
 
 def test_a_host_that_refused_all_for_a_time_gets_as_many_as_before(hours, api, ollama):
-    wanted = fill(api, 40)
+    wanted = fill(api, 16)
     refused = hours.slow(0.5, Reply(503, {"error": "Loading model"}))  # several at a time
     ollama.script(*CHATS, hours.between(0, 20, refused), forever=True)
     hours.pace(ollama)
     with hours.batch(api, ollama, "--max-concurrent", "4") as run:
         pass
     assert_all_well(run, api, wanted)
-    assert run.ended <= 2 * 20 + 40 / 4 + 5
+    assert run.ended <= 2 * 20 + 16 / 4 + 5
 
 
-@pytest.mark.parametrize("number", others_long([1, 2, 3, 4], 1, 2, 4))
+@pytest.mark.parametrize("number", others_long([1, 2, 3, 4], 1, 3))
 def test_a_picture_that_hangs_its_whole_host_costs_no_other(hours, api, hosts, number):
     """What the host was asked before is answered meanwhile, as in a queue."""
-    models, wanted = hosts(number), fill(api, 16)
+    models, wanted = hosts(number), fill(api, 8)
     poison = api.add("poison.jpg", picture=POISON)
-    pictures = [servers.own_picture(100 + n) for n in range(16)]
+    pictures = [servers.own_picture(100 + n) for n in range(12)]
     wanted |= {api.add(picture=picture): servers.told(picture) for picture in pictures}
     for host in models:
         until = [0.0]
@@ -795,7 +817,7 @@ def test_a_picture_that_hangs_its_whole_host_costs_no_other(hours, api, hosts, n
     argv = ["--timeout", "20", "--max-concurrent", str(4 * number)]
     with hours.batch(api, *models, *argv) as run:
         pass
-    assert (run.counts, run.code) == ({"described": 32, "failed": 1}, 1)
+    assert (run.counts, run.code) == ({"described": 20, "failed": 1}, 1)
     assert api.texts() == wanted | {poison: ""}
     assert 3 <= len(asked_about(POISON, *models)) <= 6
 
