@@ -352,7 +352,7 @@ def in_order(facts: dict[str, str]) -> dict[str, str]:
     return facts | {n: ", ".join(split[n]) for n in ("Albums", "Tags") if n in facts}
 
 
-@pytest.mark.parametrize("many", [12, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("many", [6, pytest.param(1000, marks=pytest.mark.long)])
 def test_each_question_holds_the_facts_of_its_photo_and_no_others(
     hours: Hours, any_library: World, ollama: FakeOllama, many: int
 ) -> None:
@@ -477,7 +477,7 @@ def test_a_service_makes_a_text_anew_within_a_day(
 ) -> None:
     zoe = Person("")
     two_users.add(picture=servers.picture(), owner="alice", people=[zoe])
-    with hours.service(two_users, ollama, *RENEWED, "--api-poll-interval", "1800") as run:
+    with hours.service(two_users, ollama, *RENEWED, "--api-poll-interval", "10000") as run:
         run.until(60)
         two_users.name_person(zoe, "Zoë", "alice")
         run.until(25 * 3600)
@@ -489,7 +489,7 @@ def test_a_service_knows_the_tags_of_a_photo_that_arrives(
     hours: Hours, two_users: World, ollama: FakeOllama
 ) -> None:
     two_users.add(picture=servers.own_picture(0), owner="alice", tags=["Old"])
-    with hours.service(two_users, ollama, *RENEWED, "--api-poll-interval", "1800") as run:
+    with hours.service(two_users, ollama, *RENEWED, "--api-poll-interval", "10000") as run:
         run.until(60)
         two_users.add(picture=servers.own_picture(1), owner="alice", tags=["New", "Old"])
         run.until(25 * 3600)

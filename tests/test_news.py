@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 HOUR = 3600.0
 ONE = ["--max-concurrent", "1"]
-SELDOM = ["--api-poll-interval", "1800"]
+SELDOM = ["--api-poll-interval", "10000"]
 NEW = servers.own_picture(1000)
 OTHER = servers.own_picture(1001)
 FAILS = Reply(500, {"message": "Internal server error"})
@@ -62,12 +62,12 @@ def test_each_look_goes_back_a_minute_before_the_one_before(hours, api, immich, 
 
 
 def test_arrivals_overtake_the_backlog(hours, library, ollama):
-    fill_early(library, 30)
+    fill_early(library, 20)
     hours.pace(ollama)
     with hours.service(library, ollama, *ONE) as run:
         run.at(15, lambda: [library.add(picture=picture) for picture in (NEW, OTHER)])
-        run.until(60)
-        assert run.counts == {"described": 32}
+        run.until(45)
+        assert run.counts == {"described": 22}
     for picture in (NEW, OTHER):
         [time] = asked_at(hours, picture, ollama)
         assert 15 <= time <= 20 + 4  # after those in hand
@@ -135,10 +135,11 @@ def test_what_was_there_long_before_is_left_alone_in_monitor_mode(hours, library
             else:
                 library.server.assets[id].is_favorite = True
 
-    with hours.service(library, ollama, "--mode", "monitor", *SELDOM) as run:
+    options = ["--mode", "monitor", "--api-poll-interval", "3500"]
+    with hours.service(library, ollama, *options) as run:
         run.at(1000, make_anew)
         run.until(DAY + HOUR + 60)
-    assert asked_at(hours, NEW, ollama) == [1800]
+    assert asked_at(hours, NEW, ollama) == [3500]
     assert library.texts()[not_ours] == ""
     assert run.counts == {"described": 1}
 
@@ -213,12 +214,12 @@ def test_sweeps_find_what_looks_missed(hours, library, ollama):
 
 
 def test_sweeps_do_not_wait_for_the_backlog(hours, library, ollama):
-    fill_early(library, 30)
+    fill_early(library, 20)
     hours.pace(ollama, seconds=250)
     with hours.service(library, ollama, *ONE, *SELDOM) as run:
         run.at(100, lambda: add_uploaded(library, NEW, -HOUR, updated=-HOUR))
-        run.until(31 * 250 + 10)
-        assert run.counts == {"described": 31}
+        run.until(21 * 250 + 10)
+        assert run.counts == {"described": 21}
     [time] = asked_at(hours, NEW, ollama)
     assert HOUR < time <= HOUR + 3 * 250
 
@@ -300,7 +301,7 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_page_that_does_not_come_holds_no_arrival_up(hours, api, immich, ollama):
     wanted = fill_early(api, 9)
     asked = fail_later_pages(hours, immich, 600)
-    with hours.service(api, ollama) as run:
+    with hours.service(api, ollama, "--api-poll-interval", "50") as run:
         run.at(95, lambda: api.add(picture=NEW))
         run.until(800)
         assert run.counts == {"described": 4}
@@ -321,9 +322,9 @@ def test_a_service_that_waits_for_a_page_ends_when_asked(hours, api, immich, oll
     fill_early(api, 9)
     fail_later_pages(hours, immich, 1e9)
     with hours.service(api, ollama) as run:
-        run.at(500, run.stop.set)
+        run.at(100, run.stop.set)
         run.end()
-    assert (run.ended, run.fatal) == (500, "")
+    assert (run.ended, run.fatal) == (100, "")
 
 
 @pytest.mark.usefixtures("small_pages")
