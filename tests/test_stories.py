@@ -48,7 +48,7 @@ EXTERNAL = "6e1b8d1e-0f4c-4f0e-9d55-2f6b6a1c7d10"
 @pytest.mark.parametrize("most", others_long([1, 4, 12], 1, 12))
 def test_little_is_asked_for_a_library_that_keeps_nothing(hours, api, immich, ollama, most):
     lost, wanted = {}, {}
-    for n in range(60):
+    for n in range(40):
         picture = servers.own_picture(n)
         if n % 4:
             id = immich.add(preview=picture, library_id=EXTERNAL, read_only=True).id
@@ -116,15 +116,15 @@ def notes_and_texts(immich: servers.FakeImmich) -> list[tuple[str, str, Any]]:
 @pytest.mark.parametrize("before", ["nothing", "our text", "an older model's text"])
 def test_each_text_goes_after_a_note_that_fits_it(hours, api, immich, ollama, before):
     if before == "nothing":
-        ids, policy = list(fill(api, 12)), "none"
+        ids, policy = list(fill(api, 6)), "none"
     else:
         older = {"model": "older-vlm"} if before == "an older model's text" else {}
-        ids = [add_ours(api, f"{OLD} {n}", **older) for n in range(12)]
+        ids = [add_ours(api, f"{OLD} {n}", **older) for n in range(6)]
         policy = "outdated" if older else "all"
     old = {id: text for id, text in api.texts().items() if text}
     with hours.batch(api, ollama, "--overwrite-policy", policy) as run:
         pass
-    assert run.counts == {"described": 12}
+    assert run.counts == {"described": 6}
     noted: dict[str, Any] = {}
     described = set()
     for kind, id, value in notes_and_texts(immich):
@@ -340,8 +340,8 @@ def make_preview(library: World, id: str, picture: bytes) -> None:
 )
 def test_previews_that_come_late_are_described_within_a_look(hours: Hours, library, ollama, mode):
     fill(library, 3)
-    pictures = [servers.own_picture(n) for n in range(100, 125)]
-    came = dict.fromkeys(pictures[:20], 145) | dict.fromkeys(pictures[20:], 100 + 700)
+    pictures = [servers.own_picture(n) for n in range(100, 112)]
+    came = dict.fromkeys(pictures[:8], 145) | dict.fromkeys(pictures[8:], 100 + 700)
     ids: dict[str, bytes] = {}
 
     def make(number: int) -> None:
@@ -349,14 +349,14 @@ def test_previews_that_come_late_are_described_within_a_look(hours: Hours, libra
             if came[picture] == number:
                 make_preview(library, id, picture)
 
-    with hours.service(library, ollama, "--mode", mode) as run:
-        run.at(100, lambda: ids.update(zip(add_unready(library, 25), pictures, strict=True)))
+    with hours.service(library, ollama, "--mode", mode, "--api-poll-interval", "20") as run:
+        run.at(100, lambda: ids.update(zip(add_unready(library, 12), pictures, strict=True)))
         run.at(145, lambda: make(145))
         run.at(800, lambda: make(800))
         run.until(900)
     for picture, time in came.items():
         [chat] = asked_about(picture, ollama)
-        assert time <= hours.since_begin(chat) <= time + 10 + 1
+        assert time <= hours.since_begin(chat) <= time + 20 + 1
     texts = library.texts()
     assert {id: texts[id] for id in ids} == {id: servers.told(p) for id, p in ids.items()}
     if isinstance(library, ApiWorld):
