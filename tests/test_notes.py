@@ -545,7 +545,14 @@ RACES: list[tuple[str, str, Any, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "before", "note", "typed", "after"), RACES)
+@pytest.mark.parametrize(
+    ("library", "flags", "before", "note", "typed", "after"),
+    others_long(
+        [(access, *race) for access in ("api", "database") for race in RACES],
+        *((access, *race) for access, race in zip(itertools.cycle(("api", "database")), RACES)),
+    ),
+    indirect=["library"],
+)
 def test_who_types_while_the_model_thinks_wins(
     library, ollama, run, flags, before, note, typed, after
 ):
@@ -852,11 +859,11 @@ def test_a_hundred_photos_are_about_five_requests_each(hours, api, immich, ollam
 def test_beside_a_slow_model_each_photo_is_read_back_alone(hours, api, immich, ollama, run):
     """Half a minute for each picture, one after another; six requests, and some at the start."""
     hours.pace(ollama, seconds=30)
-    for _ in range(20):
+    for _ in range(10):
         add(api)
     done = run(api, ollama, "--max-concurrent", "1")
-    assert done.counts == {"described": 20}
-    assert len(immich.exchanges) <= 6 * 20 + 8
+    assert done.counts == {"described": 10}
+    assert len(immich.exchanges) <= 6 * 10 + 8
 
 
 def test_a_photo_that_is_deleted_before_it_is_noted_costs_no_other_its_note(
