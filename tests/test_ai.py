@@ -887,8 +887,8 @@ TROUBLES: dict[str, tuple[Any, str]] = {
     "cut answer": (says("A red", "length"), CUT_OFF),
     "cut": (CUT, "connection_cut"),
     "closed": (RESET, "connection_cut"),
-    "too large": (Reply(200, bytes(5 * 2**20)), "reply_too_large"),
     "wrong": (Reply(404), "host_wrong"),
+    "too large": (Reply(200, bytes(5 * 2**20)), "reply_too_large"),
     "redirected": (Reply(307, None, {"Location": "https://elsewhere/"}), "redirected"),
     "silence": (SILENCE, "timed_out"),
     "408": (Reply(408), "host_busy"),
@@ -1119,7 +1119,7 @@ def test_a_host_that_is_started_again_is_found_at_once(fake, make, hours):
     ],
 )
 def test_what_a_probe_meets_tells_if_anything_is_there(fake, make, hours, alive, counts):
-    fake.script("POST", fake.chat, Reply(502, None, {"Retry-After": "100"}))
+    fake.script("POST", fake.chat, Reply(502, None, {"Retry-After": "40"}))
     alive = hours.hang if alive == SILENCE else alive
     fake.script("GET", ALIVE[fake.interface], alive, forever=True)
     assert make(fake).describe() == servers.told(JPEG)
@@ -1127,9 +1127,9 @@ def test_what_a_probe_meets_tells_if_anything_is_there(fake, make, hours, alive,
 
 
 def test_a_host_that_answers_nothing_but_probes_is_asked_less_and_less_often(make, hours, ollama):
-    ollama.script("POST", "/api/chat", hours.between(0, 300, Reply(502)), forever=True)
+    ollama.script("POST", "/api/chat", hours.between(0, 100, Reply(502)), forever=True)
     assert make(ollama).describe() == servers.told(JPEG)
-    assert len(chats(ollama)) < 30
+    assert len(chats(ollama)) < 15
 
 
 def test_a_gone_host_is_probed_only_while_no_other_is_there(fake, second, make, hours):
