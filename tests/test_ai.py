@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from datetime import timedelta
-from itertools import pairwise
+from itertools import cycle, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -221,19 +221,25 @@ def refuses(*names: str, words: str = "", status: int = 400) -> Callable[[Exchan
     return choose
 
 
+NAMED = [
+    '{"error": {"message": "Unknown parameter.", "param": "NAME"}}',
+    '{"error": "unknown field \\"NAME\\""}',
+    '{"detail": [{"type": "extra_forbidden", "loc": ["body", "NAME"], "msg": "Not so"}]}',
+    '[{"error": {"message": "Extra inputs: NAME"}}]',
+    '{"errors": [{"message": "NAME?"}]}',
+    '{"message": ["property NAME should not exist"], "error": "Bad Request"}',
+]
+SWITCHES = ["chat_template_kwargs", "reasoning_effort", "stream_options"]
+REFUSALS = [400, 422, 500]
+
+
 @pytest.mark.parametrize(
-    "words",
-    [
-        '{"error": {"message": "Unknown parameter.", "param": "NAME"}}',
-        '{"error": "unknown field \\"NAME\\""}',
-        '{"detail": [{"type": "extra_forbidden", "loc": ["body", "NAME"], "msg": "Not so"}]}',
-        '[{"error": {"message": "Extra inputs: NAME"}}]',
-        '{"errors": [{"message": "NAME?"}]}',
-        '{"message": ["property NAME should not exist"], "error": "Bad Request"}',
-    ],
+    ("name", "words", "status"),
+    others_long(
+        product(SWITCHES, NAMED, REFUSALS),
+        *((*case, status) for case, status in zip(product(SWITCHES, NAMED), cycle(REFUSALS))),
+    ),
 )
-@pytest.mark.parametrize("status", [400, 422, 500])
-@pytest.mark.parametrize("name", ["chat_template_kwargs", "reasoning_effort", "stream_options"])
 def test_what_a_host_refuses_is_left_out_wherever_it_names_it(make, llamacpp, name, words, status):
     llamacpp.interface = "llamacpp"
     llamacpp.script(
@@ -578,38 +584,45 @@ PIECES = told_in("llamacpp", "A ", "cat.")
 PRETTY = json.dumps(openai("A cat."), indent=2)
 
 
-@pytest.mark.parametrize("way", ["whole", "chunks", "bytes", "until it closes"])
+ANSWERS = [
+    ("ollama", ndjson(*told_in("ollama", "A ", "cat."))),
+    ("ollama", ndjson(line("A "), line("cat.", done=""))),
+    ("ollama", ndjson(line("A cat.", done="stop")).rstrip()),
+    ("ollama", ndjson({"message": {"content": "A cat."}})),
+    ("ollama", ndjson(line(PARTS, done="stop"))),
+    ("ollama", ndjson(line(thought="Hm."), *told_in("ollama", "A cat."))),
+    ("ollama", sse(*told_in("ollama", "A ", "cat."))),
+    ("llamacpp", sse(*PIECES, "[DONE]")),
+    ("llamacpp", sse(*PIECES)),
+    ("llamacpp", sse(*PIECES[:-1], "[DONE]")),
+    ("llamacpp", sse(*PIECES, "[DONE]", end="\r\n\r\n")),
+    ("llamacpp", sse(*PIECES, "[DONE]", end="\r\r")),
+    ("llamacpp", ": wait\n\nevent: message\nid: 7\n" + sse(*PIECES, "[DONE]")),
+    ("llamacpp", sse(*PIECES, {"choices": [], "usage": {"completion_tokens": 2}}, "[DONE]")),
+    ("llamacpp", sse(*PIECES, "[DONE]").replace("data: ", "data:")),
+    ("llamacpp", ndjson(*PIECES)),
+    ("llamacpp", sse(line(PARTS, interface="llamacpp", done="stop"))),
+    ("llamacpp", sse({"choices": [{"text": "A "}]}, {"choices": [{"text": "cat."}]}, "[DONE]")),
+    ("llamacpp", sse(openai("A cat."), "[DONE]")),
+    ("llamacpp", json.dumps(openai("A cat."))),
+    ("llamacpp", json.dumps(openai("A cat.", None))),
+    ("llamacpp", json.dumps(openai(PARTS))),
+    ("llamacpp", json.dumps(openai(["A ", "cat."]))),
+    ("llamacpp", json.dumps([openai("A cat.")])),
+    ("llamacpp", PRETTY),
+    ("llamacpp", PRETTY.replace("\n", "\r\n")),
+    ("llamacpp", json.dumps({"error": None} | openai("A cat."))),
+]
+WAYS = ["whole", "chunks", "until it closes"]
+
+
 @pytest.mark.parametrize(
-    ("interface", "body"),
-    [
-        ("ollama", ndjson(*told_in("ollama", "A ", "cat."))),
-        ("ollama", ndjson(line("A "), line("cat.", done=""))),
-        ("ollama", ndjson(line("A cat.", done="stop")).rstrip()),
-        ("ollama", ndjson({"message": {"content": "A cat."}})),
-        ("ollama", ndjson(line(PARTS, done="stop"))),
-        ("ollama", ndjson(line(thought="Hm."), *told_in("ollama", "A cat."))),
-        ("ollama", sse(*told_in("ollama", "A ", "cat."))),
-        ("llamacpp", sse(*PIECES, "[DONE]")),
-        ("llamacpp", sse(*PIECES)),
-        ("llamacpp", sse(*PIECES[:-1], "[DONE]")),
-        ("llamacpp", sse(*PIECES, "[DONE]", end="\r\n\r\n")),
-        ("llamacpp", sse(*PIECES, "[DONE]", end="\r\r")),
-        ("llamacpp", ": wait\n\nevent: message\nid: 7\n" + sse(*PIECES, "[DONE]")),
-        ("llamacpp", sse(*PIECES, {"choices": [], "usage": {"completion_tokens": 2}}, "[DONE]")),
-        ("llamacpp", sse(*PIECES, "[DONE]").replace("data: ", "data:")),
-        ("llamacpp", ndjson(*PIECES)),
-        ("llamacpp", sse(line(PARTS, interface="llamacpp", done="stop"))),
-        ("llamacpp", sse({"choices": [{"text": "A "}]}, {"choices": [{"text": "cat."}]}, "[DONE]")),
-        ("llamacpp", sse(openai("A cat."), "[DONE]")),
-        ("llamacpp", json.dumps(openai("A cat."))),
-        ("llamacpp", json.dumps(openai("A cat.", None))),
-        ("llamacpp", json.dumps(openai(PARTS))),
-        ("llamacpp", json.dumps(openai(["A ", "cat."]))),
-        ("llamacpp", json.dumps([openai("A cat.")])),
-        ("llamacpp", PRETTY),
-        ("llamacpp", PRETTY.replace("\n", "\r\n")),
-        ("llamacpp", json.dumps({"error": None} | openai("A cat."))),
-    ],
+    ("interface", "body", "way"),
+    others_long(
+        [(*answer, way) for answer in ANSWERS for way in ("bytes", *WAYS)],
+        *((*answer, "bytes") for answer in ANSWERS),
+        *((*answer, way) for answer, way in zip(ANSWERS, cycle(WAYS))),
+    ),
 )
 def test_an_answer_is_put_together_however_it_comes(make, interface, body, way):
     data = body.encode()
