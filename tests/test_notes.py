@@ -600,7 +600,9 @@ def fill_with_texts(library: World) -> dict[str, str]:
     return {name: add(library, *photo, name=name) for name, photo in found.items()}
 
 
-@pytest.mark.parametrize("policy", [None, "none", "missing-ai", "outdated", "all"])
+@pytest.mark.parametrize(
+    "policy", others_long([None, "none", "missing-ai", "outdated", "all"], None, "outdated")
+)
 def test_what_is_still_ours_is_taken_back_whatever_policy_is_set(library, ollama, run, policy):
     ids = fill_with_texts(library)
     flags = ["--undo", *(["-O", policy] if policy else [])]
