@@ -1139,6 +1139,7 @@ def test_what_a_probe_meets_tells_if_anything_is_there(fake, make, hours, alive,
     assert (hours.time < 30) is counts
 
 
+@pytest.mark.unmeasured
 def test_a_host_that_answers_nothing_but_probes_is_asked_less_and_less_often(make, hours, ollama):
     ollama.script("POST", "/api/chat", hours.between(0, 100, Reply(502)), forever=True)
     assert make(ollama).describe() == servers.told(JPEG)

@@ -92,6 +92,7 @@ def fill_at_random(library: World) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("argv", "chosen"), FILTERS, ids=[" ".join(f[0]) or "all" for f in FILTERS]
 )
+@pytest.mark.unmeasured
 def test_only_what_all_filters_choose_is_described(hours, choosable, ollama, argv, chosen):
     known = fill_at_random(choosable)
     with hours.batch(choosable, ollama, *argv) as run:
@@ -136,6 +137,7 @@ def test_every_generation_lists_what_is_chosen(hours, any_library, ollama):
 
 
 @pytest.mark.parametrize("mode", ["combined", "monitor"])
+@pytest.mark.unmeasured
 def test_a_service_describes_only_what_is_chosen(hours, choosable, ollama, mode):
     options = ["--mode", mode, "--favorites", "--taken-after", "2020-01-01"]
     options += ["--api-poll-interval", "1000"]
@@ -276,6 +278,7 @@ def test_nonsense_is_refused_at_once(command, api, ollama, argv):
 # --- The limit ---------------------------------------------------------------------------------
 
 
+@pytest.mark.unmeasured
 def test_a_limit_takes_the_newest_and_counts_only_what_was_described(hours, library, ollama):
     days = random.Random(3).sample(range(1, 29), 20)
     ids = {
@@ -295,6 +298,7 @@ def test_a_limit_takes_the_newest_and_counts_only_what_was_described(hours, libr
     assert described(library) == {*ids.values()} - {ids[newest[1]]}
 
 
+@pytest.mark.unmeasured
 def test_few_photos_of_many_take_few_requests(hours, immich, api, ollama):
     for number in range(1200):
         taken = f"2020-{number % 12 + 1:02}-{number % 28 + 1:02}T10:00"
@@ -508,6 +512,7 @@ def test_of_two_photos_of_a_day_the_later_one_is_the_newest(command, library, ol
     assert described(library) == {late, early}
 
 
+@pytest.mark.unmeasured
 def test_a_dry_run_of_undo_lists_all_of_ours_with_rights_to_read(command, database, ollama):
     fill(database, 12)
     assert command(*database.argv, *asking(ollama)).returncode == 0

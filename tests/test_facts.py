@@ -434,6 +434,7 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.unmeasured
 def test_a_text_of_ours_is_made_anew_once_a_fact_changes(
     hours: Hours, two_users: World, ollama: FakeOllama, change: str
 ) -> None:
@@ -472,6 +473,7 @@ def test_a_text_that_a_person_changed_is_not_made_anew(
     assert two_users.texts() == {id: "Changed by hand."}
 
 
+@pytest.mark.unmeasured
 def test_a_service_makes_a_text_anew_within_a_day(
     hours: Hours, two_users: World, ollama: FakeOllama
 ) -> None:
@@ -485,6 +487,7 @@ def test_a_service_makes_a_text_anew_within_a_day(
     assert "Zoë" in questions(ollama)[servers.picture()]
 
 
+@pytest.mark.unmeasured
 def test_a_service_knows_the_tags_of_a_photo_that_arrives(
     hours: Hours, two_users: World, ollama: FakeOllama
 ) -> None:

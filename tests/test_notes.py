@@ -249,6 +249,7 @@ POLICIES: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("flags", POLICIES)
+@pytest.mark.unmeasured
 def test_a_policy_changes_just_what_it_says(library, ollama, run, flags):
     ids = {name: add(library, *found, name=name) for name, found in FOUND.items()}
     after = POLICIES[flags]
@@ -459,6 +460,7 @@ def add_well(library: World) -> str:
     ),
     indirect=["library"],
 )
+@pytest.mark.unmeasured
 def test_a_photo_that_fails_is_tried_in_three_runs(library, ollama, run, trouble):
     reply, key, why = TROUBLES[trouble]
     fail_on(ollama, reply)
@@ -504,6 +506,7 @@ def test_a_host_that_is_away_is_no_failure_of_the_picture(library, ollama, run):
     assert [note.get("failed") for note in notes] == [None]
 
 
+@pytest.mark.unmeasured
 def test_a_renewal_that_fails_leaves_the_text_ours(library, ollama, run):
     id = add(library, "Ours.", noted("Ours.", "older-vlm"))
     fail_on(ollama)
@@ -553,6 +556,7 @@ RACES: list[tuple[str, str, Any, str, str]] = [
     ),
     indirect=["library"],
 )
+@pytest.mark.unmeasured
 def test_who_types_while_the_model_thinks_wins(
     library, ollama, run, flags, before, note, typed, after
 ):
@@ -603,6 +607,7 @@ def fill_with_texts(library: World) -> dict[str, str]:
 @pytest.mark.parametrize(
     "policy", others_long([None, "none", "missing-ai", "outdated", "all"], None, "outdated")
 )
+@pytest.mark.unmeasured
 def test_what_is_still_ours_is_taken_back_whatever_policy_is_set(library, ollama, run, policy):
     ids = fill_with_texts(library)
     flags = ["--undo", *(["-O", policy] if policy else [])]
@@ -844,6 +849,7 @@ def test_a_text_that_would_be_too_long_for_immich_is_one_clear_failure(api, olla
 # --- How often Immich is asked ---------------------------------------------------------------
 
 
+@pytest.mark.unmeasured
 def test_a_hundred_photos_are_about_five_requests_each(hours, api, immich, ollama, run):
     immich.keys[immich.key] = FakeKey("alice", [*servers.MINIMAL, "user.read"])
     ids = [add(api) for _ in range(100)]
@@ -858,6 +864,7 @@ def test_a_hundred_photos_are_about_five_requests_each(hours, api, immich, ollam
     assert (asked["getMyApiKey"], asked["getMyUser"]) == (1, 1)
 
 
+@pytest.mark.unmeasured
 def test_beside_a_slow_model_each_photo_is_read_back_alone(hours, api, immich, ollama, run):
     """Half a minute for each picture, one after another; six requests, and some at the start."""
     hours.pace(ollama, seconds=30)

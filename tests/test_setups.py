@@ -65,6 +65,7 @@ def watch_others(database: SqlWorld, model: FakeOllama) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["role", "database"])
+@pytest.mark.unmeasured
 def test_with_20_connections_for_64_workers_all_is_described(
     hours: Hours, database: SqlWorld, role: str, ollama: FakeOllama, kind: str
 ) -> None:
@@ -94,6 +95,7 @@ def test_the_fewest_connections_will_do(
 
 
 @own_server
+@pytest.mark.unmeasured
 def test_what_is_kept_for_superusers_is_not_counted(
     monkeypatch: pytest.MonkeyPatch, config: Callable[..., ia.Config], tmp_path: Path, caplog: Any
 ) -> None:
@@ -111,6 +113,7 @@ def test_what_is_kept_for_superusers_is_not_counted(
         assert caplog.messages in ([told[0]], [told[1]])
 
 
+@pytest.mark.unmeasured
 def test_an_idle_service_gives_its_connections_back(
     hours: Hours, database: SqlWorld, ollama: FakeOllama
 ) -> None:
@@ -528,6 +531,7 @@ def test_one_description_of_many_photos_is_said_in_one_line(
     ]
 
 
+@pytest.mark.unmeasured
 def test_what_is_ignored_or_ours_or_of_few_photos_is_not_said(
     hours: Hours, library: World, ollama: FakeOllama
 ) -> None:

@@ -338,6 +338,7 @@ def make_preview(library: World, id: str, picture: bytes) -> None:
     ),
     indirect=["library"],
 )
+@pytest.mark.unmeasured
 def test_previews_that_come_late_are_described_within_a_look(hours: Hours, library, ollama, mode):
     fill(library, 3)
     pictures = [servers.own_picture(n) for n in range(100, 112)]
