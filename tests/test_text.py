@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import re
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import servers
 from PIL import ExifTags, Image, ImageFile
+from worlds import others_long
 
 import immich_analyze as ia
 
@@ -619,16 +621,22 @@ def test_a_loop_is_known_while_it_is_said_and_afterwards(name, before):
     assert not ia.repeats(before + LOOPS[name][:40])
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [
-        *("<think>", "</think>", "<", "<|", "◁", "#", "*", "**", "_", "`", '"', '{"', '{"a":"'),
-        *("&", "<b ", " \n", "\\n", "\r\n", "\0", "(", "“", "a. ", "I ", "---\n", " <|im_end|> a"),
-        *("Here is a ", "no image ", "图", "analysis"),
-    ],
-)
+PIECES = [
+    *("<think>", "</think>", "<", "<|", "◁", "#", "*", "**", "_", "`", '"', '{"', '{"a":"'),
+    *("&", "<b ", " \n", "\\n", "\r\n", "\0", "(", "“", "a. ", "I ", "---\n", " <|im_end|> a"),
+    *("Here is a ", "no image ", "图", "analysis"),
+]
+BEGINNINGS = ("", "A red barn. ")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("before", ["", "A red barn. "])
+@pytest.mark.parametrize(
+    ("before", "piece"),
+    others_long(
+        itertools.product(BEGINNINGS, PIECES),
+        *zip(itertools.cycle(BEGINNINGS), PIECES, strict=False),
+    ),
+)
 def test_no_answer_takes_for_ever(before, piece):
     """Time that grows with the square of the length would be hours here."""
     outcome(before + piece * (2**17 // len(piece)))
