@@ -22,13 +22,13 @@ def times(hours, exchanges) -> list[float]:
 
 
 def test_a_day_passes_at_once_and_what_is_planned_happens_in_time(hours, api, ollama):
-    with hours.service(api, ollama, *SELDOM) as run:
+    with hours.service(api, ollama, "--api-poll-interval", "2400") as run:
         run.at(86000, lambda: api.add(picture=servers.picture()))
         run.until(85999)
         assert (run.time, api.texts()) == (85999, {})
         run.until(86400)
     assert run.counts == {"described": 1}
-    assert times(hours, ollama.find(*CHATS)) == [86400]  # the next look after 85800
+    assert times(hours, ollama.find(*CHATS)) == [86400]  # the next look after 84000
 
 
 def test_a_run_takes_the_same_course_each_time(hours, library, ollama):
