@@ -11,7 +11,17 @@ import servers
 from conftest import Done
 from forks import Tool
 from servers import FakeKey, FakeOllama, Reply
-from worlds import CHATS, ApiWorld, SqlWorld, World, asking, fill, readable_immich, shown
+from worlds import (
+    CHATS,
+    ApiWorld,
+    SqlWorld,
+    World,
+    asking,
+    fill,
+    others_long,
+    readable_immich,
+    shown,
+)
 
 import immich_analyze as ia
 
@@ -133,6 +143,7 @@ POLICIES = [
 ]
 
 
+@pytest.mark.parametrize("check", others_long(ia.LANGUAGES, "en"), indirect=True)
 @pytest.mark.parametrize("argv", POLICIES, ids=" ".join)
 def test_as_many_are_left_as_are_described_then(command, check, database, ollama, argv):
     texts = [

@@ -375,6 +375,7 @@ def test_a_failure_on_a_terminal_is_a_line_of_its_own(api, ollama):
     assert tally(described=3, failed=1) not in shown
 
 
+@pytest.mark.unmeasured
 def test_settings_for_both_libraries_mean_the_database_and_one_line(database, api, ollama):
     wanted = fill(database, 1)
     fill(api, 1)

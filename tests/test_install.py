@@ -108,9 +108,8 @@ def test_it_runs_out_of_a_zip_archive(installed, tmp_path, texts, main):
     if not main:
         (folder / "__main__.py").write_text(STARTING)
     zipapp.create_archive(folder, archive, main=main, compressed=True)
-    for language in ia.LANGUAGES:
-        told = run(sys.executable, archive, "--lang", language, "-h")
-        assert ia.catalogue(language)["help_description"] in " ".join(told.split())
+    told = run(sys.executable, archive, "--lang", "ru", "-h")
+    assert ia.catalogue("ru")["help_description"] in " ".join(told.split())
     wrong = [sys.executable, archive, "--max-concurrent", "none"]
     done = subprocess.run(wrong, capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (0 if main else 2, b"")

@@ -20,24 +20,12 @@ from facts import Album, Line, Person
 pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
 
 
-@pytest.fixture(scope="module")
-def server():
-    with sandbox.Postgres() as postgres:
-        yield postgres
-
-
-@pytest.fixture(scope="module")
-def llamacpp():
-    with sandbox.LlamaCpp() as running:
-        yield running
-
-
 @pytest.fixture
-def photos(server, tmp_path, request):
-    uri = server.database(getattr(request, "param", sandbox.NEWEST))
+def photos(postgres, tmp_path, request):
+    uri = postgres.database(getattr(request, "param", sandbox.NEWEST))
     with sandbox.PhotoLibrary(uri, tmp_path) as library:
         yield library
-    server.drop(uri)
+    postgres.drop(uri)
 
 
 def every_generation(test):
@@ -58,9 +46,9 @@ def ask(server, picture=None):
 # the tiny model
 
 
-def test_answers_name_the_colour_of_the_picture(llamacpp):
+def test_answers_name_the_colour_of_the_picture(real_llamacpp):
     def answered(colour):
-        return ask(llamacpp, sandbox.draw(colour))["message"]["content"]
+        return ask(real_llamacpp, sandbox.draw(colour))["message"]["content"]
 
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(answered, tiny_vlm.COLOURS))
@@ -68,8 +56,8 @@ def test_answers_name_the_colour_of_the_picture(llamacpp):
     assert answers[0] == "A photo dominated by red tones with even lighting."
 
 
-def test_without_a_picture_the_model_says_so(llamacpp):
-    assert ask(llamacpp)["message"]["content"] == tiny_vlm.BLIND
+def test_without_a_picture_the_model_says_so(real_llamacpp):
+    assert ask(real_llamacpp)["message"]["content"] == tiny_vlm.BLIND
 
 
 def test_same_arguments_same_bytes(tmp_path):
@@ -261,8 +249,8 @@ def test_many_assets_at_once(photos):
 
 
 @pytest.mark.skipif(not sandbox.Postgres().own, reason="the server is not ours to stop")
-def test_the_library_outlives_a_restart(server, photos):
-    server.restart()
+def test_the_library_outlives_a_restart(postgres, photos):
+    postgres.restart()
     photos.add()
     assert len(photos.descriptions()) == 1
 
@@ -279,14 +267,14 @@ def test_over_tcp_a_password_is_asked_for():
 
 
 @pytest.fixture
-def demonstrated(server, tmp_path):
+def demonstrated(postgres, tmp_path):
     """The exit code of the demonstration, its lines, and what it leaves in its temporary folder."""
     own = {name: value for name, value in os.environ.items() if name not in ("HOSTS", "REPORT")}
     folder = tmp_path / "temporary"
     folder.mkdir()
 
     def run(*argv, **environ):
-        places = {"TMPDIR": str(folder), "TEST_DATABASE_URL": server.uri("postgres")}
+        places = {"TMPDIR": str(folder), "TEST_DATABASE_URL": postgres.uri("postgres")}
         done = subprocess.run(
             [sys.executable, sandbox.__file__, *argv],
             cwd=tmp_path,

@@ -508,7 +508,7 @@ PROXIES = {
 }
 
 
-@pytest.mark.parametrize("says", PROXIES)
+@pytest.mark.parametrize("says", others_long(PROXIES, "sends on", "forbids", "shows a page"))
 def test_a_proxy_that_answers_instead_is_waited_for(hours, api, immich, ollama, says):
     backlog = fill(api, 4)
     immich.script(".*", "", hours.between(1.5, 30, PROXIES[says]), forever=True)
