@@ -394,6 +394,15 @@ class _Listener(http.server.ThreadingHTTPServer):
         self.fake = fake
         self._lock = threading.Lock()
         self._open: dict[threading.Thread, Any] = {}
+        self._thread = threading.Thread(target=self._listen, daemon=True, name="fake-listener")
+        self._thread.start()
+
+    def _listen(self) -> None:
+        """Take in clients until `close` wakes it; `serve_forever` would look up now and then."""
+        sys.settrace(None)  # coverage is measured of the tool alone; tracing slows all down
+        with contextlib.suppress(OSError):
+            while True:
+                self.process_request(*self.get_request())
 
     def process_request(self, request: Any, client_address: Any) -> None:
         thread = threading.Thread(
@@ -404,7 +413,7 @@ class _Listener(http.server.ThreadingHTTPServer):
         thread.start()
 
     def _converse(self, request: Any, client_address: Any) -> None:
-        sys.settrace(None)  # coverage is measured of the tool alone; tracing slows all down
+        sys.settrace(None)
         self.process_request_thread(request, client_address)
         with self._lock:
             self._open.pop(threading.current_thread(), None)
@@ -415,7 +424,8 @@ class _Listener(http.server.ThreadingHTTPServer):
             self.fake.problem(f"the fake itself failed:\n{traceback.format_exc()}")
 
     def close(self) -> None:
-        self.shutdown()
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(PATIENCE)
         self.server_close()
         with self._lock:
             conversations = list(self._open.items())
@@ -476,7 +486,6 @@ class FakeServer:
         self._lock = threading.RLock()
         self._scripts: list[_Script] = []
         self._listener: _Listener | None = None
-        self._thread: threading.Thread | None = None
         self._port = 0
 
     # Life
@@ -486,10 +495,6 @@ class FakeServer:
         if not self._port:
             self._port = self._reserve()
         self._listener = _Listener(self._port, self)
-        self._thread = threading.Thread(
-            target=self._listener.serve_forever, args=(0.01,), daemon=True, name="fake-listener"
-        )
-        self._thread.start()
 
     def _reserve(self) -> int:
         """A port that nobody else gets, also while nobody listens there."""
@@ -505,7 +510,6 @@ class FakeServer:
         if listener:
             self.gate.set()
             listener.close()
-            self._thread.join(PATIENCE)
 
     def __enter__(self) -> Any:
         self.start()
