@@ -9,7 +9,7 @@
 #                `slow` or `long`
 #   make test    what CI runs: all but the tests marked `long`; ARGS=... goes to pytest
 #   make lowest  the same tests with exactly the lowest versions of pyproject.toml
-#   make faults  the tests marked `long`, then break everything around the service for some
+#   make faults  the tests marked `long` and more examples of properties, then break everything around the service for some
 #                minutes; see tests/faults.py
 #   make bench   measure; see tests/bench.py
 #   make clean   remove .venv and what the tools leave behind
@@ -43,6 +43,7 @@ lowest: .venv-lowest/dev
 
 faults: .venv/dev
 	$(IN_VENV) -m pytest -n auto -m long
+	EXAMPLES=6 $(IN_VENV) -m pytest -n auto tests/test_properties.py
 	@$(IN_VENV) tests/faults.py $(ARGS)
 
 bench: .venv/dev

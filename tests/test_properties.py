@@ -6,6 +6,7 @@ added can be taken back to the byte.
 
 import functools
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,13 +24,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
 
 hypothesis.configuration.set_hypothesis_home_dir(tempfile.gettempdir() + "/hypothesis")
 
-property_of = functools.partial(
-    settings,
-    derandomize=True,
-    deadline=None,
-    max_examples=120,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+TIMES = int(os.environ.get("EXAMPLES", "1"))  # as many examples
+
+
+def property_of(max_examples: int = 40) -> settings:
+    """`make faults` tries six times as many examples."""
+    return settings(
+        derandomize=True,
+        deadline=None,
+        max_examples=TIMES * max_examples,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+
+
 AT = datetime(2026, 1, 2, 3, 4, 5, 678900, tzinfo=UTC)
 JS_BLANKS = "\t\n\v\f\r \u00a0\u1680\u2028\u2029\u202f\u205f\u3000\ufeff" + "".join(
     map(chr, range(0x2000, 0x200B))
@@ -101,7 +108,7 @@ def without_lines(text: str) -> str:
     return text.replace("\n", "")
 
 
-@property_of(max_examples=250)
+@property_of(80)
 @given(texts)
 def test_what_a_block_is_can_be_told_line_by_line(text):
     assert [match[0] for match in ia.BLOCK.finditer(text)] == blocks(text)
@@ -188,7 +195,7 @@ def test_undo_gives_the_text_from_before(text, answer, policy):
     assert ia.unmerge(photo(merged)) == text  # also without the note
 
 
-@property_of(max_examples=30)
+@property_of(10)
 @given(texts, texts, spoken, spoken, keeping)
 def test_100_kb_are_no_more_trouble_than_a_word(before, after, first, last, policy):
     text, answer = before + LONG + after, heard(first + LONG_ANSWER + last)
@@ -266,7 +273,7 @@ def test_what_was_described_just_now_is_described_again_only_by_all(text, answer
 # --- What a model says -----------------------------------------------------------------------
 
 
-@property_of(max_examples=250)
+@property_of(80)
 @given(raw_answers)
 def test_no_answer_can_open_or_close_a_block_or_break_a_library(raw):
     said = ia.clean(raw)
@@ -417,7 +424,7 @@ edits, typed = st.lists(edit, max_size=2), st.lists(edit, min_size=1, max_size=2
 starts = st.tuples(texts, st.sampled_from(["", "\nperson0\n", " person0 "]), texts).map("".join)
 
 
-@property_of(max_examples=250)
+@property_of(80)
 @given(starts, st.booleans(), answers, edits, answers, edits, policies, policies)
 @example("person0", True, "A boat.", [], "A ship.", [], ("missing-ai", True), ("outdated", False))
 @example("", False, "A boat.", [(1.0, "\n")], "A ship.", [], ("none", False), ("missing-ai", True))
