@@ -200,7 +200,10 @@ def browser() -> Iterator[Browser]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # it leaves files there
-        driver = Chrome(options, ChromeService(DRIVER, env=os.environ | {"TMPDIR": folder}))
+        driver = Chrome(
+            options,
+            ChromeService(DRIVER, env=os.environ | dict.fromkeys(("HOME", "TMPDIR"), folder)),
+        )
         try:
             yield Browser(driver)
         finally:

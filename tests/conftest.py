@@ -33,6 +33,7 @@ TRACERS = sys.gettrace(), threading.gettrace()  # of coverage, if it runs
 COVERAGE = "COVERAGE_PROCESS_CONFIG"  # by which it runs in new processes, too
 IN_PROCESSES = {COVERAGE: os.environ.pop(COVERAGE)} if COVERAGE in os.environ else {}
 THREADS = pytest.StashKey[set[threading.Thread]]()
+HOME = pytest.StashKey[Path]()
 
 
 def trace(function: Any, in_new_threads: Any) -> None:
@@ -74,15 +75,27 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def own_environment(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[None]:
     """Settings of the person or service that runs the tests stay out of them."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
             if name.startswith(FOREIGN) or name.upper() in PROXIES:
                 patch.delenv(name)
-        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        pytestconfig.stash[HOME] = tmp_path_factory.mktemp("home")
+        patch.setenv("HOME", str(pytestconfig.stash[HOME]))
         patch.setenv("LANG", "C.UTF-8")
         yield
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder for files; the usual one stays empty, as all tests share it."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -125,12 +138,13 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
-    """Every thread that a test starts has ended when it is over, and its language is English again.
+    """Every thread that a test starts has ended when it is over, and nothing lasts.
 
     Servers that outlive a test answer in threads of their own, which are daemons.
     """
     yield
     ia._language = "en"
+    assert os.listdir(item.config.stash[HOME]) == []  # files are for the fixture `home`
     left = {thread for thread in threading.enumerate() if not thread.daemon} - item.stash[THREADS]
     for thread in left:
         thread.join(servers.PATIENCE)

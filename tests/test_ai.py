@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from datetime import timedelta
 from itertools import cycle, pairwise, product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -413,8 +412,8 @@ def test_the_key_is_sent_as_bearer(fake, make, argv, user, sent):
     assert {exchange.headers.get("Authorization") for exchange in fake.exchanges} == {sent}
 
 
-def test_a_netrc_does_not_replace_the_key(fake, make):
-    (Path.home() / ".netrc").write_text("default login me password other\n")
+def test_a_netrc_does_not_replace_the_key(fake, make, home):
+    (home / ".netrc").write_text("default login me password other\n")
     fake.api_key = "k3y"
     make(fake, argv=["--api-key", "k3y"]).describe()
     assert [e.headers["Authorization"] for e in fake.exchanges] == ["Bearer k3y"]

@@ -21,12 +21,12 @@ DB = {"DB_HOSTNAME": "db"}
 
 
 @pytest.fixture
-def settings(config, tmp_path):
+def settings(config, home):
     """Makes a Config of flags, variables and the user's configuration file."""
 
     def make(*argv: str, file: str = "", **environ: str) -> ia.Config:
         if file:
-            path = Path.home() / ".config" / "immich-analyze.conf"
+            path = home / ".config" / "immich-analyze.conf"
             path.parent.mkdir(exist_ok=True)
             path.write_text(file, encoding="utf-8")
         return config(*argv, environ=environ)
@@ -1098,8 +1098,8 @@ def test_a_file_that_is_no_text_is_refused(config, tmp_path):
     assert caught.value.key == "unreadable_file"
 
 
-def test_a_default_file_that_cannot_be_read_is_no_reason_to_go_on_without(config):
-    (Path.home() / ".config" / "immich-analyze.conf").mkdir(parents=True)
+def test_a_default_file_that_cannot_be_read_is_no_reason_to_go_on_without(config, home):
+    (home / ".config" / "immich-analyze.conf").mkdir(parents=True)
     with pytest.raises(ia.Fatal) as caught:
         config()
     assert caught.value.key == "unreadable_file"

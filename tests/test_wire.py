@@ -7,7 +7,6 @@ import ssl
 import struct
 import threading
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import psycopg2
 import pytest
@@ -486,8 +485,8 @@ AUTHORIZATION = [
 
 
 @pytest.mark.parametrize(("headers", "sent"), AUTHORIZATION)
-def test_headers_go_with_each_request(server, headers, sent):
-    (Path.home() / ".netrc").write_text("default login me password other\n")
+def test_headers_go_with_each_request(server, headers, sent, home):
+    (home / ".netrc").write_text("default login me password other\n")
     server.script(
         "POST", "/headers", servers.Reply(200, None, {"Set-Cookie": "a=stale"}), forever=True
     )
