@@ -9,8 +9,8 @@
 #                `slow` or `long`
 #   make test    what CI runs: all but the tests marked `long`; ARGS=... goes to pytest
 #   make lowest  the same tests with exactly the lowest versions of pyproject.toml
-#   make faults  the tests marked `long` and more examples of properties, then break everything around the service for some
-#                minutes; see tests/faults.py
+#   make faults  the tests marked `long` and more examples of properties, then break everything
+#                around the service for some minutes; see tests/faults.py
 #   make bench   measure; see tests/bench.py
 #   make clean   remove .venv and what the tools leave behind
 
