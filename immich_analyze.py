@@ -2692,8 +2692,7 @@ class ApiLibrary:
 
     def look(self, photo: Photo) -> Photo:
         """The photo as it is now, with its note."""
-        found = self._photo(self._read(photo), self._accounts[photo.source])
-        if not found:
+        if not (found := self._photo(self._read(photo), self._accounts[photo.source])):
             raise Skip("photo_excluded")
         with self.claimed(found) as noted:
             return noted
@@ -2967,8 +2966,7 @@ class DbLibrary:
 
     def look(self, photo: Photo) -> Photo:
         """The photo as it is now, with its note and all facts."""
-        rows = self._rows("look", id=photo.id)
-        if not rows:
+        if not (rows := self._rows("look", id=photo.id)):
             raise Skip("photo_excluded")
         return self._photo(rows[0])
 
@@ -3801,7 +3799,8 @@ class Signals:
         self.number = 0  # of the signal that came
         self.grace = 30.0
         self.sum_up: Callable[[int], object] = int  # reports before `grace` ends the process
-        self._stop, self._wanted = stop, {signal.SIGINT, signal.SIGTERM}
+        self._stop = stop
+        self._wanted = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, self._wanted)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
@@ -3819,7 +3818,8 @@ class Signals:
     def _quit(self, number: int, last: Callable[[int], object] = int) -> None:
         threading.Timer(1.0, os._exit, (128 + number,)).start()  # even if nobody reads the output
         last(128 + number)
-        with suppress(OSError):  # without a terminal, there is no progress bar to wipe
+        tqdm.get_lock().acquire()  # from here on, the progress bar is not drawn
+        with suppress(OSError):  # without a terminal, there is none to wipe
             os.write(2, b"\r" + b" " * os.get_terminal_size(2).columns + b"\r")
         os._exit(128 + number)
 
