@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import sandbox
 import servers
+from forks import MEASURE
 from hours import Hours
 from worlds import ApiWorld, SqlWorld, World, readable_immich
 
@@ -30,8 +31,6 @@ ROOT = Path(__file__).parent.parent
 FOREIGN = ("IMMICH_", "DB_", "RUST_LOG", "LC_", "LANG", "JOURNAL_STREAM", "NOTIFY_SOCKET")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 TRACERS = sys.gettrace(), threading.gettrace()  # of coverage, if it runs
-COVERAGE = "COVERAGE_PROCESS_CONFIG"  # by which it runs in new processes, too
-IN_PROCESSES = {COVERAGE: os.environ.pop(COVERAGE)} if COVERAGE in os.environ else {}
 THREADS = pytest.StashKey[set[threading.Thread]]()
 HOME = pytest.StashKey[Path]()
 
@@ -51,7 +50,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a slow test, the first case and each third of the others are measured.
+    """Of a slow test, the first case is measured.
 
     The others differ in data rather than in code; each of them is run all the same.
     Tests with a browser come first: all go to one worker, and no other one needs a browser.
@@ -62,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("long"):
             continue
         test = item.nodeid.partition("[")[0]
-        if cases[test] % 3 and item.get_closest_marker("slow"):
+        if cases[test] and item.get_closest_marker("slow"):
             item.add_marker("unmeasured")
         cases[test] += 1
 
@@ -119,15 +118,14 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     Tracing makes all of Python slow, also outside of the module that is measured.
     """
     if item.get_closest_marker("unmeasured"):
-        return (yield)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv(MEASURE, raising=False)
+            return (yield)
     trace(*TRACERS)
-    os.environ.update(IN_PROCESSES)
     try:
         return (yield)
     finally:
         trace(None, None)
-        for name in IN_PROCESSES:
-            del os.environ[name]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 import zipapp
 import zipfile
@@ -28,16 +29,17 @@ def run(*command: str | Path, **environ: str) -> str:
     Coverage is of the checkout's module, not of a copy of it.
     """
     own = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd="/",
-        env=own | environ,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as home:  # where pip keeps what it got
+        done = subprocess.run(
+            [str(word) for word in command],
+            cwd="/",
+            env=own | {"HOME": home} | environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 0, done.stdout
     return done.stdout
 
