@@ -50,7 +50,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a slow test, the first case is measured.
+    """Of a slow test, the first case and each third of the others are measured.
 
     The others differ in data rather than in code; each of them is run all the same.
     Tests with a browser come first: all go to one worker, and no other one needs a browser.
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("long"):
             continue
         test = item.nodeid.partition("[")[0]
-        if cases[test] and item.get_closest_marker("slow"):
+        if cases[test] % 3 and item.get_closest_marker("slow"):
             item.add_marker("unmeasured")
         cases[test] += 1
 
