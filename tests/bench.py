@@ -92,6 +92,7 @@ cursor = psycopg2.connect(sys.argv[1]).cursor()
 after = "00000000-0000-0000-0000-000000000000"
 while after:
     values = {"key": sys.argv[3], "since": None, "after": after, "page": 1000}
+    values["videos"] = ("IMAGE",)
     cursor.execute(sys.argv[2], values)
     rows = cursor.fetchall()
     after = rows[-1][0] if len(rows) == 1000 else None
@@ -175,12 +176,12 @@ def describe(row):
     message = {"role": "user", "content": "?", "images": [base64.b64encode(picture).decode()]}
     question = {"model": "m", "stream": False, "messages": [message]}
     text = own.session.post(model + "/api/chat", json=question).json()["message"]["content"]
-    values = {"key": key, "note": note, "id": row[0], "text": text, "listed": row[2]}
+    values = first | {"note": note, "id": row[0], "text": text, "listed": row[2]}
     own.connection.cursor().execute(write, values)
 
 cursor = psycopg2.connect(uri).cursor()
 after = "00000000-0000-0000-0000-000000000000"
-first = {"key": key, "since": None, "after": after, "page": 1000}
+first = {"key": key, "since": None, "after": after, "page": 1000, "videos": ("IMAGE",)}
 cursor.execute(listing, first)
 with concurrent.futures.ThreadPoolExecutor(6) as pool:
     list(pool.map(describe, cursor.fetchall()))
