@@ -1,5 +1,6 @@
 """Whole runs in invented time: texts, notes and previews, as a user sees them."""
 
+import itertools
 import json
 import secrets
 from hashlib import sha256
@@ -331,18 +332,20 @@ def make_preview(library: World, id: str, picture: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "mode"),
+    ("library", "mode", "soon"),
     others_long(
-        [(access, mode) for access in ("api", "database") for mode in ("combined", "monitor")],
-        *(("api", "combined"), ("database", "monitor")),
+        itertools.product(("api", "database"), ("combined", "monitor"), (7, 50)),
+        *(("api", "combined", 7), ("database", "monitor", 7)),
     ),
     indirect=["library"],
 )
 @pytest.mark.unmeasured
-def test_previews_that_come_late_are_described_within_a_look(hours: Hours, library, ollama, mode):
+def test_previews_that_come_late_are_described_within_a_look(
+    hours: Hours, library, ollama, mode, soon
+):
     fill(library, 3)
-    pictures = [servers.own_picture(n) for n in range(100, 112)]
-    came = dict.fromkeys(pictures[:8], 145) | dict.fromkeys(pictures[8:], 100 + 700)
+    pictures = [servers.own_picture(n) for n in range(100, 105 + soon)]
+    came = dict.fromkeys(pictures[:soon], 145) | dict.fromkeys(pictures[soon:], 1300)
     ids: dict[str, bytes] = {}
 
     def make(number: int) -> None:
@@ -350,14 +353,14 @@ def test_previews_that_come_late_are_described_within_a_look(hours: Hours, libra
             if came[picture] == number:
                 make_preview(library, id, picture)
 
-    with hours.service(library, ollama, "--mode", mode, "--api-poll-interval", "20") as run:
-        run.at(100, lambda: ids.update(zip(add_unready(library, 12), pictures, strict=True)))
+    with hours.service(library, ollama, "--mode", mode) as run:
+        run.at(100, lambda: ids.update(zip(add_unready(library, len(came)), came, strict=True)))
         run.at(145, lambda: make(145))
-        run.at(800, lambda: make(800))
-        run.until(900)
+        run.at(1300, lambda: make(1300))
+        run.until(1400)
     for picture, time in came.items():
         [chat] = asked_about(picture, ollama)
-        assert time <= hours.since_begin(chat) <= time + 20 + 1
+        assert time <= hours.since_begin(chat) <= time + 10 + 1
     texts = library.texts()
     assert {id: texts[id] for id in ids} == {id: servers.told(p) for id, p in ids.items()}
     if isinstance(library, ApiWorld):
