@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,20 +49,8 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a slow test, the first case and each third of the others are measured.
-
-    The others differ in data rather than in code; each of them is run all the same.
-    Tests with a browser come first: all go to one worker, and no other one needs a browser.
-    """
+    """Tests with a browser come first: all go to one worker, and no other one needs a browser."""
     items.sort(key=lambda item: "chromium" not in getattr(item, "fixturenames", ()))
-    cases = Counter[str]()
-    for item in items:
-        if item.get_closest_marker("long"):
-            continue
-        test = item.nodeid.partition("[")[0]
-        if cases[test] % 3 and item.get_closest_marker("slow"):
-            item.add_marker("unmeasured")
-        cases[test] += 1
 
 
 def pytest_collection_finish() -> None:
@@ -113,11 +100,11 @@ def parsers() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Coverage is measured in tests alone, and not in those marked `unmeasured`.
+    """Coverage is measured in tests alone, and of slow ones only in those marked `measured`.
 
     Tracing makes all of Python slow, also outside of the module that is measured.
     """
-    if item.get_closest_marker("unmeasured"):
+    if item.get_closest_marker("slow") and not item.get_closest_marker("measured"):
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv(MEASURE, raising=False)
             return (yield)

@@ -495,6 +495,7 @@ EMPTY, CUT_OFF, REPEATS = "answer_empty", "answer_cut", "answer_repeats"
 FAILS = "host_failed"
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("said", "key"),
     [
@@ -642,6 +643,7 @@ def test_an_answer_is_put_together_however_it_comes(make, interface, body, way):
 NESTED = json.dumps({"error": {"code": 400, "message": servers.NO_PICTURE}})
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("streams", [True, False])
 @pytest.mark.parametrize(
     ("interface", "events", "key", "words"),
@@ -700,6 +702,7 @@ def test_what_is_wrong_with_an_answer_in_pieces_is_said(
         assert words in str(error)
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("data", "said"),
     [
@@ -740,6 +743,7 @@ def test_a_host_that_may_not_stream_is_asked_for_the_whole(make, llamacpp, words
     assert "stream_options" not in asked[-1]
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("chunked", [True, False])
 @pytest.mark.parametrize("interface", CHAT)
 @pytest.mark.parametrize(
@@ -789,6 +793,7 @@ def test_a_few_thoughts_before_an_answer_are_no_matter(make, ollama, text):
     assert make(ollama, argv=["--max-tokens", "40"]).describe().startswith("A cat.")
 
 
+@pytest.mark.measured
 def test_words_of_a_proxy_that_keep_a_client_waiting_are_no_answer(make, hours, llamacpp):
     """The silence that counts is that of the model."""
     llamacpp.interface = "llamacpp"
@@ -807,6 +812,7 @@ def test_words_of_a_proxy_that_keep_a_client_waiting_are_no_answer(make, hours, 
 # What cut an answer
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("interface", "events", "key"),
     [
@@ -1069,6 +1075,7 @@ def test_one_text_for_two_pictures_is_no_description_of_a_blind_host(fake, secon
     assert lines() == ["ERROR"]
 
 
+@pytest.mark.measured
 def test_a_host_that_asks_for_a_picture_whatever_it_is_shown_is_blind(fake, second, make, lines):
     fake.answer = lambda *_: "Please provide the image you would like me to describe."
     model = make(fake, second)
@@ -1138,7 +1145,6 @@ def test_what_a_probe_meets_tells_if_anything_is_there(fake, make, hours, alive,
     assert (hours.time < 30) is counts
 
 
-@pytest.mark.unmeasured
 def test_a_host_that_answers_nothing_but_probes_is_asked_less_and_less_often(make, hours, ollama):
     ollama.script("POST", "/api/chat", hours.between(0, 100, Reply(502)), forever=True)
     assert make(ollama).describe() == servers.told(JPEG)
@@ -1280,6 +1286,7 @@ def test_pictures_that_failed_are_asked_about_again_one_at_a_time(make, hours, o
     assert (len(failed), most) == (4, [1])
 
 
+@pytest.mark.measured
 def test_workers_that_wait_for_a_host_probe_it_no_more_often_than_one(make, hours, ollama):
     ollama.script(".*", "", hours.between(0, 20, Reply(502)), forever=True)
     one = make(ollama)
@@ -1326,6 +1333,7 @@ def with_modalities(*modalities):
     return {"architecture": {"input_modalities": list(modalities)}}
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("listed", "props", "key"),
     [
@@ -1481,6 +1489,7 @@ def test_the_wrong_interface_is_told_at_the_start(make, llamacpp, interface):
     assert ia.t("host_wrong", url="", status=404, said="").split(" (")[0].strip() in str(error)
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("status", [400, 422])
 def test_a_check_that_is_refused_ends_in_one_line(fake, make, status):
     fake.script(".*", "", Reply(status, {"error": "invalid model name"}))
@@ -1529,11 +1538,13 @@ def test_a_host_that_is_busy_at_the_start_is_there(fake, make, hours, trouble):
     assert hours.time == 0
 
 
+@pytest.mark.measured
 def test_a_model_that_still_loads_is_there(llamacpp, make):
     llamacpp.interface, llamacpp.loading = "llamacpp", True
     make(llamacpp).check()
 
 
+@pytest.mark.measured
 def test_one_host_that_cannot_work_is_left_out(fake, second, make, lines):
     fake.script(".*", "", REFUSED)
     model = make(fake, second)

@@ -186,6 +186,7 @@ def test_however_ties_are_shuffled_none_is_lost(fake, opened, monkeypatch):
     assert lost == [0] * 10
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(("version", "most"), [("3.1.0", 5), ("2.7.5", 60)])
 def test_ties_cost_more_requests_only_where_they_are_shuffled(
     fake, opened, monkeypatch, version, most
@@ -415,6 +416,7 @@ def test_whose_a_photo_is_costs_a_question_for_each_owner(
     assert {asset.description for asset in server.assets.values()} == {"as it was"}
 
 
+@pytest.mark.measured
 def test_a_photo_that_goes_while_its_owner_is_asked_for_costs_only_itself(fake, opened):
     server = fake(keys={"alice-key": FakeKey("alice", MINIMAL)})
     kept, going = server.add(), server.add()
@@ -431,6 +433,7 @@ def test_two_keys_of_one_user_list_once(fake, opened, permissions):
     assert sorted(ids(listing(opened(server)))) == sorted(server.assets)
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("version", "bad", "why"),
     [
@@ -455,6 +458,7 @@ def test_a_key_that_is_refused_is_left_out_with_one_line(fake, settings, caplog,
     assert bad not in str(raised.value).split()
 
 
+@pytest.mark.measured
 def test_a_key_that_is_refused_later_costs_the_others_nothing(fake, config):
     """Not even where the albums of each user are asked for first."""
     keys = {name: FakeKey(name, (*KNOWING, "album.read")) for name in ("alice", "bob")}
@@ -545,6 +549,7 @@ def test_a_wrong_address_is_said_at_once(fake, settings, reply):
     assert len(server.exchanges) == 1
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("trouble", ["maintenance", "database_down", "closed", "starting"])
 def test_an_immich_that_is_away_is_one_to_wait_for(fake, settings, trouble):
     server = fake()
@@ -606,6 +611,7 @@ def test_what_a_proxy_says_at_the_start_is_not_laid_to_the_key(fake, settings, s
         ia.open_library(settings(server))
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("trouble", ["maintenance", "database_down", "closed"])
 def test_an_immich_in_trouble_later_costs_no_photo(fake, opened, trouble):
     server = fake()
@@ -886,6 +892,7 @@ ODD_REPLIES = {
 }
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("reply", ODD_REPLIES.values(), ids=ODD_REPLIES)
 def test_whatever_the_reply_only_our_errors_are_raised(fake, settings, opened, reply):
     server = fake(keys={"key": FakeKey("alice", EVERYTHING)})

@@ -116,7 +116,6 @@ def test_a_service_asks_about_a_sick_picture_three_times(hours, api, hosts, trou
 
 
 @pytest.mark.parametrize("number", others_long([1, 3], 3))
-@pytest.mark.unmeasured
 def test_on_the_next_day_a_sick_picture_is_tried_three_times_more(hours, api, hosts, number):
     models = hosts(number)
     fill(api, 3)
@@ -132,7 +131,6 @@ def test_on_the_next_day_a_sick_picture_is_tried_three_times_more(hours, api, ho
 
 
 @mainly("database")
-@pytest.mark.unmeasured
 def test_between_two_looks_for_arrivals_a_sick_picture_is_left_alone(hours, library, hosts):
     models = hosts(2)
     for host in models:
@@ -161,7 +159,6 @@ IMMICH_FAILS = {
         ("500", 600, HOUR + 300, 300),
     ),
 )
-@pytest.mark.unmeasured
 def test_a_photo_that_immich_fails_on_for_a_while_is_taken_again(
     hours, api, immich, ollama, trouble, lasting, most, look
 ):
@@ -185,6 +182,7 @@ def test_a_photo_that_immich_fails_on_for_a_while_is_taken_again(
 REQUESTS_OF_ONE = ["GET {}/thumbnail", "PUT {}/metadata", "PUT {}$"]
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("request_of_one", "status"),
     others_long(
@@ -221,7 +219,6 @@ def test_a_proxy_that_limits_requests_to_immich_costs_no_photo(hours, api, immic
     assert api.texts() == wanted
 
 
-@pytest.mark.unmeasured
 def test_a_run_that_described_nothing_notes_no_failure(hours, library, ollama):
     pictures = [servers.own_picture(n) for n in range(5)]
     ids = [library.add(picture=picture) for picture in pictures]
@@ -287,7 +284,6 @@ def assert_all_well(run: Run, library: World, wanted: dict[str, str]) -> None:
         *(("a proxy", 2), ("too large", 100), ("failed", 2), ("not implemented", 100)),
     ),
 )
-@pytest.mark.unmeasured
 def test_a_host_in_trouble_for_a_while_costs_one_line_and_no_photo(
     hours, api, ollama, state, seconds
 ):
@@ -308,7 +304,6 @@ def test_a_host_in_trouble_for_a_while_costs_one_line_and_no_photo(
 @pytest.mark.parametrize(
     "trouble", ["cut connection", "closed connection", "not JSON", "a page", "empty"]
 )
-@pytest.mark.unmeasured
 def test_a_host_that_gives_no_answers_for_a_while_costs_no_photo(hours, library, ollama, trouble):
     wanted = fill(library, 10)
     ollama.script(*CHATS, hours.between(1, 30, SICK[trouble]), forever=True)
@@ -319,7 +314,6 @@ def test_a_host_that_gives_no_answers_for_a_while_costs_no_photo(hours, library,
     assert len(run.complaints(ollama)) == 1
 
 
-@pytest.mark.unmeasured
 def test_the_other_host_does_the_work_meanwhile(hours, api, hosts):
     models, wanted = hosts(2), fill(api, 20)
     trouble = Reply(400, {"error": STATES["no model is loaded"][1]})
@@ -361,6 +355,7 @@ def large(number: int, size: tuple[int, int] = (640, 480)) -> bytes:
     return jpeg[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2) + comment + jpeg[2:]
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("most", [1, 4])
 @pytest.mark.parametrize("number", [1, 30])
 def test_a_context_too_small_for_all_photos_strikes_the_host_off(
@@ -378,7 +373,6 @@ def test_a_context_too_small_for_all_photos_strikes_the_host_off(
     assert "5431 tokens" in line
 
 
-@pytest.mark.unmeasured
 def test_a_context_too_small_for_a_while_is_waited_for_where_photos_were_described(
     hours, api, llamacpp
 ):
@@ -394,7 +388,6 @@ def test_a_context_too_small_for_a_while_is_waited_for_where_photos_were_describ
 
 @pytest.mark.parametrize("most", [1, 4])
 @pytest.mark.parametrize("before", [0, 5])
-@pytest.mark.unmeasured
 def test_a_context_too_small_for_one_photo_costs_only_that(hours, api, llamacpp, before, most):
     wanted = fill(api, 5 - before)
     panorama = api.add("panorama.jpg", picture=large(1, (2000, 300)))
@@ -448,7 +441,6 @@ HOPELESS = {
         *zip(HOPELESS, cycle((2, 1)), strict=False),
     ),
 )
-@pytest.mark.unmeasured
 def test_a_batch_ends_when_its_last_host_needs_a_person(hours, api, hosts, trouble, number):
     models = hosts(number)
     fill(api, 12 * number)
@@ -472,7 +464,6 @@ def test_a_batch_ends_when_its_last_host_needs_a_person(hours, api, hosts, troub
         ("cannot see", "combined"),
     ),
 )
-@pytest.mark.unmeasured
 def test_a_service_waits_until_its_last_host_is_well_again(hours, api, ollama, trouble, mode):
     ollama.script(*CHATS, hours.between(3, 9000, HOPELESS[trouble]), forever=True)
     hours.pace(ollama)
@@ -493,7 +484,6 @@ def test_a_service_waits_until_its_last_host_is_well_again(hours, api, ollama, t
 
 
 @pytest.mark.parametrize("trouble", others_long(["401", "403", "402"], "401", "402"))
-@pytest.mark.unmeasured
 def test_a_host_that_needs_a_person_is_left_out(hours, api, hosts, trouble):
     models, wanted = hosts(2), fill(api, 16)
     models[0].script(*CHATS, hours.between(1, DAY, HOPELESS[trouble]), forever=True)
@@ -515,7 +505,6 @@ def test_a_host_that_needs_a_person_is_left_out(hours, api, hosts, trouble):
         *((502, 1), (403, 1), (504, 2), (402, 2), (503, 3)),
     ),
 )
-@pytest.mark.unmeasured
 def test_one_picture_that_makes_hosts_look_sick_fails_alone(hours, api, hosts, status, number):
     models = hosts(number)
     hours.pace(*models)
@@ -534,7 +523,6 @@ def test_one_picture_that_makes_hosts_look_sick_fails_alone(hours, api, hosts, s
 
 
 @pytest.mark.parametrize("status", [503, 403])
-@pytest.mark.unmeasured
 def test_a_service_outlives_a_picture_that_makes_its_host_look_sick(hours, api, ollama, status):
     api.add("poison.jpg", picture=POISON)
     ollama.script(*CHATS, only(POISON, Reply(status, {"error": "no"})), forever=True)
@@ -552,7 +540,6 @@ def test_a_service_outlives_a_picture_that_makes_its_host_look_sick(hours, api, 
 @pytest.mark.parametrize(
     "meanwhile", [Reply(503, {"error": "Loading model"}), RESET], ids=["loading", "closed"]
 )
-@pytest.mark.unmeasured
 def test_a_picture_that_kills_the_server_three_times_fails(hours, api, ollama, meanwhile):
     wanted = fill(api, 8)
     poison = api.add("poison.jpg", picture=POISON)
@@ -582,6 +569,7 @@ BLIND = "A photograph of a family on a sunny day. Format: Photo"
 ASKS = "Please provide the image you would like me to describe."
 
 
+@pytest.mark.measured
 @mainly("database")
 @pytest.mark.parametrize("most", [1, 4])
 def test_one_text_for_all_pictures_shows_that_a_host_is_blind(hours, library, ollama, most):
@@ -611,7 +599,6 @@ def test_a_host_that_asks_for_the_picture_is_blind(hours, api, ollama):
 
 
 @pytest.mark.parametrize("text", [BLIND, ASKS])
-@pytest.mark.unmeasured
 def test_a_blind_host_is_left_out_beside_one_that_sees(hours, api, hosts, text):
     seeing, blind = hosts(2)
     wanted = fill(api, 16)
@@ -626,6 +613,7 @@ def test_a_blind_host_is_left_out_beside_one_that_sees(hours, api, hosts, text):
     assert [len(run.complaints(host)) for host in (seeing, blind)] == [0, 1]
 
 
+@pytest.mark.measured
 def test_a_service_whose_only_host_is_blind_goes_on_waiting(hours, api, ollama):
     fill(api, 20)
     ollama.answer = lambda *_: BLIND
@@ -681,7 +669,6 @@ NEVER: dict[str, Any] = {
         ),
     ),
 )
-@pytest.mark.unmeasured
 def test_a_batch_ends_when_no_host_was_usable_for_long_enough(
     hours, api, hosts, begin, number, trouble
 ):
@@ -713,7 +700,6 @@ def test_with_no_limit_a_batch_waits_for_its_host(hours, api, ollama):
 # --- A host that hangs -----------------------------------------------------------------------
 
 
-@pytest.mark.unmeasured
 def test_a_host_that_hangs_costs_the_photos_in_its_hands_one_timeout(hours, api, hosts):
     good, stuck = hosts(2)
     wanted = fill(api, 20)
@@ -759,8 +745,8 @@ def in_turn(host: FakeOllama, hours: Hours, seconds: float, at_once: int = 1) ->
     return waiting
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(("at_once", "fits"), others_long([(1, 2), (2, 4)], (1, 2)))
-@pytest.mark.unmeasured
 def test_a_host_that_lets_requests_wait_gets_fewer_at_a_time(hours, api, ollama, at_once, fits):
     """Some wait too long and cost no photo a try; from time to time one more is tried again."""
     wanted = fill(api, 60)
@@ -784,7 +770,6 @@ def test_a_host_that_lets_requests_wait_gets_fewer_at_a_time(hours, api, ollama,
         *((1, 503, ""), (2, 429, "2")),
     ),
 )
-@pytest.mark.unmeasured
 def test_a_host_that_refuses_the_surplus_costs_no_photo(hours, api, ollama, at_once, status, pause):
     wanted, there = fill(api, 24), []
 
@@ -805,7 +790,6 @@ def test_a_host_that_refuses_the_surplus_costs_no_photo(hours, api, ollama, at_o
     assert run.ended <= 24 / at_once + 10
 
 
-@pytest.mark.unmeasured
 def test_a_host_that_refused_all_for_a_time_gets_as_many_as_before(hours, api, ollama):
     wanted = fill(api, 16)
     refused = hours.slow(0.5, Reply(503, {"error": "Loading model"}))  # several at a time

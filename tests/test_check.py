@@ -297,6 +297,7 @@ def beginning(key: str) -> str:
     return max(re.split(r"\{\w+\}", ia.catalogue(ia._language)[key]), key=len).strip()
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("trouble", ["away", "refused", "right", "preview"])
 def test_a_library_that_would_not_work_is_told_at_once(
     check, library, ollama, postgres, monkeypatch, trouble
@@ -312,6 +313,7 @@ def test_a_library_that_would_not_work_is_told_at_once(
     assert any(fact.startswith(ollama.url) for fact in facts(done, "ok"))  # hosts are told, too
 
 
+@pytest.mark.measured
 def test_one_photo_with_a_broken_preview_does_not_stand_for_all(check, api, ollama):
     api.add(picture=servers.own_picture(0), taken="2020-01-01 10:00:00")
     api.add(picture=b"GIF89a and more of it", taken="2024-01-01 10:00:00")
@@ -322,6 +324,7 @@ def test_one_photo_with_a_broken_preview_does_not_stand_for_all(check, api, olla
     assert ia.t("check_preview") in facts(done, "ok")
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("table", ["asset_face", "album"])
 def test_a_table_that_is_missing_as_while_it_is_restored_is_told(check, database, ollama, table):
     fill(database, 1)
@@ -363,6 +366,7 @@ HOSTS = {  # what is wrong with a host, and the message that tells
 }
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("trouble", HOSTS)
 def test_a_host_that_would_not_describe_is_told_and_one_of_two_is_enough(
     check, api, ollama, trouble
@@ -469,6 +473,7 @@ def test_an_address_is_told_in_full_however_long_the_name_of_its_file(check, tmp
     assert "ok --hosts = http://localhost:1, http://127.0.0.1:2" in done.stdout
 
 
+@pytest.mark.measured
 def test_no_secret_is_shown_even_if_a_server_repeats_it(check, api, ollama):
     ollama.script(".*", "", Reply(401, {"error": f"no {SECRET}, \x1b[31m {SECRET}"}), forever=True)
     host = ollama.url.replace("://", f"://user:{SECRET}@")

@@ -92,7 +92,6 @@ def fill_at_random(library: World) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("argv", "chosen"), FILTERS, ids=[" ".join(f[0]) or "all" for f in FILTERS]
 )
-@pytest.mark.unmeasured
 def test_only_what_all_filters_choose_is_described(hours, choosable, ollama, argv, chosen):
     known = fill_at_random(choosable)
     with hours.batch(choosable, ollama, *argv) as run:
@@ -137,7 +136,6 @@ def test_every_generation_lists_what_is_chosen(hours, any_library, ollama):
 
 
 @pytest.mark.parametrize("mode", ["combined", "monitor"])
-@pytest.mark.unmeasured
 def test_a_service_describes_only_what_is_chosen(hours, choosable, ollama, mode):
     options = ["--mode", mode, "--favorites", "--taken-after", "2020-01-01"]
     options += ["--api-poll-interval", "1000"]
@@ -169,6 +167,7 @@ def test_a_photo_that_is_named_still_obeys_the_policy(command, library, ollama):
     assert library.texts() == {id: servers.told(servers.own_picture(0))}
 
 
+@pytest.mark.measured
 def test_a_photo_or_album_that_is_not_there_ends_the_run(command, choosable, ollama):
     known = choosable.add(picture=servers.own_picture(0), owner="alice", albums=["Summer"])
     trashed = choosable.add(picture=servers.own_picture(1), trashed=True)
@@ -196,6 +195,7 @@ def test_an_album_name_that_two_albums_have_is_refused(command, choosable, ollam
     assert command(*argv, "--album", facts.own_id("album", "1")).returncode == 0
 
 
+@pytest.mark.measured
 def test_an_album_id_needs_no_right_to_list_albums(command, api, immich, ollama):
     inside = api.add(picture=servers.own_picture(0), albums=[Album("Summer", id=LIBRARY)])
     api.add(picture=servers.own_picture(1))
@@ -245,6 +245,7 @@ def test_all_rights_that_albums_need_in_the_database_are_named_at_once(command, 
     assert described(database) == {inside}
 
 
+@pytest.mark.measured
 def test_releases_that_ignore_albums_are_not_asked_for_them(command, ollama):
     with readable_immich("1.132.3") as server:
         world = ApiWorld(server)
@@ -255,6 +256,7 @@ def test_releases_that_ignore_albums_are_not_asked_for_them(command, ollama):
     server.check()
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     "argv",
     [
@@ -278,7 +280,6 @@ def test_nonsense_is_refused_at_once(command, api, ollama, argv):
 # --- The limit ---------------------------------------------------------------------------------
 
 
-@pytest.mark.unmeasured
 def test_a_limit_takes_the_newest_and_counts_only_what_was_described(hours, library, ollama):
     days = random.Random(3).sample(range(1, 29), 20)
     ids = {
@@ -298,7 +299,6 @@ def test_a_limit_takes_the_newest_and_counts_only_what_was_described(hours, libr
     assert described(library) == {*ids.values()} - {ids[newest[1]]}
 
 
-@pytest.mark.unmeasured
 def test_few_photos_of_many_take_few_requests(hours, immich, api, ollama):
     for number in range(1200):
         taken = f"2020-{number % 12 + 1:02}-{number % 28 + 1:02}T10:00"
@@ -512,7 +512,6 @@ def test_of_two_photos_of_a_day_the_later_one_is_the_newest(command, library, ol
     assert described(library) == {late, early}
 
 
-@pytest.mark.unmeasured
 def test_a_dry_run_of_undo_lists_all_of_ours_with_rights_to_read(command, database, ollama):
     fill(database, 12)
     assert command(*database.argv, *asking(ollama)).returncode == 0

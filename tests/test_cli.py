@@ -98,6 +98,7 @@ def on_terminal(*argv: str, **more: Any) -> tuple[int, str]:
 # --- Exit codes and what is said -------------------------------------------------------------
 
 
+@pytest.mark.measured
 def test_what_was_done_is_told_also_when_the_run_cannot_go_on(api, ollama, command):
     fill(api, 1)
     assert command(*api.argv, *asking(ollama)).returncode == 0
@@ -111,7 +112,6 @@ def test_what_was_done_is_told_also_when_the_run_cannot_go_on(api, ollama, comma
     assert last.startswith(tally(skipped=1))
 
 
-@pytest.mark.unmeasured
 def test_the_work_goes_on_when_nobody_reads_the_messages(api, ollama):
     wanted = fill(api, 3)
     for _ in range(6):  # more than there are workers, and newer: they come first
@@ -173,7 +173,6 @@ def test_the_tally_can_be_asked_for(api, ollama, command, more, environ):
     assert line.startswith(tally(described=2))
 
 
-@pytest.mark.unmeasured
 @mainly("api")
 def test_a_terminal_shows_progress_and_the_tally(library, ollama):
     if isinstance(library, ApiWorld):
@@ -328,6 +327,7 @@ def test_the_bar_counts_on_where_no_end_is_known(monkeypatch, total):
         assert len(line) <= columns
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("language", ia.LANGUAGES)
 @pytest.mark.parametrize("form", ["tally", "tally_undo", "tally_undo_dry_run", "tally_dry_run"])
 def test_the_sum_fits_eighty_columns(command, monkeypatch, language, form):
@@ -347,7 +347,6 @@ def test_the_sum_fits_eighty_columns(command, monkeypatch, language, form):
     assert max(map(len, said)) <= 80
 
 
-@pytest.mark.unmeasured
 def test_taking_back_is_progress_too(api, ollama, command):
     fill(api, 3)
     assert command(*api.argv, *asking(ollama)).returncode == 0
@@ -356,7 +355,6 @@ def test_taking_back_is_progress_too(api, ollama, command):
     assert re.search(r"\b3 photos \[\d\d:\d\d, ", shown)
 
 
-@pytest.mark.unmeasured
 def test_a_terminal_without_a_total_shows_progress_all_the_same(api, ollama):
     fill(api, 3)
     code, shown = on_terminal(*api.argv, *asking(ollama))
@@ -364,7 +362,6 @@ def test_a_terminal_without_a_total_shows_progress_all_the_same(api, ollama):
     assert re.search(r"\b3 photos \[\d\d:\d\d, ", shown)
 
 
-@pytest.mark.unmeasured
 def test_a_failure_on_a_terminal_is_a_line_of_its_own(api, ollama):
     fill(api, 3)
     id = api.add("bad.jpg", picture=b"not a picture at all")
@@ -375,7 +372,7 @@ def test_a_failure_on_a_terminal_is_a_line_of_its_own(api, ollama):
     assert tally(described=3, failed=1) not in shown
 
 
-@pytest.mark.unmeasured
+@pytest.mark.measured
 def test_settings_for_both_libraries_mean_the_database_and_one_line(database, api, ollama):
     wanted = fill(database, 1)
     fill(api, 1)
@@ -388,7 +385,6 @@ def test_settings_for_both_libraries_mean_the_database_and_one_line(database, ap
 SHARED = {"DB_HOSTNAME": "127.0.0.1", "DB_PORT": "9", "DB_USERNAME": "u", "DB_PASSWORD": SECRET}
 
 
-@pytest.mark.unmeasured
 def test_immichs_own_shared_variables_do_not_take_the_api_away(api, ollama, command):
     wanted = fill(api, 2)
     given = {"IMMICH_API_URL": api.server.url, "IMMICH_API_KEY": api.server.key}
@@ -413,7 +409,6 @@ def test_odd_settings_are_a_line_each_and_the_work_is_done(api, ollama, command)
     assert SECRET not in done.stderr
 
 
-@pytest.mark.unmeasured
 def test_a_prompt_that_is_not_utf8_is_sent_with_no_photo(api, ollama, process):
     fill(api, 2)
     prompt = os.fsdecode("Опиши снимок".encode("cp1251"))
@@ -462,7 +457,6 @@ def test_no_model_host_is_asked_before_the_first_photo_if_that_is_not_wanted(api
 CLOSED = ("2>&-", ">&- 2>&-", "<&- >&- 2>&-")
 
 
-@pytest.mark.unmeasured
 @pytest.mark.parametrize(
     ("how", "closed"),
     others_long(
@@ -482,7 +476,6 @@ def test_closed_streams_do_no_harm(api, ollama, closed, how):
         assert {id: api.texts()[id] for id in wanted} == wanted
 
 
-@pytest.mark.unmeasured
 def test_a_name_cannot_steer_the_terminal(api, ollama, command):
     name = "\x1b[2J\x07\x9b31mevil\r\n.jpg"
     id = api.add(name, picture=b"not a picture at all")
@@ -504,7 +497,6 @@ def test_one_refused_key_of_two_is_told_and_the_other_works(api, ollama, command
     assert done.stderr.splitlines()[0] == ia.t("key_refused", number=1, why=why)
 
 
-@pytest.mark.unmeasured
 @mainly("database")
 def test_python_has_nothing_to_warn_of(library, ollama, process):
     fill(library, 3)
@@ -528,7 +520,6 @@ def progress_alone(*argv: str, environ: Any, **how: Any) -> subprocess.Popen[byt
     return subprocess.Popen(command, env=os.environ | path | environ, **how)
 
 
-@pytest.mark.unmeasured
 def test_the_bar_starts_no_process_beside_it(api, ollama):
     fill(api, 2)
     code, shown = on_terminal(*api.argv, *asking(ollama), begin=progress_alone)
@@ -546,6 +537,7 @@ def test_the_version_is_told(process, command):
     assert done.stdout == f"immich-analyze {ia.__version__}\n"
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(("argv", "code"), [("--help", 0), ("--version", 0), ("--mode=none", 2)])
 def test_the_exit_code_is_the_same_if_nobody_reads(argv, code):
     for unread, other in (("stdout", "stderr"), ("stderr", "stdout")):
@@ -597,7 +589,6 @@ def test_help_is_readable_in_a_locale_of_another_encoding(tmp_path, encoding, la
         [(["--lang", "ru"], {}), ([], {"LANG": "ru_RU.UTF-8"})], ([], {"LANG": "ru_RU.UTF-8"})
     ),
 )
-@pytest.mark.unmeasured
 def test_the_tally_is_in_the_language_of_its_reader(api, ollama, more, environ):
     fill(api, 1)
     code, shown = on_terminal(*api.argv, *asking(ollama), *more, **environ)
@@ -612,7 +603,6 @@ def test_the_tally_is_in_the_language_of_its_reader(api, ollama, more, environ):
 PATIENT = ["--log-level", "info", "--wait-retry-interval", "0.02"]
 
 
-@pytest.mark.unmeasured
 @mainly("api")
 def test_a_run_begins_once_immich_is_there(library, ollama):
     wanted = fill(library, 2)
@@ -667,6 +657,7 @@ def test_a_signal_lets_finish_what_is_begun_and_nothing_else_begin(library, olla
         check_note(notes[id], wanted[id])
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("second", others_long(SIGNALS, signal.SIGTERM))
 def test_a_second_signal_ends_at_once(api, ollama, second):
     first = signal.SIGINT
@@ -696,7 +687,6 @@ def test_after_the_grace_it_ends_by_itself(api, ollama, number):
     assert api.writes() == []
 
 
-@pytest.mark.unmeasured
 def test_after_the_grace_it_ends_though_nobody_reads_what_it_says(api, ollama):
     fill(api, 2)
     ollama.hold(*CHATS)
@@ -717,7 +707,6 @@ def test_after_the_grace_it_ends_though_nobody_reads_what_it_says(api, ollama):
             os.close(writing)
 
 
-@pytest.mark.unmeasured
 def test_waiting_ends_with_a_signal(ollama):
     with Running(*API, *asking(ollama), *PATIENT, *NO_HURRY) as tool:
         tool.wait_for(ia.t("waiting", why=""))
@@ -726,7 +715,7 @@ def test_waiting_ends_with_a_signal(ollama):
     assert len(tool.said) == 2
 
 
-@pytest.mark.unmeasured
+@pytest.mark.measured
 def test_a_signal_during_the_first_check_begins_nothing(api, ollama):
     fill(api, 2)
     ollama.hold("POST", "/api/show")
@@ -739,7 +728,7 @@ def test_a_signal_during_the_first_check_begins_nothing(api, ollama):
     assert ollama.count(*CHATS) == 0
 
 
-@pytest.mark.unmeasured
+@pytest.mark.measured
 def test_who_waits_for_a_resting_host_hears_a_signal(api, ollama):
     fill(api, 6)
     ollama.script(*CHATS, BUSY, forever=True)
@@ -751,7 +740,6 @@ def test_who_waits_for_a_resting_host_hears_a_signal(api, ollama):
     assert api.writes() == []
 
 
-@pytest.mark.unmeasured
 @mainly("database")
 def test_killed_while_the_model_thinks_nothing_is_written(library, ollama, command):
     wanted = fill(library, 6)
@@ -767,7 +755,6 @@ def test_killed_while_the_model_thinks_nothing_is_written(library, ollama, comma
     assert sorted(library.writes()) == sorted(wanted.items())
 
 
-@pytest.mark.unmeasured
 def test_killed_while_it_writes_nothing_is_half_and_the_next_run_does_the_rest(
     api, ollama, command
 ):
@@ -973,6 +960,7 @@ def test_a_wrong_root_is_one_line(command, database, ollama, tmp_path, kind):
     assert_refused(command(*argv, *asking(ollama), *CURIOUS), str(root), "--immich-root")
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("given", ["{name}", "./{name}", "../{folder}/{name}"])
 def test_a_root_that_is_not_absolute_is_resolved_with_a_line(
     command, database, ollama, tmp_path, given
@@ -991,6 +979,7 @@ def test_a_missing_model_is_one_line(command, api, ollama):
     assert_refused(command(*api.argv, *asking(ollama), *CURIOUS), ollama.url, "tiny-vlm")
 
 
+@pytest.mark.measured
 def test_a_model_that_is_not_listed_is_one_line_and_the_first_photo_decides(command, api, llamacpp):
     llamacpp.models = ["first", "tiny-vlm-2"]
     api.add(picture=servers.picture())

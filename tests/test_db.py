@@ -291,6 +291,7 @@ def test_only_the_listed_text_is_replaced(photos, opened):
     assert library.description(id) == "New."
 
 
+@pytest.mark.measured
 def test_each_sign_of_a_photo_that_is_not_there_counts_by_itself(photos, opened):
     library = photos()
     signs = [
@@ -573,6 +574,7 @@ def test_a_database_without_immichs_tables_is_said_to_be_one(photos, settings, o
     assert error.key == "no_immich_tables"
 
 
+@pytest.mark.measured
 def test_a_database_that_takes_no_writes_is_said_at_once(photos, settings):
     library = photos()
     library.add()
@@ -582,6 +584,7 @@ def test_a_database_that_takes_no_writes_is_said_at_once(photos, settings):
     assert error.key == "database_read_only"
 
 
+@pytest.mark.measured
 def test_a_library_whose_previews_all_lie_outside_is_said_at_once(photos, settings):
     library = photos()
     library.add_many(3)
@@ -643,6 +646,7 @@ def test_no_part_of_a_badly_written_password_is_quoted(settings, password):
         assert part not in repr(error)
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     "uri", ["postgresql://localhost:hunter/immich", "host=localhost port=hunter", "hunter", "h=u"]
 )
@@ -760,6 +764,7 @@ def test_what_is_no_file_is_no_preview(preview_of, kind):
         assert preview_of(path) is None
 
 
+@pytest.mark.measured
 def test_a_file_that_may_not_be_read_fails_that_photo():
     with tempfile.TemporaryDirectory() as folder:  # not below pytest's, which is private
         root, file = Path(folder), Path(folder) / "thumbs/it.jpeg"
@@ -785,6 +790,7 @@ def test_a_library_whose_folder_is_away_is_waited_for(preview_of):
     assert preview_of("/data/thumbs/it.jpeg") == b"picture"
 
 
+@pytest.mark.measured
 def test_a_preview_that_lies_elsewhere_by_now_is_read_there(photos, opened):
     library = photos()
     library.add()
@@ -815,6 +821,7 @@ def test_a_disk_that_fails_is_asked_again(preview_of, monkeypatch, number, call)
 # other instances
 
 
+@pytest.mark.measured
 def test_a_photo_is_claimed_by_one_instance_at_a_time(photos, opened):
     library = photos()
     library.add_many(2)
@@ -851,6 +858,7 @@ def test_what_another_instance_wrote_is_seen_when_it_is_claimed(photos, opened):
 # what changes while it runs
 
 
+@pytest.mark.measured
 def test_tables_that_change_are_met_by_other_statements(photos, opened):
     """As in an upgrade, or a restore, of Immich."""
     library = photos(UNLOCKED)
@@ -905,6 +913,7 @@ def test_an_empty_file_is_one_that_is_being_written(preview_of):
 # the folder
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("kind", ["missing", "without thumbs", "a file", "thumbs a file", "long"])
 def test_a_folder_without_thumbs_is_said_to_be_wrong(photos, settings, tmp_path, kind):
     root = tmp_path / ("x" * 300 if kind == "long" else "root")
@@ -929,6 +938,7 @@ def test_a_folder_without_this_librarys_previews_is_said_to_be_wrong(photos, set
     assert error.fields["path"].is_relative_to(root / "thumbs")
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("closed", [".", "thumbs"])
 def test_a_folder_that_may_not_be_read_is_said_to_be_wrong(photos, settings, closed):
     library = photos()

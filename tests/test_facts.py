@@ -59,6 +59,7 @@ def test_people_are_those_with_a_name_who_are_not_hidden(known, people, names):
     assert known("people", people=people) == ", ".join(names)
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("born", "taken", "age"),
     [
@@ -352,6 +353,7 @@ def in_order(facts: dict[str, str]) -> dict[str, str]:
     return facts | {n: ", ".join(split[n]) for n in ("Albums", "Tags") if n in facts}
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("many", [6, pytest.param(1000, marks=pytest.mark.long)])
 def test_each_question_holds_the_facts_of_its_photo_and_no_others(
     hours: Hours, any_library: World, ollama: FakeOllama, many: int
@@ -434,7 +436,6 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.unmeasured
 def test_a_text_of_ours_is_made_anew_once_a_fact_changes(
     hours: Hours, two_users: World, ollama: FakeOllama, change: str
 ) -> None:
@@ -473,7 +474,6 @@ def test_a_text_that_a_person_changed_is_not_made_anew(
     assert two_users.texts() == {id: "Changed by hand."}
 
 
-@pytest.mark.unmeasured
 def test_a_service_makes_a_text_anew_within_a_day(
     hours: Hours, two_users: World, ollama: FakeOllama
 ) -> None:
@@ -487,7 +487,6 @@ def test_a_service_makes_a_text_anew_within_a_day(
     assert "Zoë" in questions(ollama)[servers.picture()]
 
 
-@pytest.mark.unmeasured
 def test_a_service_knows_the_tags_of_a_photo_that_arrives(
     hours: Hours, two_users: World, ollama: FakeOllama
 ) -> None:
@@ -655,6 +654,7 @@ def test_a_persons_text_is_told_without_ours(
     assert asked[servers.own_picture(2)] == PROMPT
 
 
+@pytest.mark.measured
 def test_the_question_about_a_photo_can_be_seen_without_asking(
     command: Any, two_users: World, ollama: FakeOllama
 ) -> None:

@@ -7,7 +7,7 @@ from faults import Photo, Plan, Write
 
 import immich_analyze as ia
 
-pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
+pytestmark = pytest.mark.slow
 
 PICTURE = servers.own_picture(1)
 TOLD, OTHER = servers.told(PICTURE), servers.told(servers.own_picture(2))

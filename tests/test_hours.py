@@ -11,7 +11,7 @@ from worlds import CHATS, fill
 
 import immich_analyze as ia
 
-pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
+pytestmark = pytest.mark.slow
 
 SELDOM = ["--api-poll-interval", "600"]
 

@@ -15,7 +15,7 @@ from test_notes import note_of, text_id
 from test_service import note_arrivals
 from worlds import ApiWorld, Running, SqlWorld, World, asking
 
-pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

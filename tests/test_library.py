@@ -297,6 +297,7 @@ def test_no_news_are_made_of_what_is_not_to_be_described(store, opened, kind):
     assert {asset.id for asset in news} <= {id}  # which may become ready
 
 
+@pytest.mark.measured
 def test_a_photo_is_found_as_it_is_now(store, opened):
     library = opened()
     id = store.add("lake.jpg", preview=False)
@@ -406,6 +407,7 @@ def test_writing_twice_is_one_write(store, opened):
     assert store.stamp(id) == written != untouched
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("fate", ["trash", "lock", "delete"])
 def test_a_photo_taken_away_meanwhile_is_gone(store, opened, fate):
     id = store.add()

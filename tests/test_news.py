@@ -61,7 +61,6 @@ def test_each_look_goes_back_a_minute_before_the_one_before(hours, api, immich, 
     assert [each.total_seconds() for each in back] == [-60, -40, -20, 0, 20]
 
 
-@pytest.mark.unmeasured
 def test_arrivals_overtake_the_backlog(hours, library, ollama):
     fill_early(library, 20)
     hours.pace(ollama)
@@ -87,6 +86,7 @@ def test_a_clock_of_the_server_that_jumps_costs_no_photo(hours, api, immich, oll
     assert asked_at(hours, OTHER, ollama) == [80]
 
 
+@pytest.mark.measured
 def test_a_look_that_fails_is_said_once_and_made_up_for(hours, api, immich, ollama):
     def fail(search: Exchange) -> Reply | None:
         time = hours.since_begin(search)
@@ -105,7 +105,6 @@ def test_a_look_that_fails_is_said_once_and_made_up_for(hours, api, immich, olla
     assert (run.counts, run.fatal) == ({"described": 1}, "")
 
 
-@pytest.mark.unmeasured
 def test_what_is_overwritten_is_no_news(hours, library, ollama):
     """What the tool writes makes Immich list the photo as updated, for each look and sweep."""
     ids = [library.add(picture=servers.own_picture(n), description="Old.") for n in range(3)]
@@ -121,7 +120,6 @@ def test_what_is_overwritten_is_no_news(hours, library, ollama):
 # --- Monitor mode ----------------------------------------------------------------------------
 
 
-@pytest.mark.unmeasured
 def test_what_was_there_long_before_is_left_alone_in_monitor_mode(hours, library, ollama):
     """Also if its preview is made anew: by the API, the upload tells; in SQL, two days are free."""
     tables = isinstance(library, SqlWorld)
@@ -204,7 +202,6 @@ def test_an_event_says_that_the_watch_is_well_though_a_usual_look_finds_the_phot
 # --- Sweeps ----------------------------------------------------------------------------------
 
 
-@pytest.mark.unmeasured
 def test_sweeps_find_what_looks_missed(hours, library, ollama):
     """Each hour uploads of two days, each day all."""
     with hours.service(library, ollama, *SELDOM) as run:
@@ -217,7 +214,6 @@ def test_sweeps_find_what_looks_missed(hours, library, ollama):
     assert run.counts == {"described": 2}
 
 
-@pytest.mark.unmeasured
 def test_sweeps_do_not_wait_for_the_backlog(hours, library, ollama):
     fill_early(library, 20)
     hours.pace(ollama, seconds=250)
@@ -229,6 +225,7 @@ def test_sweeps_do_not_wait_for_the_backlog(hours, library, ollama):
     assert HOUR < time <= HOUR + 3 * 250
 
 
+@pytest.mark.measured
 def test_the_daily_sweep_tries_what_failed_again(hours, library, ollama):
     good, bad = library.add(picture=OTHER), library.add("bad.jpg", picture=NEW)
     library.lose_preview(bad)
@@ -246,7 +243,6 @@ def test_the_daily_sweep_tries_what_failed_again(hours, library, ollama):
 # --- Photos that fail in passing --------------------------------------------------------------
 
 
-@pytest.mark.unmeasured
 def test_what_fails_in_passing_is_taken_again_after_pauses_that_double(hours, api, immich, ollama):
     """It is found by the looks, as long as these list it, and counted and said once."""
     fill(api, 1)
@@ -304,7 +300,6 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_pages")
-@pytest.mark.unmeasured
 def test_a_page_that_does_not_come_holds_no_arrival_up(hours, api, immich, ollama):
     wanted = fill_early(api, 9)
     asked = fail_later_pages(hours, immich, 600)
@@ -324,6 +319,7 @@ def test_a_page_that_does_not_come_holds_no_arrival_up(hours, api, immich, ollam
         assert f" {pause} s" in line.text
 
 
+@pytest.mark.measured
 @pytest.mark.usefixtures("small_pages")
 def test_a_service_that_waits_for_a_page_ends_when_asked(hours, api, immich, ollama):
     fill_early(api, 9)
@@ -334,6 +330,7 @@ def test_a_service_that_waits_for_a_page_ends_when_asked(hours, api, immich, oll
     assert (run.ended, run.fatal) == (100, "")
 
 
+@pytest.mark.measured
 @pytest.mark.usefixtures("small_pages")
 def test_a_page_that_does_not_come_ends_a_batch(hours, api, immich, ollama):
     fill_early(api, 9)

@@ -249,7 +249,6 @@ POLICIES: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("flags", POLICIES)
-@pytest.mark.unmeasured
 def test_a_policy_changes_just_what_it_says(library, ollama, run, flags):
     ids = {name: add(library, *found, name=name) for name, found in FOUND.items()}
     after = POLICIES[flags]
@@ -413,6 +412,7 @@ def test_without_the_note_nothing_is_written(database, ollama, run):
     assert database.texts() == {id: ""}
 
 
+@pytest.mark.measured
 def test_what_is_taken_back_goes_with_its_note_in_one_transaction(database, ollama, run):
     id = add(database)
     run(database, ollama)
@@ -460,7 +460,6 @@ def add_well(library: World) -> str:
     ),
     indirect=["library"],
 )
-@pytest.mark.unmeasured
 def test_a_photo_that_fails_is_tried_in_three_runs(library, ollama, run, trouble):
     reply, key, why = TROUBLES[trouble]
     fail_on(ollama, reply)
@@ -497,6 +496,7 @@ def test_with_another_question_or_on_request_it_is_sent_again(library, ollama, r
     assert "failed" not in note_of(library, id)
 
 
+@pytest.mark.measured
 def test_a_host_that_is_away_is_no_failure_of_the_picture(library, ollama, run):
     ollama.script(*CHATS, None, Reply(503, {"error": "busy"}), forever=True)
     ids = {add(library), add_well(library)}
@@ -506,7 +506,6 @@ def test_a_host_that_is_away_is_no_failure_of_the_picture(library, ollama, run):
     assert [note.get("failed") for note in notes] == [None]
 
 
-@pytest.mark.unmeasured
 def test_a_renewal_that_fails_leaves_the_text_ours(library, ollama, run):
     id = add(library, "Ours.", noted("Ours.", "older-vlm"))
     fail_on(ollama)
@@ -556,7 +555,6 @@ RACES: list[tuple[str, str, Any, str, str]] = [
     ),
     indirect=["library"],
 )
-@pytest.mark.unmeasured
 def test_who_types_while_the_model_thinks_wins(
     library, ollama, run, flags, before, note, typed, after
 ):
@@ -607,7 +605,6 @@ def fill_with_texts(library: World) -> dict[str, str]:
 @pytest.mark.parametrize(
     "policy", others_long([None, "none", "missing-ai", "outdated", "all"], None, "outdated")
 )
-@pytest.mark.unmeasured
 def test_what_is_still_ours_is_taken_back_whatever_policy_is_set(library, ollama, run, policy):
     ids = fill_with_texts(library)
     flags = ["--undo", *(["-O", policy] if policy else [])]
@@ -648,6 +645,7 @@ def test_by_the_command_line_undo_needs_no_model_and_a_dry_run_only_tells(librar
     assert stored(library) == after | {ids[n]: theirs for n, theirs in THEIRS.items()}
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("flags", "form"), [([], "tally_undo"), (["--dry-run"], "tally_undo_dry_run")], ids=str
 )
@@ -693,6 +691,7 @@ def test_undo_asks_nothing_about_photos_without_a_text(api, immich, ollama, run)
 # --- Immich before 2.5, which keeps no notes -------------------------------------------------
 
 
+@pytest.mark.measured
 def test_without_notes_outdated_is_one_line(old_library, ollama, command):
     add(old_library, OLD)
     before = old_library.state()
@@ -849,7 +848,6 @@ def test_a_text_that_would_be_too_long_for_immich_is_one_clear_failure(api, olla
 # --- How often Immich is asked ---------------------------------------------------------------
 
 
-@pytest.mark.unmeasured
 def test_a_hundred_photos_are_about_five_requests_each(hours, api, immich, ollama, run):
     immich.keys[immich.key] = FakeKey("alice", [*servers.MINIMAL, "user.read"])
     ids = [add(api) for _ in range(100)]
@@ -864,7 +862,6 @@ def test_a_hundred_photos_are_about_five_requests_each(hours, api, immich, ollam
     assert (asked["getMyApiKey"], asked["getMyUser"]) == (1, 1)
 
 
-@pytest.mark.unmeasured
 def test_beside_a_slow_model_each_photo_is_read_back_alone(hours, api, immich, ollama, run):
     """Half a minute for each picture, one after another; six requests, and some at the start."""
     hours.pace(ollama, seconds=30)

@@ -18,7 +18,7 @@ from worlds import others_long
 
 import immich_analyze as ia
 
-pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
+pytestmark = pytest.mark.slow
 
 HOSTILE = {
     "script": "</div></style><script>alert(1); hacked = 1</script>",

@@ -98,6 +98,7 @@ def test_little_of_a_large_video_is_fetched(api, immich, described, index):
         assert immich.key not in exchange.target
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("frame", "most"), [(1_000_000, 5_000_000), (100_000, 2_000_000), (1_000_000, 2_000_000)]
 )
@@ -169,6 +170,7 @@ def test_a_server_may_misbehave_later(api, immich, described, trouble):
     assert colours(shown["a.mp4"]) == ["gray"]
 
 
+@pytest.mark.measured
 def test_a_server_that_is_slow_but_never_silent_is_given_up(api, immich, ollama, command):
     id = api.add("a.mp4", type="VIDEO", film=film(), picture=STILL)
     slow = Reply(206, Stream(trickle(bytes(10**6), 0.2), "video/mp4"))
@@ -206,6 +208,7 @@ def test_an_outage_is_waited_for(api, immich, described, check):
     assert len(immich.find(*PLAYBACK)) == 3
 
 
+@pytest.mark.measured
 def test_an_outage_in_the_middle_of_a_video_costs_no_frames(api, immich, described):
     def fall(_):
         immich.script("GET", "/api-keys/me", Reply(502, "starting"))
@@ -502,6 +505,7 @@ def test_a_playlist_is_not_followed_to_a_server(api, immich, described):
     assert immich.find("GET", "stolen") == []
 
 
+@pytest.mark.measured
 def test_wrong_bytes_cost_no_more_than_frames(api, described):
     shown = described(api, {f"{seed}.mp4": flipped(seed) for seed in range(25)})
     numbers = {len(pictures) for pictures in shown.values()}

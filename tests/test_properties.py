@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import immich_analyze as ia
 
-pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
+pytestmark = pytest.mark.slow
 
 hypothesis.configuration.set_hypothesis_home_dir(tempfile.gettempdir() + "/hypothesis")
 

@@ -137,6 +137,7 @@ def test_a_report_shows_each_photo_with_what_it_got(command, library, ollama, tm
     assert library.texts() == dict.fromkeys(wanted, "") if dry else wanted
 
 
+@pytest.mark.measured
 def test_a_report_tells_whose_a_text_was_and_is(command, library, ollama, tmp_path):
     texts = {"": servers.own_picture(0), "By a person.": servers.own_picture(1)}
     for text, picture in texts.items():
@@ -175,6 +176,7 @@ def test_a_report_shows_what_failed_and_why(command, library, ollama, tmp_path):
     assert figures(file)[ia.t("page_failed")] == "2"
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("size", [(600, 400), (200, 150)])  # the smaller one fits as it is
 def test_a_picture_that_only_the_model_can_read_is_described_without_a_preview(
     command, library, ollama, tmp_path, size
@@ -265,7 +267,6 @@ def test_a_text_that_immich_did_not_keep_is_shown_as_lost(command, immich, api, 
 # How it is written
 
 
-@pytest.mark.unmeasured
 def test_a_run_that_is_killed_leaves_a_whole_report(api, ollama, tmp_path):
     wanted = fill(api, 6)
     file = tmp_path / "report.html"
@@ -288,6 +289,7 @@ def test_a_run_that_is_killed_leaves_a_whole_report(api, ollama, tmp_path):
     assert {row.cells[0].text for row in rows(file)} < {*wanted.values()}
 
 
+@pytest.mark.measured
 def test_a_report_that_cannot_be_written_is_told_before_a_model_is_asked(
     command, library, ollama, tmp_path
 ):
@@ -324,7 +326,6 @@ def test_what_is_no_unicode_is_shown_as_far_as_it_goes(tmp_path):
     assert {row.name, row.before, row.cells[0].text} == {"half a ? cat"}
 
 
-@pytest.mark.unmeasured
 def test_a_report_that_no_longer_fits_on_the_disk_is_told(command, process, api, ollama, tmp_path):
     """The operating system writes a part of it, and says so only to those who ask."""
     fill(api, 1)
@@ -350,6 +351,7 @@ def test_a_run_that_does_not_start_leaves_an_older_report(command, api, ollama, 
     assert file.read_text() == "older"
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("argv", "key"),
     [
@@ -428,6 +430,7 @@ def test_models_are_compared_without_a_report_too(command, library, two_models):
     assert [done.stdout.count(f"\n{name}\n\n") for name in ("tiny-vlm", "other")] == [2, 2]
 
 
+@pytest.mark.measured
 def test_what_the_first_model_leaves_alone_no_other_describes(command, library, two_models):
     library.add(picture=servers.own_picture(0), description="By a person.")
     argv = [*library.argv, *asking(two_models), "--dry-run", "--compare", "other"]
@@ -456,6 +459,7 @@ def test_prompts_are_compared_too(command, api, two_models, tmp_path):
     assert len(rows(file)[0].cells) == 4
 
 
+@pytest.mark.measured
 def test_a_model_that_is_not_there_is_told_before_anything_is_asked(
     command, api, two_models, tmp_path
 ):
@@ -467,6 +471,7 @@ def test_a_model_that_is_not_there_is_told_before_anything_is_asked(
     assert two_models.find(*CHATS) == []
 
 
+@pytest.mark.measured
 def test_a_photo_that_one_model_fails_on_is_described_by_the_other(
     command, api, two_models, tmp_path
 ):
@@ -528,7 +533,6 @@ def test_a_photo_that_changes_meanwhile_does_not_end_a_comparison(
 # In a browser
 
 
-@pytest.mark.unmeasured
 def test_a_report_of_a_run_is_fine_in_a_browser(command, database, ollama, chromium, tmp_path):
     fill(database, 3)
     name = "<b>\u202eevil \N{CAMERA}.jpg"

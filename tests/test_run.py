@@ -224,7 +224,6 @@ def test_a_poisonous_picture_is_tried_on_each_host_and_costs_no_other(api, ollam
     assert api.server.count("GET", f"{id}/thumbnail") == 1
 
 
-@pytest.mark.unmeasured
 @mainly("api")
 def test_a_host_that_dies_costs_no_photo(library, ollama, other):
     wanted = fill(library, 20)
@@ -256,7 +255,6 @@ def test_a_host_that_is_sick_from_then_on_costs_no_photo(hours, library, ollama,
     assert sorted(library.writes()) == sorted(wanted.items())
 
 
-@pytest.mark.unmeasured
 def test_several_instances_share_a_library(database, ollama):
     """Each photo is asked about once, whoever takes it."""
     wanted = fill(database, 40)
@@ -321,6 +319,7 @@ def test_a_preview_that_immich_has_lost_costs_only_its_photo(hours, api, immich,
     assert api.texts() == good | {lost: ""}
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("keys", [1, 2])
 def test_a_key_that_is_revoked_stops_only_the_photos_of_its_user(hours, api, ollama, keys):
     immich = api.server
@@ -535,6 +534,7 @@ def test_a_write_whose_answer_is_lost_is_not_repeated(hours, api, immich, ollama
     assert sorted(api.writes()) == sorted(wanted.items())
 
 
+@pytest.mark.measured
 def test_a_long_outage_ends_the_run_with_one_line(hours, library, ollama):
     fill(library, 6)
     ollama.script(*CHATS, lambda _: library.begin("gone"))
@@ -610,7 +610,6 @@ def multiply_assets(server: FakeImmich, number: int) -> None:
         server.assets[id] = asset
 
 
-@pytest.mark.unmeasured
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_described_photos_take_no_memory_and_few_requests(library, ollama):
     library.add(picture=servers.picture(), description="By a person.")

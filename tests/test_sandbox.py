@@ -17,7 +17,7 @@ import sandbox
 import tiny_vlm
 from facts import Album, Line, Person
 
-pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ from servers import (
 )
 from worlds import ApiWorld
 
-pytestmark = [pytest.mark.slow, pytest.mark.unmeasured]
+pytestmark = pytest.mark.slow
 
 RED = picture("red")
 STRANGER = "bob"

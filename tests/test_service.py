@@ -55,13 +55,6 @@ DEBUG, MONITOR = ["--log-level", "debug"], ["--mode", "monitor"]
 READY = ia.t("ready")
 
 
-@pytest.fixture(autouse=True)
-def unmeasured_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Coverage doubles the time of a start, and the tests of the command line measure it, too."""
-    if "systemd" not in request.fixturenames:  # nobody else tells it anything
-        monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
-
-
 # --- The service -----------------------------------------------------------------------------
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ([A-Z]+) (.*)")
@@ -731,6 +724,7 @@ def test_a_port_in_use_costs_only_health(api, ollama):
     assert str(port) in complaint
 
 
+@pytest.mark.measured
 def test_the_health_check_asks_by_the_same_settings(api, ollama, command):
     port = sandbox.free_port()
 
@@ -829,6 +823,7 @@ def test_systemd_is_told_all_from_the_start_to_the_end(api, ollama, systemd):
     assert not systemd.has_heard()
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("systemd", "missing"),
     others_long(

@@ -65,7 +65,6 @@ def watch_others(database: SqlWorld, model: FakeOllama) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["role", "database"])
-@pytest.mark.unmeasured
 def test_with_20_connections_for_64_workers_all_is_described(
     hours: Hours, database: SqlWorld, role: str, ollama: FakeOllama, kind: str
 ) -> None:
@@ -80,6 +79,7 @@ def test_with_20_connections_for_64_workers_all_is_described(
     assert 10 < max(seen) <= 15
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("number", [1, 2, 3, 5])
 @pytest.mark.parametrize("kind", ["role", "database"])
 def test_the_fewest_connections_will_do(
@@ -95,7 +95,6 @@ def test_the_fewest_connections_will_do(
 
 
 @own_server
-@pytest.mark.unmeasured
 def test_what_is_kept_for_superusers_is_not_counted(
     monkeypatch: pytest.MonkeyPatch, config: Callable[..., ia.Config], tmp_path: Path, caplog: Any
 ) -> None:
@@ -113,7 +112,6 @@ def test_what_is_kept_for_superusers_is_not_counted(
         assert caplog.messages in ([told[0]], [told[1]])
 
 
-@pytest.mark.unmeasured
 def test_an_idle_service_gives_its_connections_back(
     hours: Hours, database: SqlWorld, ollama: FakeOllama
 ) -> None:
@@ -218,6 +216,7 @@ def pooled(database: SqlWorld) -> Iterator[Callable[..., Pooler]]:
         pooler.server_close()
 
 
+@pytest.mark.measured
 def test_a_pooler_by_transaction_is_one_line(
     database: SqlWorld, ollama: FakeOllama, command: Any, pooled: Any
 ) -> None:
@@ -290,6 +289,7 @@ def test_a_row_that_cannot_be_decoded_is_on_one_page_of_many(
     assert written == {id: text for id, text in wanted.items() if id != bad}
 
 
+@pytest.mark.measured
 def test_an_arrival_that_cannot_be_decoded_holds_up_no_other(
     hours: Hours, latin: SqlWorld, ollama: FakeOllama
 ) -> None:
@@ -494,6 +494,7 @@ def test_undo_leaves_texts_of_cameras_as_they_are(
     assert (run.counts, library.texts()) == ({"skipped": 1}, {id: "SONY DSC"})
 
 
+@pytest.mark.measured
 def test_without_the_option_the_sql_is_the_same_to_the_letter(config: Any) -> None:
     tables = {name: {"visibility", "isEdited"} for name in ("asset", "asset_exif", "asset_file")}
     tables["asset_job_status"] = set()
@@ -531,7 +532,6 @@ def test_one_description_of_many_photos_is_said_in_one_line(
     ]
 
 
-@pytest.mark.unmeasured
 def test_what_is_ignored_or_ours_or_of_few_photos_is_not_said(
     hours: Hours, library: World, ollama: FakeOllama
 ) -> None:
@@ -559,6 +559,7 @@ def test_under_cron_it_is_said_on_request(library: World, ollama: FakeOllama, co
     assert (done.returncode, done.stderr.splitlines()[0]) == (0, hint(("SONY DSC", 21)))
 
 
+@pytest.mark.measured
 def test_rare_texts_are_forgotten_where_there_are_many(
     hours: Hours, library: World, ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,7 +133,6 @@ def test_the_page_tells_what_is_waited_for_without_secrets(hours, api, ollama, l
     assert SECRET not in html
 
 
-@pytest.mark.unmeasured
 def test_the_page_of_a_real_run_is_fine_in_a_browser(api, ollama, chromium):
     fill(api, 3)
     broken = api.add("<script>broken.jpg", picture=b"\xff\xd8\xff no picture \xff\xd9")
@@ -146,7 +145,6 @@ def test_the_page_of_a_real_run_is_fine_in_a_browser(api, ollama, chromium):
         assert links == [f"{api.server.url}/photos/{broken}"]
 
 
-@pytest.mark.unmeasured
 def test_a_name_that_is_no_unicode_does_not_take_the_page_away(immich, api, ollama):
     broken = b"\xff\xd8\xff no picture \xff\xd9"
     id, port = api.add(picture=broken), sandbox.free_port()

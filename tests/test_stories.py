@@ -46,6 +46,7 @@ def add_ours(library: World, text: str = OLD, **fields: Any) -> str:
 EXTERNAL = "6e1b8d1e-0f4c-4f0e-9d55-2f6b6a1c7d10"
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("most", others_long([1, 4, 12], 1, 4))
 def test_little_is_asked_for_a_library_that_keeps_nothing(hours, api, immich, ollama, most):
     lost, wanted = {}, {}
@@ -339,7 +340,6 @@ def make_preview(library: World, id: str, picture: bytes) -> None:
     ),
     indirect=["library"],
 )
-@pytest.mark.unmeasured
 def test_previews_that_come_late_are_described_within_a_look(
     hours: Hours, library, ollama, mode, soon
 ):

@@ -195,6 +195,7 @@ def test_a_video_fails_alone(library, ollama, command):
     assert failure_notes(library).keys() == {video}
 
 
+@pytest.mark.measured
 def test_a_dry_run_and_its_report_show_what_a_video_would_get(library, run, tmp_path):
     id = add_video(library)
     done = run(library, "--videos", "--dry-run", "--report", str(tmp_path / "page.html"))
@@ -220,6 +221,7 @@ def test_the_prompt_of_a_video_says_what_its_frames_are(library, run):
 # --- Its frames ------------------------------------------------------------------------------
 
 
+@pytest.mark.measured
 def test_the_preview_alone_needs_no_decoder_and_no_playback(
     library, run, ollama, command, monkeypatch
 ):
@@ -386,6 +388,7 @@ def test_a_failure_that_passes_does_not_end_in_sheets(api, ollama, command, fail
     assert about == [4, 4]
 
 
+@pytest.mark.measured
 def test_a_sheet_that_lacks_context_gets_more_of_it(api, ollama, run):
     add_video(api)
     lacking = servers.recorded("ollama", "chat_prompt_exceeds_ctx")
