@@ -119,7 +119,7 @@ def run(
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = os.fdopen(1, "w", lines, errors="surrogateescape", closefd=False)
     sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
-    sys.argv, sys.path[0] = [str(TOOL), *argv], str(TOOL.parent)
+    sys.argv = [str(TOOL), *argv]
     sys.modules["__main__"] = ModuleType("__main__")
     sys.modules["__main__"].__file__ = str(TOOL)
     importlib.import_module("coverage").process_startup()  # only if it is to be measured
@@ -127,8 +127,11 @@ def run(
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(TOOL.parent)
     for name in IMPORTED:
         importlib.import_module(name)
+    importlib.import_module(TOOL.stem).patterns()  # `re` keeps what it compiles
+    del sys.modules[TOOL.stem]
     program = compile(TOOL.read_bytes(), TOOL, "exec", dont_inherit=True)
     gc.freeze()  # a fork that collects garbage would copy all of it
     serve(socket.socket(fileno=os.dup(0)), program)
