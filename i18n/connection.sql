@@ -5,9 +5,11 @@
 SET lock_timeout = '10s';
 SET statement_timeout = '5min';
 
-SELECT c.relname, array_agg(a.attname::text)
+SELECT c.relname, ARRAY(
+    SELECT attname::text FROM pg_catalog.pg_attribute
+    WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped
+)
 FROM pg_catalog.pg_class c
-JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-WHERE pg_table_is_visible(c.oid) AND c.relkind IN ('r', 'p')
+WHERE c.relnamespace <> 'pg_catalog'::regnamespace AND pg_table_is_visible(c.oid)
+    AND c.relkind IN ('r', 'p')
     AND (c.relname NOT IN ('system_metadata', 'version_history') OR has_table_privilege(c.oid, 'SELECT'))
-GROUP BY c.relname
