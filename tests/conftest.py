@@ -57,7 +57,7 @@ def pytest_collection_finish() -> None:
     """Spare the search for garbage, which is a tenth of all work, what is there for good by now."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000)
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture(autouse=True, scope="session")

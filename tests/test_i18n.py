@@ -1,6 +1,7 @@
 """Every text for people exists in every language, is used, and is needed for nothing else."""
 
 import ast
+import functools
 import json
 import re
 import string
@@ -56,6 +57,7 @@ def names(node: ast.AST | None) -> set[str]:
     return {node.id} if isinstance(node, ast.Name) else set()
 
 
+@functools.cache
 def spoken() -> list[tuple[ast.Call, set[str]]]:
     """Each place that makes a text or an error, with the keys it may have."""
     found = []
@@ -78,6 +80,7 @@ def spoken() -> list[tuple[ast.Call, set[str]]]:
     return found
 
 
+@functools.cache
 def spoken_on_pages() -> list[tuple[str, set[str]]]:
     """Each key in a template, with the fields that it is given."""
     calls = [
@@ -89,8 +92,6 @@ def spoken_on_pages() -> list[tuple[str, set[str]]]:
     return [(call.args[0].as_const(), {given.key for given in call.kwargs}) for call in calls]
 
 
-SPOKEN = spoken()
-ON_PAGES = spoken_on_pages()
 VERDICTS = ia.toml("verdicts.toml")
 BLAMED = [row for rows in VERDICTS.values() for row in rows.values()]
 # The forms of a tally, by what a run is for.
@@ -137,7 +138,7 @@ def test_a_text_differs_from_language_to_language():
 
 
 def test_what_is_no_key_in_the_code_is_known_here():
-    unknown = {ast.unparse(call.args[0]) for call, keys in SPOKEN if not keys}
+    unknown = {ast.unparse(call.args[0]) for call, keys in spoken() if not keys}
     assert unknown == {
         "self.key",
         "error.key",
@@ -148,20 +149,22 @@ def test_what_is_no_key_in_the_code_is_known_here():
 
 
 def test_every_key_in_the_code_has_a_text_and_every_text_a_use():
-    used = {key for _, keys in SPOKEN for key in keys} | HELP | FORMS
-    used |= {key for _, *keys in BLAMED for key in keys} | {key for key, _ in ON_PAGES}
+    used = {key for _, keys in spoken() for key in keys} | HELP | FORMS
+    used |= {key for _, *keys in BLAMED for key in keys} | {key for key, _ in spoken_on_pages()}
     assert used == set(TEXTS["en"])
 
 
 def test_a_text_is_given_all_its_fields():
     lacking = [
         (key, call.lineno)
-        for call, keys in SPOKEN
+        for call, keys in spoken()
         for key in keys
         if all(keyword.arg for keyword in call.keywords)
         and fields(TEXTS["en"][key]) - {keyword.arg for keyword in call.keywords}
     ]
-    lacking += [(key, given) for key, given in ON_PAGES if fields(TEXTS["en"][key]) != given]
+    lacking += [
+        (key, given) for key, given in spoken_on_pages() if fields(TEXTS["en"][key]) != given
+    ]
     assert lacking == []
     usual = {"url", "status", "why", "said"}
     own = {

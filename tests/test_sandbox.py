@@ -301,7 +301,7 @@ def test_the_demonstration_ends_by_naming_its_page(demonstrated):
 
 def test_the_demonstration_keeps_its_page_where_it_is_told(demonstrated, tmp_path):
     file = tmp_path / "photos.html"
-    code, lines, left = demonstrated(REPORT="photos.html")
+    code, lines, left = demonstrated("--limit", "2", REPORT="photos.html")
     assert (code, lines[-1], left) == (0, f"The page of this run: {file}", [])
     assert "sunset.jpg" in file.read_text(encoding="utf-8")
 
