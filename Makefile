@@ -19,8 +19,9 @@ IN_VENV = .venv/bin/python
 
 # pytest keeps the tests as it rewrites them; otherwise each of its processes does so at each start.
 unexport PYTHONDONTWRITEBYTECODE
+MAKEFLAGS += --jobs=2
 
-.PHONY: demo check lint test lowest faults bench clean
+.PHONY: demo check lint rewritten test lowest faults bench clean
 
 demo: .venv/sandbox
 	@$(IN_VENV) tests/sandbox.py $(ARGS)
@@ -30,10 +31,15 @@ lint: .venv/dev
 	$(IN_VENV) -m ruff format --check
 	$(IN_VENV) -m mypy
 
-check: lint
+# In a new clone: once, and beside mypy, instead of in each process of pytest. What is wrong with a
+# test is said when it is run.
+rewritten: .venv/dev
+	@$(IN_VENV) -m pytest --collect-only -q >/dev/null || true
+
+check: lint rewritten
 	$(IN_VENV) -m pytest -n auto -m "not long and not slow" $(ARGS)
 
-test: lint
+test: lint rewritten
 	$(IN_VENV) -m coverage run --parallel-mode -m pytest -n auto $(ARGS)
 	$(IN_VENV) -m coverage combine --quiet
 	$(IN_VENV) -m coverage report
