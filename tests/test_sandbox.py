@@ -16,6 +16,7 @@ import requests
 import sandbox
 import tiny_vlm
 from facts import Album, Line, Person
+from worlds import others_long
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,9 @@ def photos(postgres, tmp_path, request):
 
 
 def every_generation(test):
-    return pytest.mark.parametrize("photos", sandbox.VERSIONS, indirect=True)(test)
+    """`make test` takes the oldest and the newest here; the tool is tested with each of them."""
+    versions = others_long(sandbox.VERSIONS, sandbox.VERSIONS[0], sandbox.NEWEST)
+    return pytest.mark.parametrize("photos", versions, indirect=True)(test)
 
 
 def ask(server, picture=None):

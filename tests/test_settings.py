@@ -345,11 +345,18 @@ ON, OFF = ("true", "yes", "on", "1", "TRUE"), ("false", "no", "off", "0", "False
 @pytest.mark.parametrize(("name", "field", "on", "off"), SWITCHES)
 def test_a_switch_goes_both_ways_by_flag_variable_and_file(settings, name, field, on, off):
     variable = f"IMMICH_ANALYZE_{name.replace('-', '_').upper()}"
-    for words, value, flag in ((ON, on, f"--{name}"), (OFF, off, f"--no-{name}")):
+    for word, value, flag in (("true", on, f"--{name}"), ("false", off, f"--no-{name}")):
         assert getattr(settings(flag), field) == value
-        for word in words:
-            assert getattr(settings(**{variable: word}), field) == value
-            assert getattr(settings(file=f"{name} = {word}"), field) == value
+        assert getattr(settings(**{variable: word}), field) == value
+        assert getattr(settings(file=f"{name} = {word}"), field) == value
+
+
+@pytest.mark.parametrize(
+    ("word", "on"), [(word, words is ON) for words in (ON, OFF) for word in words]
+)
+def test_a_switch_knows_several_words(settings, word, on):
+    assert settings(IMMICH_ANALYZE_FAVORITES=word).favorites is on
+    assert settings(file=f"favorites = {word}").favorites is on
 
 
 @pytest.mark.parametrize(("name", "field", "on", "off"), SWITCHES)
