@@ -19,12 +19,14 @@ IN_VENV = .venv/bin/python
 
 # pytest keeps the tests as it rewrites them; otherwise each of its processes does so at each start.
 unexport PYTHONDONTWRITEBYTECODE
-MAKEFLAGS += --jobs=2
 
-.PHONY: demo check lint rewritten test lowest faults bench clean
+.PHONY: demo check ready lint rewritten test lowest faults bench clean
 
 demo: .venv/sandbox
 	@$(IN_VENV) tests/sandbox.py $(ARGS)
+
+ready: .venv/dev
+	@$(MAKE) --no-print-directory --jobs=2 lint rewritten
 
 lint: .venv/dev
 	$(IN_VENV) -m ruff check
@@ -36,10 +38,10 @@ lint: .venv/dev
 rewritten: .venv/dev
 	@$(IN_VENV) -m pytest --collect-only -q >/dev/null || true
 
-check: lint rewritten
+check: ready
 	$(IN_VENV) -m pytest -n auto -m "not long and not slow" $(ARGS)
 
-test: lint rewritten
+test: ready
 	$(IN_VENV) -m coverage run --parallel-mode -m pytest -n auto $(ARGS)
 	$(IN_VENV) -m coverage combine --quiet
 	$(IN_VENV) -m coverage report
